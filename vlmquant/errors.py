@@ -1,0 +1,51 @@
+"""Errors that are a user's to mend: each says where, what, and what to do; the command line prints it and exits with its code."""
+
+EXIT_OK = 0
+EXIT_ERROR = 1
+EXIT_USAGE = 2
+EXIT_GATE_FAILED = 3
+EXIT_GATE_INCONCLUSIVE = 4
+EXIT_SENTINEL = 5
+EXIT_DOES_NOT_FIT = 6
+
+
+class VlmquantError(Exception):
+    """Base of all errors that vlmquant raises on purpose."""
+
+    exit_code = EXIT_ERROR
+
+
+class UsageError(VlmquantError):
+    """The call itself is wrong: an unknown option value, a path that cannot be used."""
+
+    exit_code = EXIT_USAGE
+
+
+class RecipeError(VlmquantError):
+    """The recipe cannot be read or means nothing."""
+
+    exit_code = EXIT_USAGE
+
+
+class InputError(VlmquantError):
+    """A model, data set or report given to us is missing, damaged or of a kind we do not handle."""
+
+
+class PlanError(VlmquantError):
+    """The recipe cannot be applied to this model."""
+
+
+class CheckpointError(VlmquantError):
+    """A checkpoint written by vlmquant is damaged, incomplete or from another version."""
+
+
+class SentinelError(VlmquantError):
+    """A check against silent failure tripped: the result would have looked fine and been wrong."""
+
+    exit_code = EXIT_SENTINEL
+
+
+class DoesNotFitError(VlmquantError):
+    """The work needs more memory or disk than there is."""
+
+    exit_code = EXIT_DOES_NOT_FIT

@@ -1,0 +1,359 @@
+"""Recipes: what a user wants of each component of a model, as data. Validated once, frozen, unknown keys refused."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vlmquant.errors import RecipeError
+
+RECIPE_MAX_BYTES = 1_000_000
+
+Method = Literal["rtn", "int8", "gptq", "awq", "bitsandbytes"]
+METHODS: tuple[str, ...] = get_args(Method)
+ComponentName = Literal["vision_encoder", "projector", "embedding", "language", "lm_head"]
+COMPONENTS: tuple[str, ...] = get_args(ComponentName)
+
+
+class Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scheme(Data):
+    """How a weight is stored, and whether its inputs are quantized as well."""
+
+    bits: Literal[3, 4, 8]
+    """Bits of one weight code."""
+    group_size: Annotated[int, Field(ge=16, le=4096)] | None = 128
+    """Input channels that share one scale; null for one scale per output channel."""
+    symmetric: bool = True
+    """Codes centred on zero; false adds an integer zero point per group."""
+    activations: Literal["none", "dynamic-int8"] = "none"
+    """dynamic-int8: every token's inputs are rounded to int8 with a scale of their own at run time (W8A8)."""
+
+    @model_validator(mode="after")
+    def _supported(self) -> "Scheme":
+        if self.activations == "dynamic-int8" and not (self.bits == 8 and self.symmetric and self.group_size is None):
+            raise ValueError("dynamic-int8 activations need bits: 8, group_size: null, symmetric: true")
+        return self
+
+    @property
+    def label(self) -> str:
+        """The short form, such as w4a16-g128 or w8a8-dynamic."""
+        if self.activations == "dynamic-int8":
+            return "w8a8-dynamic"
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"w{self.bits}a16{group}{'' if self.symmetric else '-asym'}"
+
+
+SHORT_SCHEMES: dict[str, Scheme] = {
+    "w3a16": Scheme(bits=3),
+    "w4a16": Scheme(bits=4),
+    "w4a16-asym": Scheme(bits=4, symmetric=False),
+    "w8a16": Scheme(bits=8, group_size=None),
+    "w8": Scheme(bits=8, group_size=None),
+    "w8a8-dynamic": Scheme(bits=8, group_size=None, activations="dynamic-int8"),
+}
+KEEP = "fp16"
+"""Keep the weight at the model's own 16-bit dtype."""
+BITSANDBYTES_SCHEMES = ("nf4", "bnb-int8")
+SCHEME_NAMES = (*SHORT_SCHEMES, KEEP, *BITSANDBYTES_SCHEMES)
+
+
+def _named_scheme(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if value == KEEP or value in BITSANDBYTES_SCHEMES:
+        return value
+    if value not in SHORT_SCHEMES:
+        raise ValueError(f"unknown scheme '{value}'{_nearest(value, SCHEME_NAMES)}; known: {', '.join(SCHEME_NAMES)}")
+    return SHORT_SCHEMES[value]
+
+
+SchemeOrName = Annotated[Scheme | Literal["fp16", "nf4", "bnb-int8"], BeforeValidator(_named_scheme)]
+
+
+class GptqOptions(Data):
+    """GPTQ (arXiv:2210.17323), as static-group LDLQ."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Ridge added to the Hessian's diagonal, as a fraction of its mean."""
+    activation_order: bool = True
+    """Quantize columns by falling Hessian diagonal; groups keep their original columns, so nothing is permuted on disk."""
+    scale_search: Literal["minmax", "mse", "weighted"] = "weighted"
+    """What a group's scale minimises: nothing (extremes), sum of d^2, or sum of E[x^2] |d|^3."""
+
+
+class AwqOptions(Data):
+    """AWQ (arXiv:2306.00978)."""
+
+    grid_points: Annotated[int, Field(ge=2, le=100)] = 20
+    """Exponents tried between 0 and 1 in the search of the per-channel scales."""
+    clip: bool = True
+    """Search the clipping of each group after the scales."""
+    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Ridge on the second moments that weigh the error, as a fraction of their mean."""
+
+
+LAYER_RANGE = re.compile(r"(-?\d+|\d+%)?:(-?\d+|\d+%)?")
+
+
+def _edge(text: str, layers: int) -> int | None:
+    if not text:
+        return None
+    return layers * int(text[:-1]) // 100 if text.endswith("%") else int(text)
+
+
+class Override(Data):
+    """A change of scheme or method for some layers or modules; a later override wins."""
+
+    layers: str = ":"
+    """Half-open range of layer indices as in Python: "0:16", "-1:", ":"; an edge may be a share of the layers: "0:50%"."""
+    modules: tuple[str, ...] = ("*",)
+    """Globs on the module's name inside its layer, such as mlp.down_proj or self_attn.*."""
+    scheme: SchemeOrName | None = None
+    method: Method | None = None
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if not isinstance(value, str) or not LAYER_RANGE.fullmatch(value):
+            raise ValueError(f'expected a range such as "0:16" or "-1:" in quotes, got {value!r}')
+        return value
+
+    def covers(self, layer: int, layers: int, module: str) -> bool:
+        first, last = (_edge(edge, layers) for edge in self.layers.split(":"))
+        return layer in range(*slice(first, last).indices(layers)) and any(
+            fnmatch.fnmatchcase(module, glob) for glob in self.modules
+        )
+
+
+def _short_component(value: Any) -> Any:
+    return {"scheme": value} if isinstance(value, str) else value
+
+
+class ComponentSpec(Data):
+    """What becomes of one component."""
+
+    scheme: SchemeOrName = KEEP
+    method: Method = "rtn"
+    keep: tuple[str, ...] = ()
+    """Globs on module names inside the component that stay 16 bit."""
+    overrides: tuple[Override, ...] = ()
+    gptq: GptqOptions = GptqOptions()
+    awq: AwqOptions = AwqOptions()
+
+
+Component = Annotated[ComponentSpec, BeforeValidator(_short_component)]
+
+
+class Components(Data):
+    vision_encoder: Component = ComponentSpec()
+    projector: Component = ComponentSpec()
+    embedding: Component = ComponentSpec()
+    language: Component = ComponentSpec()
+    lm_head: Component = ComponentSpec()
+
+
+class Fallback(Data):
+    """What a layer gets whose shape its scheme does not fit; the plan reports every use."""
+
+    when_indivisible: tuple[Literal["group_size", "w8a8-dynamic", "w8a16", "fp16"], ...] = (
+        "group_size",
+        "w8a8-dynamic",
+        "fp16",
+    )
+    """Tried in order: a smaller group size that divides, INT8 per channel, keep. An empty list makes it an error."""
+
+
+class CalibrationSpec(Data):
+    set: str = "default"
+    """Name of a shipped set or path of a set's folder."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
+    seed: Annotated[int, Field(ge=0)] = 0
+    max_tokens: Annotated[int, Field(ge=16)] = 2048
+    """A longer sample is left out and counted; an image's tokens are never cut."""
+    strata: dict[str, Annotated[int, Field(ge=0)]] | None = None
+    """Samples per task; null shares `samples` among the set's tasks in proportion to their size."""
+
+
+class OutputSpec(Data):
+    format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
+    max_shard_size: Annotated[int, Field(ge=1_000_000)] = 4_000_000_000
+    """Bytes."""
+
+
+def _percent(value: Any) -> Any:
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
+        return float(match[1]) / 100
+    return value
+
+
+class GateSpec(Data):
+    """Thresholds of `vlmquant gate`; a null threshold is not judged."""
+
+    max_perplexity_increase: Annotated[float, BeforeValidator(_percent), Field(ge=0)] | None = 0.02
+    """Relative; "2%" or 0.02."""
+    max_bleu_drop: Annotated[float, Field(ge=0)] | None = None
+    """BLEU-4 points (0 to 100)."""
+    max_kl: Annotated[float, Field(ge=0)] | None = None
+    """Mean KL(reference || quantized) over answer tokens, nats."""
+    max_flip_rate: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] | None = None
+    max_exact_match_drop: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Points (0 to 100) of exact match on short answers."""
+    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    """Error rate of each one-sided test."""
+
+
+class Recipe(Data):
+    version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    components: Components
+    fallback: Fallback = Fallback()
+    calibration: CalibrationSpec = CalibrationSpec()
+    output: OutputSpec = OutputSpec()
+    gate: GateSpec = GateSpec()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        uses = {spec.scheme in BITSANDBYTES_SCHEMES for _, spec in self.specs() if spec.scheme != KEEP}
+        if True in uses and (False in uses or self.output.format != "bitsandbytes"):
+            raise ValueError("nf4 and bnb-int8 need output: {format: bitsandbytes} and no other scheme beside them")
+        if self.output.format == "bitsandbytes" and True not in uses:
+            raise ValueError("output format bitsandbytes needs a component with scheme nf4 or bnb-int8")
+        return self
+
+    def specs(self) -> Iterator[tuple[str, ComponentSpec]]:
+        for name in COMPONENTS:
+            yield name, getattr(self.components, name)
+
+
+def shipped(kind: Literal["recipes", "calibration"]) -> Path:
+    """Folder of the recipes or calibration sets that travel with vlmquant: packaged, or beside the package in a checkout."""
+    packaged = Path(str(resources.files("vlmquant"))) / "_data" / kind
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / kind
+
+
+def load_recipe(source: str | Path) -> Recipe:
+    """Read a recipe file, or a shipped recipe by name (such as "mixed").
+
+    Raises RecipeError whose message reads `file:line:column: path: what is wrong`.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = shipped("recipes") / f"{source}.yaml"
+        if "/" in str(source) or not path.is_file():
+            names = sorted(file.stem for file in shipped("recipes").glob("*.yaml"))
+            hint = _nearest(str(source), names)
+            raise RecipeError(f"{source}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
+    if path.stat().st_size > RECIPE_MAX_BYTES:
+        raise RecipeError(f"{path}: larger than {RECIPE_MAX_BYTES} bytes; this is not a recipe")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    return parse_recipe(text, name=str(path))
+
+
+def parse_recipe(text: str, *, name: str) -> Recipe:
+    """Parse recipe text; `name` stands for the file in messages."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        what = getattr(error, "problem", None) or "not valid YAML"
+        raise RecipeError(f"{name}{where}: {what}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise RecipeError(f"{name}:1:1: a recipe is a mapping with keys such as name and components")
+    _refuse_tricks(root, name=name)
+    try:
+        return Recipe.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(item, root, name=name) for item in error.errors())) from error
+
+
+def _refuse_tricks(node: yaml.Node, *, name: str, seen: set[int] | None = None) -> None:
+    """Refuse duplicate keys (YAML lets the last one win) and aliases (a reader cannot see what they stand for)."""
+    seen = set() if seen is None else seen
+    at = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+    if id(node) in seen:
+        raise RecipeError(f"{at}: YAML aliases are not allowed in recipes; write the value out")
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_tricks(item, name=name, seen=seen)
+    elif isinstance(node, yaml.MappingNode):
+        keys: dict[str, int] = {}
+        for key, value in node.value:
+            line, column = key.start_mark.line + 1, key.start_mark.column + 1
+            if key.value in keys:
+                raise RecipeError(f"{name}:{line}:{column}: key '{key.value}' stands twice (first on line {keys[key.value]})")
+            keys[str(key.value)] = line
+            _refuse_tricks(value, name=name, seen=seen)
+
+
+def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[yaml.Node, list[str]]:
+    """The deepest YAML node that an error's location reaches, and the path to it in the user's own words."""
+    node, path = root, []
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key, value) for key, value in node.value if key.value == part]
+            if not pairs:
+                continue  # names of union branches stand in pydantic's location but not in the file
+            node = pairs[0][1]
+            path.append(str(part))
+            if loc[-1] == part and not isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+                break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            path.append(str(part))
+    return node, path
+
+
+def _explain(error: Any, root: yaml.Node, *, name: str) -> str:
+    loc = tuple(error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent, path = _locate(root, loc[:-1])
+        key = str(loc[-1])
+        node = next((k for k, _ in getattr(parent, "value", []) if k.value == key), parent)
+        what = f"unknown key '{key}'{_nearest(key, _keys_at(path))}"
+    elif error["type"] == "missing":
+        node, path = _locate(root, loc[:-1])
+        what = f"key '{loc[-1]}' is missing"
+    else:
+        node, path = _locate(root, loc)
+        message = error["msg"].removeprefix("Value error, ")
+        got = f" (got {error['input']!r})" if isinstance(error["input"], str | int | float | bool) else ""
+        what = message[:1].lower() + message[1:] + ("" if "got " in message or "unknown scheme" in message else got)
+    mark = node.start_mark
+    where = f"{'.'.join(path)}: " if path else ""
+    return f"{name}:{mark.line + 1}:{mark.column + 1}: {where}{what}"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys a recipe may have at a path, found by walking the models' own fields."""
+    models: list[type[BaseModel]] = [Recipe]
+    for part in path:
+        if part.isdigit():
+            continue
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [model for field in fields for model in _models_in(field.annotation)]
+    return sorted({key for model in models for key in model.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean '{close[0]}'?" if close else ""
