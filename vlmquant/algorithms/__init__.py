@@ -1,0 +1,16 @@
+"""The table of algorithms. Each is a function of a stage (linears that share an input) that returns their codes."""
+
+from collections.abc import Callable
+
+from vlmquant.algorithms import awq, gptq, int8, rtn
+from vlmquant.grid import QuantizedWeight
+from vlmquant.stream import Stage
+
+Algorithm = Callable[[Stage], dict[str, QuantizedWeight]]
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "rtn": rtn.quantize_stage,
+    "int8": int8.quantize_stage,
+    "gptq": gptq.quantize_stage,
+    "awq": awq.quantize_stage,
+}

@@ -1,0 +1,514 @@
+"""Blocks in the order in which activations flow, each with the inputs that reach it in the quantized model.
+
+One calibration batch is one forward pass of the model's own code, run in a greenlet: it pauses where a block begins, where a
+linear that is about to be quantized receives its inputs, and where the block ends. So masks, rotary embeddings, feature
+merging and whatever else stands between blocks need no second implementation, every linear is quantized on what the already
+quantized part of the model gives it (vision encoder and projector included), and each block runs once. Only the block at hand
+has weights; the others stay on the meta device.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from vlmquant.calibration.encode import Batch
+from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
+from vlmquant.errors import SentinelError
+from vlmquant.families import Fold
+from vlmquant.grid import QuantizedWeight
+from vlmquant.kernels.reference import round_activations
+from vlmquant.planning import Plan, PlanLine
+from vlmquant.recipe import ComponentSpec, Scheme
+
+GRAM_SLICES = 4
+"""X^T X is symmetric: computed in 4 column slices, only the upper ones, it takes 62 % of the multiplications."""
+
+NEEDS_DATA = frozenset({"int8", "gptq", "awq"})
+"""Methods that look at a layer's inputs."""
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a finished block is made of; enough to write it, and to run it again."""
+
+    quantized: dict[str, QuantizedWeight]
+    """By the weight's parameter name in the model."""
+    changed: dict[str, Tensor]
+    """Kept parameters that took a fold (AWQ), by parameter name, in the model's dtype."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """Relative output error tr(E H E^T) / tr(W H W^T) by parameter name."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Pause:
+    """Where a forward pass stopped: "enter" or "exit" of a block, or the inputs of one of its linears."""
+
+    kind: str
+    name: str
+    inputs: Tensor | None = None
+
+
+class _Walk(greenlet):
+    """One batch's forward pass."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        super().__init__(run)
+        self.token_mask: Tensor | None = None
+        self.paused: _Pause | None = None
+
+    def resume(self) -> None:
+        """Run to the next pause; `paused` is None once the forward pass has ended."""
+        pause = self.switch()
+        self.paused = pause if isinstance(pause, _Pause) else None
+
+
+def _pause(kind: str, name: str, inputs: Tensor | None = None) -> None:
+    getcurrent().parent.switch(_Pause(kind, name, inputs))
+
+
+class Stage:
+    """Linears of one block that share an input and a scheme: what an algorithm is given.
+
+    weights: local name -> float32 (out, in) as read from the model.
+    """
+
+    def __init__(
+        self,
+        block: "Block",
+        linears: Sequence[LinearInfo],
+        line: PlanLine,
+        inputs: list[tuple[Tensor, Tensor | None]],
+    ) -> None:
+        assert line.scheme is not None
+        self.block = block
+        self.linears = {linear.local: linear for linear in linears}
+        self.scheme: Scheme = line.scheme
+        self.method = line.method or "rtn"
+        self.options: ComponentSpec = block.stream.specs[line.component]
+        self.scale_dtype = block.stream.model_dtype
+        self.weights = {linear.local: block.stream.read(linear.name + ".weight").float() for linear in linears}
+        self._inputs = inputs
+        self._hessian: Tensor | None = None
+        self._channel_scales: Tensor | None = None
+
+    def _rows(self) -> Iterator[Tensor]:
+        """The inputs of all batches as float32 (tokens, in), padding left out."""
+        for inputs, mask in self._inputs:
+            flat = inputs.reshape(-1, inputs.shape[-1])
+            yield (flat if mask is None else flat[mask.flatten()]).float()
+
+    def hessian(self) -> Tensor:
+        """E[x x^T] over all tokens, float32 (in, in)."""
+        if self._hessian is None:
+            columns = self._inputs[0][0].shape[-1]
+            total, tokens = torch.zeros(columns, columns), 0
+            for rows in self._rows():
+                _add_gram(total, rows)
+                tokens += len(rows)
+            total = _mirror_upper(total).div_(max(tokens, 1))
+            self._refuse_bad_inputs(total.diagonal(), tokens)
+            self._hessian = total
+        return self._hessian
+
+    def mean_square(self) -> Tensor:
+        """E[x_j^2], float32 (in,)."""
+        if self._hessian is not None:
+            return self._hessian.diagonal()
+        return self._mean(lambda rows: rows.square())
+
+    def mean_abs(self) -> Tensor:
+        """E[|x_j|], float32 (in,)."""
+        return self._mean(lambda rows: rows.abs())
+
+    def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        total, tokens = torch.zeros(self._inputs[0][0].shape[-1]), 0
+        for rows in self._rows():
+            total += of(rows).sum(0)
+            tokens += len(rows)
+        mean = total / max(tokens, 1)
+        self._refuse_bad_inputs(mean, tokens)
+        return mean
+
+    def _refuse_bad_inputs(self, values: Tensor, tokens: int) -> None:
+        where = f"{self.block.info.name}: {', '.join(self.linears)}"
+        if tokens == 0:
+            raise SentinelError(f"{where} saw no token of the calibration set; add samples that reach this layer")
+        if not values.isfinite().all():
+            raise SentinelError(
+                f"{where} received NaN or infinite inputs during calibration; check the model's weights, or its dtype's range"
+            )
+
+    @property
+    def fold_rule(self) -> Fold | None:
+        """The rule that says what produces this stage's inputs, if channel scales can be folded into it."""
+        return self.block.fold_for(list(self.linears)) if self._inputs else None
+
+    @property
+    def can_fold(self) -> bool:
+        return self.fold_rule is not None
+
+    def admissible(self, channel_scales: Tensor) -> Tensor:
+        """The nearest channel scales (in,) that fold without any rounding of the producer's stored weights.
+
+        Into a norm: s = w / round(w / s), with round() to the model's dtype. Into a linear: powers of two.
+        """
+        rule = self.fold_rule
+        assert rule is not None
+        if rule.kind == "linear":
+            return torch.exp2(channel_scales.log2().round())
+        gain = self.block.value(f"{rule.producer}.weight").float() + rule.gain_offset
+        stored = (gain / channel_scales - rule.gain_offset).to(self.scale_dtype).float() + rule.gain_offset
+        scales = gain / stored
+        return torch.where(scales.isfinite() & (scales > 0), scales, 1.0)
+
+    def fold(self, channel_scales: Tensor) -> None:
+        """Divide the inputs by the admissible scales (in,): in the producer for good, in this pass on the fly."""
+        rule = self.fold_rule
+        assert rule is not None
+        self.block.fold(rule, channel_scales)
+        self._channel_scales = channel_scales
+
+    def note(self, text: str) -> None:
+        self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")
+
+    def finish(self, quantized: dict[str, QuantizedWeight]) -> None:
+        """Put the codes in the weights' place: from here on the block computes with them."""
+        if quantized.keys() != self.linears.keys():
+            raise AssertionError(f"stage {list(self.linears)} got weights for {list(quantized)}")
+        for local, weight in quantized.items():
+            effective = weight.dequantize()
+            if self._channel_scales is not None:
+                effective /= self._channel_scales
+            error = self._relative_error(effective - self.weights[local], self.weights[local])
+            self.block.put(local, weight, error=error)
+        self._inputs = []
+
+    def _relative_error(self, error: Tensor, weight: Tensor) -> float:
+        if not self._inputs:
+            lost, whole = error.square().sum(), weight.square().sum()
+        elif self._hessian is not None:
+            lost, whole = ((part @ self._hessian * part).sum() for part in (error, weight))
+        else:
+            mean_square = self.mean_square()
+            lost, whole = ((part.square() @ mean_square).sum() for part in (error, weight))
+        return (lost / whole.clamp_min(1e-30)).item()
+
+
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to the upper block triangle of `total`."""
+    columns = rows.shape[1]
+    step = -(-columns // GRAM_SLICES)
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        total[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+
+
+def _mirror_upper(total: Tensor) -> Tensor:
+    upper = total.triu()
+    return upper + upper.triu(1).T
+
+
+class Block:
+    """The block at hand: its stages one after the other, then what became of it."""
+
+    def __init__(self, stream: "BlockStream", info: BlockInfo, walks: list[_Walk], restored: BlockResult | None) -> None:
+        self.stream, self.info, self.restored = stream, info, restored is not None
+        self.module: nn.Module = stream.model.get_submodule(info.name)
+        self.quantized: dict[str, QuantizedWeight] = dict(restored.quantized) if restored else {}
+        self.changed: dict[str, Tensor] = dict(restored.changed) if restored else {}
+        self.errors: dict[str, float] = dict(restored.errors) if restored else {}
+        self.notes: list[str] = list(restored.notes) if restored else []
+        self.settled = False
+        """True once every weight is final: the block then computes what it will compute in service."""
+        self._walks = walks
+        self._divisors: dict[str, Tensor] = {}
+        self._by_local = {linear.local: linear for linear in info.linears}
+
+    @property
+    def result(self) -> BlockResult:
+        return BlockResult(self.quantized, self.changed, self.errors, tuple(self.notes))
+
+    def stages(self) -> Iterator[Stage]:
+        """The stages in the order of the forward pass; the caller finishes each before it asks for the next."""
+        if self.restored:
+            return
+        if not self._walks:
+            for group in self._groups():
+                yield Stage(self, group, self._line(group[0]), [])
+            return
+        group_of = {linear.local: group for group in self._groups() for linear in group}
+        for walk in self._walks:
+            walk.resume()
+        while waiting := [walk for walk in self._walks if walk.paused and walk.paused.kind == "linear"]:
+            name = waiting[0].paused.name  # type: ignore[union-attr]  # filtered just above
+            members = [walk for walk in waiting if walk.paused and walk.paused.name == name]
+            inputs = [(pause.inputs, self._mask_for(walk)) for walk in members if (pause := walk.paused)]
+            stage = Stage(self, group_of[name], self._line(self._by_local[name]), [(x, m) for x, m in inputs if x is not None])
+            yield stage
+            if not self._is_final(name):
+                raise AssertionError(f"{self.info.name}.{name} was left unfinished")
+            del stage, inputs
+            for walk in members:
+                walk.resume()
+
+    def _is_final(self, local: str) -> bool:
+        return self._line(self._by_local[local]).action != "quantize" or self._weight_name(local) in self.quantized
+
+    def _weight_name(self, local: str) -> str:
+        return f"{self.info.name}.{local}.weight"
+
+    def _mask_for(self, walk: _Walk) -> Tensor | None:
+        """The mask of real tokens, where this input has one row for every text position."""
+        inputs = walk.paused.inputs if walk.paused else None
+        if walk.token_mask is None or inputs is None or self.info.component != "language":
+            return None
+        return walk.token_mask if inputs.shape[:-1] == walk.token_mask.shape else None
+
+    def _line(self, linear: LinearInfo) -> PlanLine:
+        return self.stream.plan.line(f"{linear.name}.weight")
+
+    def _groups(self) -> list[tuple[LinearInfo, ...]]:
+        """The linears to quantize, together where they share an input and are treated alike."""
+        groups: list[tuple[LinearInfo, ...]] = []
+        for group in self.stream.components.fused_groups(self.info):
+            todo = [linear for linear in group if self._line(linear).action == "quantize"]
+            alike = {(self._line(linear).scheme, self._line(linear).method) for linear in todo}
+            groups += [tuple(todo)] if len(alike) == 1 else [(linear,) for linear in todo]
+        return groups
+
+    def value(self, local: str) -> Tensor:
+        """A kept parameter of the block as it now stands, in the model's dtype."""
+        name = f"{self.info.name}.{local}"
+        return self.changed[name] if name in self.changed else self.stream.read(name)
+
+    def fold_for(self, consumers: Sequence[str]) -> Fold | None:
+        """A fold whose consumers are exactly these linears and whose producer can take scales now."""
+        for rule in self.stream.components.family.folds:
+            if set(rule.consumers) != set(consumers) or not self._has(f"{rule.producer}.weight"):
+                continue
+            if rule.kind == "norm":
+                return rule
+            produced, consumed = self._by_local.get(rule.producer), self._by_local[consumers[0]]
+            # Under grouped-query attention one value head feeds several, so it cannot take their scales.
+            if produced is None or produced.out_features != consumed.in_features or not self._is_final(rule.producer):
+                return None
+            return rule
+        return None
+
+    def _has(self, local: str) -> bool:
+        return local in dict(self.module.named_parameters())
+
+    def fold(self, rule: Fold, channel_scales: Tensor) -> None:
+        """Divide what the producer puts out by the channel scales (channels,), in its stored weights."""
+        for leaf in ("weight", "bias"):
+            local = f"{rule.producer}.{leaf}"
+            if not self._has(local):
+                continue
+            name = f"{self.info.name}.{local}"
+            if name in self.quantized:
+                self.quantized[name] = self.quantized[name].scale_rows(1 / channel_scales)
+                self._place(local, self.quantized[name].dequantize(self.stream.dtype))
+                continue
+            value, offset = self.value(local), rule.gain_offset if leaf == "weight" else 0.0
+            divisor = channel_scales if value.dim() == 1 else channel_scales[:, None]
+            self.changed[name] = ((value.float() + offset) / divisor - offset).to(value.dtype)
+            self._place(local, self.changed[name])
+        for consumer in rule.consumers:
+            self._divisors[consumer] = channel_scales
+
+    def put(self, local: str, weight: QuantizedWeight, *, error: float) -> None:
+        """The codes of a linear: recorded, and in the weight's place from here on."""
+        name = self._weight_name(local)
+        self.quantized[name], self.errors[name] = weight, error
+        self._place(f"{local}.weight", weight.dequantize(self.stream.dtype))
+
+    def _place(self, local: str, value: Tensor) -> None:
+        if self._walks:
+            assign(self.module, local, value.to(self.stream.dtype))
+
+    def load(self) -> None:
+        """Give the module its weights: the model's own, or a restored block's."""
+        for local, _ in list(self.module.named_parameters()):
+            name = f"{self.info.name}.{local}"
+            final = self.quantized.get(name)
+            self._place(local, self.value(local) if final is None else final.dequantize(self.stream.dtype))
+
+    def settle(self) -> None:
+        """Let the passes go on to the next block, on what this block computes with its final weights."""
+        self.settled = True
+        for walk in self._walks:
+            walk.resume()
+        for local, parameter in list(self.module.named_parameters()):
+            assign(self.module, local, torch.empty_like(parameter, device="meta"))
+
+    def forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model's forward pass runs in the block's place."""
+        output = forward(*args, **kwargs)
+        if self.settled:
+            return output
+        _pause("exit", self.info.name)
+        # A fold divided inputs on the fly; what later blocks get is computed by the weights as they are stored.
+        return forward(*args, **kwargs) if self._divisors else output
+
+    def linear(self, local: str, module: nn.Linear, inputs: Tensor) -> Tensor:
+        """What the block's forward pass runs in a linear's place: it waits for its codes, then computes with them."""
+        if not self.settled:
+            if not self._is_final(local):
+                _pause("linear", local, inputs)
+            if local in self._divisors:
+                inputs = (inputs.float() / self._divisors[local]).to(inputs.dtype)
+        return _linear(self._line(self._by_local[local]), module, inputs)
+
+
+def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
+    if line.scheme is not None and line.scheme.activations == "dynamic-int8":
+        inputs = round_activations(inputs)
+    return nn.functional.linear(inputs, module.weight, module.bias)
+
+
+def assign(module: nn.Module, local: str, value: Tensor) -> None:
+    """Replace a parameter, on whatever device it was, by a value."""
+    path, _, leaf = local.rpartition(".")
+    setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+class BlockStream:
+    """The blocks of a model, to be quantized in the order of iteration.
+
+    outside: codes of the weights that lie in no block (embedding, projector), already chosen, since they need no data.
+    batches: how to make each calibration batch; made when its pass starts.
+    restore: what a finished block was made of, where an earlier run got that far.
+    dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
+    """
+
+    def __init__(
+        self,
+        components: ComponentMap,
+        plan: Plan,
+        specs: dict[str, ComponentSpec],
+        batches: Sequence[Callable[[], Batch]],
+        *,
+        outside: dict[str, QuantizedWeight],
+        restore: Callable[[BlockInfo], BlockResult | None],
+        dtype: torch.dtype,
+    ) -> None:
+        self.components, self.plan, self.specs, self.dtype = components, plan, specs, dtype
+        self.model_dtype = components.dtype
+        self.model = components.skeleton()
+        self._batches, self._outside, self._restore = batches, outside, restore
+        self._current: Block | None = None
+        self._order = {info.name: index for index, info in enumerate(components.blocks)}
+
+    def read(self, name: str) -> Tensor:
+        """A parameter by its name in the model, as it lies on disk."""
+        return self.components.read(name)
+
+    def __iter__(self) -> Iterator[Block]:
+        last = max((self._order[info.name] for info in self.components.blocks if self._needs_data(info)), default=-1)
+        seen: set[str] = set()
+        if last >= 0:
+            for block in self._walk(last):
+                seen.add(block.info.name)
+                yield block
+        for info in self.components.blocks:
+            if info.name not in seen:
+                if self._needs_data(info) and not (restored := self._restore(info)):
+                    raise SentinelError(
+                        f"{info.name} never ran during calibration, so it cannot be quantized on data; "
+                        "the calibration set needs samples with images for a vision encoder, and text for the language model"
+                    )
+                restored = self._restore(info)
+                yield Block(self, info, [], restored)
+
+    def _needs_data(self, info: BlockInfo) -> bool:
+        lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]
+        return any(line.action == "quantize" and line.method in NEEDS_DATA for line in lines)
+
+    def _walk(self, last: int) -> Iterator[Block]:
+        """Run the calibration passes up to the last block that needs them."""
+        self._load_outside()
+        self._take_over()
+        walks = [_Walk(self._pass_of(make)) for make in self._batches]
+        try:
+            with torch.no_grad():
+                for walk in walks:
+                    walk.resume()
+            while entering := [walk for walk in walks if walk.paused]:
+                name = min((walk.paused.name for walk in entering if walk.paused), key=self._order.__getitem__)
+                if self._order[name] > last:
+                    return
+                members = [walk for walk in entering if walk.paused and walk.paused.name == name]
+                info = self.components.blocks[self._order[name]]
+                block = self._current = Block(self, info, members, self._restore(info))
+                block.load()
+                block.settled = block.restored
+                with torch.no_grad():
+                    yield block
+                    if self._order[name] == last:
+                        return
+                    block.settle()
+        finally:
+            for walk in walks:
+                if walk:
+                    walk.throw(GreenletExit)
+            self._current = None
+
+    def _pass_of(self, make: Callable[[], Batch]) -> Callable[[], None]:
+        def run() -> None:
+            inputs = make().inputs
+            walk = getcurrent()
+            assert isinstance(walk, _Walk)
+            walk.token_mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+            cast = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+            self.model(**cast, use_cache=False)
+
+        return run
+
+    def _load_outside(self) -> None:
+        """Weights of everything that lies in no block, except the head: no pass gets that far."""
+        inside = tuple(f"{info.name}." for info in self.components.blocks)
+        for parameter in self.components.parameters:
+            if parameter.name.startswith(inside) or parameter.component == "lm_head":
+                continue
+            codes = self._outside.get(parameter.name)
+            value = self.read(parameter.name) if codes is None else codes.dequantize()
+            assign(self.model, parameter.name, value.to(self.dtype))
+        self.components.materialize_buffers(self.model)
+
+    def _take_over(self) -> None:
+        """Put ourselves between the model and its blocks, the blocks and their linears."""
+        for info in self.components.blocks:
+            module = self.model.get_submodule(info.name)
+            module.forward = self._block_forward(info.name, module.forward)  # type: ignore[method-assign]
+            for linear in info.linears:
+                self._take_over_linear(linear, self._inside_block(linear.local))
+        for linear in self.components.linears:
+            if linear.block is None and linear.component != "lm_head":
+                line = self.plan.line(f"{linear.name}.weight")
+                self._take_over_linear(linear, lambda module, x, line=line: _linear(line, module, x))
+
+    def _take_over_linear(self, linear: LinearInfo, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        module = self.model.get_submodule(linear.name)
+        assert isinstance(module, nn.Linear)
+        module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
+
+    def _inside_block(self, local: str) -> Callable[[nn.Linear, Tensor], Tensor]:
+        def forward(module: nn.Linear, inputs: Tensor) -> Tensor:
+            assert self._current is not None
+            return self._current.linear(local, module, inputs)
+
+        return forward
+
+    def _block_forward(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            _pause("enter", name)
+            assert self._current is not None
+            return self._current.forward(forward, args, kwargs)
+
+        return run
