@@ -92,7 +92,10 @@ class Stage:
         self.method = line.method or "rtn"
         self.options: ComponentSpec = block.stream.specs[line.component]
         self.scale_dtype = block.stream.model_dtype
-        self.weights = {linear.local: block.stream.read(linear.name + ".weight").float() for linear in linears}
+        device = block.stream.device
+        self.weights = {
+            linear.local: block.stream.read(linear.name + ".weight").to(device).float() for linear in linears
+        }
         self._inputs = inputs
         self._hessian: Tensor | None = None
         self._channel_scales: Tensor | None = None
@@ -107,7 +110,7 @@ class Stage:
         """E[x x^T] over all tokens, float32 (in, in)."""
         if self._hessian is None:
             columns = self._inputs[0][0].shape[-1]
-            total, tokens = torch.zeros(columns, columns), 0
+            total, tokens = torch.zeros(columns, columns, device=self.block.stream.device), 0
             for rows in self._rows():
                 _add_gram(total, rows)
                 tokens += len(rows)
@@ -127,7 +130,7 @@ class Stage:
         return self._mean(lambda rows: rows.abs())
 
     def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        total, tokens = torch.zeros(self._inputs[0][0].shape[-1]), 0
+        total, tokens = torch.zeros(self._inputs[0][0].shape[-1], device=self.block.stream.device), 0
         for rows in self._rows():
             total += of(rows).sum(0)
             tokens += len(rows)
@@ -162,7 +165,7 @@ class Stage:
         assert rule is not None
         if rule.kind == "linear":
             return torch.exp2(channel_scales.log2().round())
-        gain = self.block.value(f"{rule.producer}.weight").float() + rule.gain_offset
+        gain = self.block.value(f"{rule.producer}.weight").to(channel_scales.device).float() + rule.gain_offset
         stored = (gain / channel_scales - rule.gain_offset).to(self.scale_dtype).float() + rule.gain_offset
         scales = gain / stored
         return torch.where(scales.isfinite() & (scales > 0), scales, 1.0)
@@ -217,7 +220,9 @@ def _mirror_upper(total: Tensor) -> Tensor:
 class Block:
     """The block at hand: its stages one after the other, then what became of it."""
 
-    def __init__(self, stream: "BlockStream", info: BlockInfo, walks: list[_Walk], restored: BlockResult | None) -> None:
+    def __init__(
+        self, stream: "BlockStream", info: BlockInfo, walks: list[_Walk], restored: BlockResult | None
+    ) -> None:
         self.stream, self.info, self.restored = stream, info, restored is not None
         self.module: nn.Module = stream.model.get_submodule(info.name)
         self.quantized: dict[str, QuantizedWeight] = dict(restored.quantized) if restored else {}
@@ -249,7 +254,9 @@ class Block:
             name = waiting[0].paused.name  # type: ignore[union-attr]  # filtered just above
             members = [walk for walk in waiting if walk.paused and walk.paused.name == name]
             inputs = [(pause.inputs, self._mask_for(walk)) for walk in members if (pause := walk.paused)]
-            stage = Stage(self, group_of[name], self._line(self._by_local[name]), [(x, m) for x, m in inputs if x is not None])
+            stage = Stage(
+                self, group_of[name], self._line(self._by_local[name]), [(x, m) for x, m in inputs if x is not None]
+            )
             yield stage
             if not self._is_final(name):
                 raise AssertionError(f"{self.info.name}.{name} was left unfinished")
@@ -317,7 +324,7 @@ class Block:
                 continue
             value, offset = self.value(local), rule.gain_offset if leaf == "weight" else 0.0
             divisor = channel_scales if value.dim() == 1 else channel_scales[:, None]
-            self.changed[name] = ((value.float() + offset) / divisor - offset).to(value.dtype)
+            self.changed[name] = ((value.to(divisor.device).float() + offset) / divisor - offset).to(value.dtype)
             self._place(local, self.changed[name])
         for consumer in rule.consumers:
             self._divisors[consumer] = channel_scales
@@ -330,7 +337,7 @@ class Block:
 
     def _place(self, local: str, value: Tensor) -> None:
         if self._walks:
-            assign(self.module, local, value.to(self.stream.dtype))
+            assign(self.module, local, value.to(self.stream.device, self.stream.dtype))
 
     def load(self) -> None:
         """Give the module its weights: the model's own, or a restored block's."""
@@ -378,6 +385,15 @@ def assign(module: nn.Module, local: str, value: Tensor) -> None:
     setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module.register_buffer(
+                    name, buffer.to(device), persistent=name not in module._non_persistent_buffers_set
+                )
+
+
 class BlockStream:
     """The blocks of a model, to be quantized in the order of iteration.
 
@@ -385,6 +401,7 @@ class BlockStream:
     batches: how to make each calibration batch; made when its pass starts.
     restore: what a finished block was made of, where an earlier run got that far.
     dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
+    device: where passes run and codes are chosen; one block's weights lie there at a time.
     """
 
     def __init__(
@@ -397,8 +414,10 @@ class BlockStream:
         outside: dict[str, QuantizedWeight],
         restore: Callable[[BlockInfo], BlockResult | None],
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.components, self.plan, self.specs, self.dtype = components, plan, specs, dtype
+        self.components, self.plan, self.specs = components, plan, specs
+        self.dtype, self.device = dtype, device
         self.model_dtype = components.dtype
         self.model = components.skeleton()
         self._batches, self._outside, self._restore = batches, outside, restore
@@ -464,8 +483,11 @@ class BlockStream:
             inputs = make().inputs
             walk = getcurrent()
             assert isinstance(walk, _Walk)
-            walk.token_mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-            cast = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+            walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
+            cast = {
+                key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+                for key, value in inputs.items()
+            }
             self.model(**cast, use_cache=False)
 
         return run
@@ -478,8 +500,9 @@ class BlockStream:
                 continue
             codes = self._outside.get(parameter.name)
             value = self.read(parameter.name) if codes is None else codes.dequantize()
-            assign(self.model, parameter.name, value.to(self.dtype))
+            assign(self.model, parameter.name, value.to(self.device, self.dtype))
         self.components.materialize_buffers(self.model)
+        _move_buffers(self.model, self.device)
 
     def _take_over(self) -> None:
         """Put ourselves between the model and its blocks, the blocks and their linears."""
