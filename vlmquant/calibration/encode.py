@@ -1,0 +1,375 @@
+"""Samples -> model inputs, by the model's own processor and chat template, answers marked; batches by length."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlmquant.calibration.images import open_image
+from vlmquant.calibration.processor import chat_template
+from vlmquant.calibration.samples import Sample
+from vlmquant.errors import InputError, SentinelError
+
+TIDY_CAPTIONS = True
+"""Whether captions are tidied (`tidy_caption`) before they are scored or calibrated on; both must agree."""
+
+TOKEN_ALIGNED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""Inputs whose dimension 1 counts tokens. All others are images' and are joined along dimension 0."""
+
+NOT_MODEL_INPUTS = ("labels",)
+"""What processors return beside the model's inputs."""
+
+ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
+"""token_type_ids of answer tokens by processor class, where not 0: PaliGemma reads its prefix in both directions."""
+
+MARKER = "vlmquantmarker"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as a model's inputs."""
+
+    sample: Sample
+    inputs: dict[str, Tensor]
+    """Batch of one: input_ids and attention_mask (1, tokens), and what the processor adds for its images."""
+    answer_mask: Tensor
+    """(tokens,) bool: the answer's tokens and the token that ends the turn; all false for a prompt to generate from."""
+    pad_id: int
+    """Token id that fills shorter rows of a batch."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.answer_mask)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded to one length; keys as the model's forward takes them."""
+
+    inputs: dict[str, Tensor]
+    answer_mask: Tensor
+    """(batch, tokens) bool, aligned with input_ids."""
+    samples: tuple[Sample, ...]
+
+
+def tidy_caption(text: str) -> str:
+    """A human caption in one spelling: no detached or missing full stop, a capital first letter.
+
+    "a dog runs ." -> "A dog runs."
+    """
+    text = text.strip().rstrip(" .").strip()
+    return text[:1].upper() + text[1:] + "."
+
+
+class Encoder:
+    """Turns samples into inputs with one model's processor. `prompt_style` says how: "chat template" or "plain"."""
+
+    def __init__(self, processor: Any, *, tidy_captions: bool = TIDY_CAPTIONS) -> None:
+        self.processor, self.tokenizer, self.tidy_captions = processor, processor.tokenizer, tidy_captions
+        self.image_token: str | None = getattr(processor, "image_token", None)
+        owners = (processor, self.tokenizer)
+        self.image_ids = {getattr(owner, "image_token_id", None) for owner in owners} - {None}
+        self.template = chat_template(processor)
+        self.prompt_style = "chat template" if self.template else "plain"
+        if self.template is None and self.image_token is None:
+            raise InputError("the model has neither a chat template nor an image token; add its chat_template.jinja")
+        pad = self.tokenizer.pad_token_id
+        self.pad_id: int = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
+        self._text_as_parts = True
+        self._lead, self._end_ids = self._probe_turn()
+
+    # The prompt
+
+    def prompt(self, sample: Sample) -> str:
+        """The text up to where the answer begins, with one image token per image."""
+        text = self._render(_messages(sample, as_parts=self._text_as_parts)) if self.template else self._plain(sample)
+        where = f"sample {sample.id}"
+        images = text.count(self.image_token) if self.image_token else 0
+        if images < len(sample.images):
+            raise SentinelError(
+                f"{where}: no image tokens in the prompt: it has {images} for {len(sample.images)} image(s); "
+                f"it reads {text[:200]!r}; check the model's chat template"
+            )
+        if images > len(sample.images):
+            raise InputError(f"{where}: its text contains the model's image token {self.image_token!r}; take it out")
+        for what, part in (("question", sample.question), ("system message", sample.system or "")):
+            if part.strip() not in text:
+                raise InputError(f"{where}: the model's chat template leaves out the {what}; it reads {text[:200]!r}")
+        return text
+
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = True) -> str:
+        try:
+            return str(
+                self.processor.apply_chat_template(
+                    messages, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
+                )
+            )
+        except jinja2.TemplateError as error:
+            raise InputError(f"the model's chat template refuses these messages: {error}") from error
+
+    def _plain(self, sample: Sample) -> str:
+        """For models without a chat template: images, then the turns, one a line."""
+        turns = [text for turn in sample.history for text in (turn.question, turn.answer)]
+        lines = [*([sample.system] if sample.system else []), *turns, sample.question]
+        text = (self.image_token or "") * len(sample.images) + "\n".join(lines)
+        return text if self._ends_prompt_itself else f"{text}\n"
+
+    @property
+    def _ends_prompt_itself(self) -> bool:
+        return type(self.processor).__name__ == "PaliGemmaProcessor"  # adds the newline after the prompt
+
+    def _probe_turn(self) -> tuple[str, list[int]]:
+        """The spaces that the template puts between generation prompt and answer, and the ids that end a turn."""
+        eos = [] if self.tokenizer.eos_token_id is None else [int(self.tokenizer.eos_token_id)]
+        if self.template is None:
+            return "", self._needed(eos)
+        for as_parts in (True, False):
+            self._text_as_parts = as_parts
+            answer = {"role": "assistant", "content": _content(MARKER, as_parts)}
+            question = {"role": "user", "content": _content("?", as_parts)}
+            try:
+                prompt, whole = self._render([question]), self._render([question, answer], prompt=False)
+            except InputError:
+                if not as_parts:
+                    raise
+                continue
+            if whole.count(MARKER) == 1:
+                break
+        else:
+            raise InputError("the model's chat template leaves out the assistant's messages; check chat_template.jinja")
+        before, after = whole.split(MARKER)
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        return (lead if not lead.strip() else ""), self._needed(self._end_of_turn(after) or eos)
+
+    def _end_of_turn(self, text: str) -> list[int]:
+        """Ids of `text` up to and with its first special token; empty if it has none."""
+        ids = self._ids(text)
+        for position, token in enumerate(ids):
+            if token in self._special_ids():
+                return ids[: position + 1]
+        return []
+
+    def _special_ids(self) -> set[int]:
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {*self.tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
+
+    def _needed(self, end_ids: list[int]) -> list[int]:
+        if not end_ids:
+            raise InputError("the model's tokenizer has no eos_token and its chat template no end of turn")
+        return end_ids
+
+    # The answer
+
+    def answer_text(self, sample: Sample, answer: str) -> str:
+        """The answer as it is scored: captions tidied if asked for, all others as they are."""
+        return tidy_caption(answer) if self.tidy_captions and sample.task == "caption" else answer
+
+    def answer_ids(self, prompt: str, answer: str) -> list[int]:
+        """Token ids of an answer behind a prompt, and the ids that end the turn.
+
+        The ids that follow the prompt's own, when prompt and answer are tokenized together; where a merge across the
+        border changes the prompt's ids, the answer is tokenized alone, since the model is given the prompt as it is.
+        """
+        text = self._lead + answer
+        border = prompt if self.template else "\n"
+        before, both = self._ids(border), self._ids(border + text)
+        ids = both[len(before) :] if both[: len(before)] == before else self._ids(text)
+        return ids + self._end_ids
+
+    def _ids(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    # Both
+
+    def encode(self, sample: Sample, answer: str | None) -> Encoded:
+        """Prompt and answer as a batch of one; with answer None, the prompt alone, to generate from.
+
+        Raises InputError for an unreadable image or what the processor refuses, SentinelError if the images do not
+        arrive in the prompt. Nothing is cut.
+        """
+        prompt = self.prompt(sample)
+        inputs = self._process(sample, prompt)
+        length = inputs["input_ids"].shape[1]
+        if sample.images and self.image_ids and self.image_tokens(inputs) == 0:
+            raise SentinelError(
+                f"sample {sample.id}: no image tokens in the prompt after processing; check the processor"
+            )
+        ids = self.answer_ids(prompt, self.answer_text(sample, answer)) if answer is not None else []
+        if ids:
+            inputs = {key: self._append(key, value, ids) for key, value in inputs.items()}
+        answer_mask = torch.zeros(length + len(ids), dtype=torch.bool)
+        answer_mask[length:] = True
+        return Encoded(sample, inputs, answer_mask, self.pad_id)
+
+    def image_tokens(self, inputs: dict[str, Tensor]) -> int:
+        """How many of the input tokens stand for image features."""
+        return int(torch.isin(inputs["input_ids"], torch.tensor(sorted(self.image_ids), dtype=torch.long)).sum())
+
+    def _process(self, sample: Sample, prompt: str) -> dict[str, Tensor]:
+        images = [open_image(path) for path in sample.images]
+        bos = self.tokenizer.bos_token
+        options: dict[str, Any] = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
+        if images:
+            options["images"] = [images]
+        try:
+            output = self.processor(text=[prompt], return_tensors="pt", **options)
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"sample {sample.id}: the model's processor refuses it: {reason[:300]}") from error
+        inputs = {
+            key: value for key, value in output.items() if key not in NOT_MODEL_INPUTS and isinstance(value, Tensor)
+        }
+        inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        return inputs
+
+    def _append(self, key: str, value: Tensor, ids: list[int]) -> Tensor:
+        """A token-aligned input (1, tokens, ...) lengthened by the answer's tokens; others unchanged."""
+        if key not in TOKEN_ALIGNED:
+            return value
+        if key == "cross_attention_mask":  # the answer sees what the prompt's last token sees
+            return torch.cat([value, value[:, -1:].expand(-1, len(ids), *value.shape[2:])], dim=1)
+        if key == "input_ids":
+            tail = value.new_tensor([ids])
+        elif key == "attention_mask":
+            tail = value.new_ones(1, len(ids))
+        else:
+            kind = ANSWER_TOKEN_TYPE.get(type(self.processor).__name__, 0) if key == "token_type_ids" else 0
+            tail = value.new_full((1, len(ids)), kind)
+        return torch.cat([value, tail], dim=1)
+
+
+def _content(text: str, as_parts: bool) -> str | list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if as_parts else text
+
+
+def _messages(sample: Sample, *, as_parts: bool) -> list[dict[str, Any]]:
+    """A sample's turns as chat messages; the images stand before the first question."""
+    messages: list[dict[str, Any]] = []
+    if sample.system is not None:
+        messages.append({"role": "system", "content": _content(sample.system, as_parts)})
+    for turn in sample.history:
+        messages.append({"role": "user", "content": _content(turn.question, as_parts)})
+        messages.append({"role": "assistant", "content": _content(turn.answer, as_parts)})
+    messages.append({"role": "user", "content": _content(sample.question, as_parts)})
+    if sample.images:
+        first = next(message for message in messages if message["role"] == "user")
+        content = first["content"] if as_parts else _content(first["content"], True)
+        first["content"] = [*({"type": "image"} for _ in sample.images), *content]
+    return messages
+
+
+def collate(items: Sequence[Encoded], pad_side: str) -> Batch:
+    """Pad to one length on the "right" (to score) or the "left" (to generate from), and join.
+
+    Inputs of images are padded at their ends to one shape and joined along dimension 0: (1, 3, H, W) of LLaVA stack,
+    Qwen's (patches, features) and image_grid_thw follow one another. All items must have the same inputs, that is all
+    have images or none.
+    """
+    assert items
+    assert pad_side in ("left", "right")
+    assert len({frozenset(item.inputs) for item in items}) == 1, "items with and without images cannot share a batch"
+    tokens = max(item.tokens for item in items)
+
+    def pad_tokens(value: Tensor, fill: int) -> Tensor:
+        missing = tokens - value.shape[1]
+        edge = (missing, 0) if pad_side == "left" else (0, missing)
+        return functional.pad(value, (0, 0) * (value.dim() - 2) + edge, value=fill)
+
+    inputs = {}
+    for key in items[0].inputs:
+        if key in TOKEN_ALIGNED:
+            rows = [pad_tokens(item.inputs[key], item.pad_id if key == "input_ids" else 0) for item in items]
+        else:
+            rows = _same_shape([item.inputs[key] for item in items])
+        inputs[key] = torch.cat(rows)
+    answer_mask = torch.cat([pad_tokens(item.answer_mask[None], 0) for item in items])
+    return Batch(inputs, answer_mask, tuple(item.sample for item in items))
+
+
+def _same_shape(values: list[Tensor]) -> list[Tensor]:
+    """Zeros at the ends of all dimensions but the first, up to the largest; joined along the first afterwards."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padding = [
+        [edge for size, largest in zip(value.shape[:0:-1], shape[::-1], strict=True) for edge in (0, largest - size)]
+        for value in values
+    ]
+    return [functional.pad(value, edges) if any(edges) else value for value, edges in zip(values, padding, strict=True)]
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What went into batches and what did not."""
+
+    samples: int
+    tokens: int
+    """Padding not counted."""
+    image_tokens: int
+    answer_tokens: int
+    prompt_style: str
+    """"chat template", or "plain" for a model that has none."""
+    too_long: dict[str, int] = field(default_factory=dict)
+    """Samples left out because they are longer than max_tokens: id -> tokens."""
+
+
+def make_batches(
+    samples: Sequence[Sample], processor: Any, *, max_tokens: int, batch_size: int, tidy_captions: bool = TIDY_CAPTIONS
+) -> tuple[list[Callable[[], Batch]], BatchReport]:
+    """Calibration batches: every sample with its first answer, padded on the right; see `batch_pairs`."""
+    pairs = [(sample, sample.answers[0]) for sample in samples]
+    encoder = Encoder(processor, tidy_captions=tidy_captions)
+    return batch_pairs(pairs, encoder, max_tokens=max_tokens, batch_size=batch_size, pad_side="right")
+
+
+def batch_pairs(
+    pairs: Sequence[tuple[Sample, str | None]], encoder: Encoder, *, max_tokens: int, batch_size: int, pad_side: str
+) -> tuple[list[Callable[[], Batch]], BatchReport]:
+    """How to make each batch of (sample, answer) pairs; images are opened when a batch is made, so none wait in memory.
+
+    A batch holds samples with the same number of images and of nearly the same length. The order depends on nothing but
+    the pairs: samples with most images first, then by length. A sample longer than max_tokens is left out and counted.
+    Raises InputError if nothing is left.
+    """
+    kept: list[tuple[int, int, int]] = []
+    too_long: dict[str, int] = {}
+    tokens = image_tokens = answer_tokens = 0
+    for position, (sample, answer) in enumerate(pairs):
+        item = encoder.encode(sample, answer)
+        if item.tokens > max_tokens:
+            too_long[sample.id] = item.tokens
+            continue
+        kept.append((-len(sample.images), item.tokens, position))
+        tokens += item.tokens
+        image_tokens += encoder.image_tokens(item.inputs)
+        answer_tokens += int(item.answer_mask.sum())
+    if not kept:
+        why = (
+            f"all {len(too_long)} are longer than {max_tokens} tokens; raise max_tokens"
+            if too_long
+            else "none were given"
+        )
+        raise InputError(f"no sample is left to make batches of: {why}")
+    kept.sort()
+    batches: list[Callable[[], Batch]] = []
+    start = 0
+    for end in range(1, len(kept) + 1):
+        if end == len(kept) or end - start == batch_size or kept[end][0] != kept[start][0]:
+            batches.append(_Maker(encoder, [pairs[position] for *_, position in kept[start:end]], pad_side))
+            start = end
+    report = BatchReport(len(kept), tokens, image_tokens, answer_tokens, encoder.prompt_style, too_long)
+    return batches, report
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes one batch when called."""
+
+    encoder: Encoder
+    pairs: list[tuple[Sample, str | None]]
+    pad_side: str
+
+    def __call__(self) -> Batch:
+        return collate([self.encoder.encode(sample, answer) for sample, answer in self.pairs], self.pad_side)
