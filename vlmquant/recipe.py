@@ -181,6 +181,8 @@ class CalibrationSpec(Data):
     """A longer sample is left out and counted; an image's tokens are never cut."""
     strata: dict[str, Annotated[int, Field(ge=0)]] | None = None
     """Samples per task; null shares `samples` among the set's tasks in proportion to their size."""
+    order: Literal["hashed", "file"] = "hashed"
+    """Which samples of a task are taken: hashed ranks them by a hash of seed and id, file takes the first ones."""
 
 
 class OutputSpec(Data):
