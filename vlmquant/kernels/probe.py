@@ -1,4 +1,4 @@
-"""What is fast on this machine, found by a short measurement and never by assumption; each answer is kept for the process."""
+"""What is fast on this machine: measured shortly, never assumed; each answer is kept for the process."""
 
 import functools
 import time
@@ -9,7 +9,7 @@ import torch
 ROUNDS = 3
 """Timings of each candidate after one warm-up; the fastest counts, since others only add disturbance."""
 MATMUL_SHAPE = (128, 512, 512)
-"""Tokens, inputs, outputs of the probe matmul: under a millisecond in float32, and still short where bfloat16 is emulated."""
+"""Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
 
 
 def fastest_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -1,4 +1,4 @@
-"""What the kernels compute, in plain torch: the definition of the right answer, and what runs where no kernel is faster."""
+"""What the kernels compute, in plain torch: the definition of the right answer."""
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vlmquant.grid import QuantizedWeight
 
 ACTIVATION_STEPS = 127.5
-"""A token's largest magnitude lies at this code: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
+"""Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
 ACTIVATION_FLOOR = 1e-12
 """Smallest activation scale; a token of zeros gets it, and its codes are exact zeros."""
 
