@@ -1,0 +1,1 @@
+"""What quantization cost: perplexity, captions, answers, divergence from the reference, speed, memory."""

@@ -1,0 +1,111 @@
+"""What an evaluation found, as plain frozen data that a report stores and a gate judges."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from vlmquant.errors import InputError
+
+
+@dataclass(frozen=True)
+class SampleScore:
+    """One sample through one model. Sums run over the answer tokens of all its scored references."""
+
+    id: str
+    task: str
+    images: tuple[str, ...]
+    """sha256 of each image file; samples that share one are resampled together."""
+    tokens: int
+    """Answer tokens, end token included."""
+    nll: float
+    """Negative log-likelihood of the answer tokens, nats."""
+    all_tokens: int
+    """Text tokens that a model predicts: the prompt's (once, without image placeholders) and the answers'."""
+    all_nll: float
+    kl: float | None
+    """Sum of KL(reference || this model) over the answer tokens, nats; None for the reference itself."""
+    flips: int | None
+    """Answer tokens whose most likely token differs from the reference's; None for the reference itself."""
+    generated: str | None
+    """The greedy answer; None when nothing was generated."""
+    references: tuple[str, ...]
+    exact: bool | None
+    """Whether the greedy answer equals one of the references; None for captions and other long answers."""
+    wrong_image_nll: float | None = None
+    """As nll, with another sample's image in place of this one's; None when not asked for or there is no image."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What running the model took, measured in a process of its own."""
+
+    weight_bytes: int
+    """Bytes of the model's safetensors files."""
+    load_seconds: float
+    peak_bytes: int
+    """Peak resident memory of the process that loaded and scored the model."""
+    tokens_per_second: float | None
+    """Median over prompts of greedy decoding at batch size 1, prefill excluded; None when not measured."""
+    prefill_seconds: float | None
+    """Median seconds to the first token at batch size 1, image included, preprocessing excluded."""
+    tokens_per_second_range: tuple[float, float] | None = None
+    """Slowest and fastest prompt."""
+    load_peak_bytes: int | None = None
+    """Peak resident memory right after loading."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model on one set of samples."""
+
+    model: str
+    """Path of the model's directory."""
+    label: str
+    """The name of its row in tables."""
+    samples: tuple[SampleScore, ...]
+    costs: Costs
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    manifest: dict[str, Any] | None
+    """vlmquant.json of the model's directory; None for a model that vlmquant did not write."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, lists and numbers, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Run":
+        """Inverse of to_dict, also after a round through JSON; InputError for missing or unknown keys."""
+        plain = _checked(cls, data)
+        samples = tuple(_record(SampleScore, sample) for sample in plain.pop("samples"))
+        return cls(samples=samples, costs=_record(Costs, plain.pop("costs")), **plain)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its bootstrap interval."""
+
+    point: float
+    low: float
+    high: float
+    n: int
+    """Samples behind it."""
+    standard_error: float | None = None
+    """Standard deviation of the bootstrap resamples, in the unit of the point."""
+
+
+Record = TypeVar("Record")
+
+
+def _checked(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(kind)}
+    optional = {field.name for field in fields(kind) if field.default is None}
+    if not isinstance(data, Mapping) or not known - optional <= set(data) <= known:
+        found = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+        raise InputError(f"not a {kind.__name__} record: expected the keys {sorted(known)}, found {found}")
+    return dict(data)
+
+
+def _record(kind: type[Record], data: Mapping[str, Any]) -> Record:
+    plain = {key: tuple(value) if isinstance(value, list) else value for key, value in _checked(kind, data).items()}
+    return kind(**plain)
