@@ -1,0 +1,464 @@
+"""What becomes of every tensor of a model under a recipe, and the bytes it will take: from names and shapes alone."""
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from vlmquant.components import BlockInfo, ComponentMap, LinearInfo, ParameterInfo
+from vlmquant.errors import PlanError
+from vlmquant.packing import packed_columns
+from vlmquant.recipe import BITSANDBYTES_SCHEMES, COMPONENTS, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
+
+PACKED_WORD_BYTES = 4
+WEIGHT_SHAPE_BYTES = 16
+"""The pair of int64 that compressed-tensors stores beside packed codes."""
+SMALLEST_GROUP = 16
+"""Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
+NF4_BLOCK = 64
+"""Weights that share one float32 scale in bitsandbytes' NF4."""
+DATA_FREE = "rtn"
+"""The method for weights outside the blocks: no calibration inputs are collected there."""
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """What becomes of one tensor. `scheme` is the name nf4 or bnb-int8 where bitsandbytes quantizes it."""
+
+    name: str
+    component: str
+    action: Literal["quantize", "keep"]
+    scheme: Scheme | str | None
+    method: str | None
+    reason: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def scheme_label(self) -> str:
+        """Such as w4a16-g128; fp16 for what is kept."""
+        if self.scheme is None:
+            return KEEP
+        return self.scheme.label if isinstance(self.scheme, Scheme) else self.scheme
+
+    @property
+    def weights(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some lines of a plan."""
+
+    parameters: int
+    quantized_parameters: int
+    bytes_before: int
+    bytes_after: int
+    quantized_bytes_after: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all weights, kept ones included."""
+        return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
+
+    @property
+    def quantized_bits_per_weight(self) -> float:
+        """Over the quantized weights, their scales and zeros included; 0 where there are none."""
+        return 8 * self.quantized_bytes_after / self.quantized_parameters if self.quantized_parameters else 0.0
+
+
+def _totals(lines: Sequence[PlanLine]) -> Totals:
+    quantized = [line for line in lines if line.action == "quantize"]
+    return Totals(
+        parameters=sum(line.weights for line in lines),
+        quantized_parameters=sum(line.weights for line in quantized),
+        bytes_before=sum(line.bytes_before for line in lines),
+        bytes_after=sum(line.bytes_after for line in lines),
+        quantized_bytes_after=sum(line.bytes_after for line in quantized),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One line for every tensor of the checkpoint, in the model's order."""
+
+    lines: tuple[PlanLine, ...]
+    fallbacks: tuple[str, ...] = field(default=())
+    """One sentence for every layer that did not get the scheme the recipe asks for."""
+
+    @cached_property
+    def _by_name(self) -> dict[str, PlanLine]:
+        return {line.name: line for line in self.lines}
+
+    def line(self, name: str) -> PlanLine:
+        """By the parameter's name in the model."""
+        return self._by_name[name]
+
+    @cached_property
+    def totals(self) -> Totals:
+        return _totals(self.lines)
+
+    @property
+    def bytes_before(self) -> int:
+        return self.totals.bytes_before
+
+    @property
+    def bytes_after(self) -> int:
+        return self.totals.bytes_after
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Over all weights of the model."""
+        return self.totals.bits_per_weight
+
+    def by_component(self) -> dict[str, Totals]:
+        """Totals of every component that has tensors of its own, in the order of the recipe."""
+        groups = {name: [line for line in self.lines if line.component == name] for name in COMPONENTS}
+        return {name: _totals(lines) for name, lines in groups.items() if lines}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the same plan gives the same data."""
+        return {
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "components": {
+                name: {
+                    "parameters": totals.parameters,
+                    "bytes_before": totals.bytes_before,
+                    "bytes_after": totals.bytes_after,
+                    "bits_per_weight": round(totals.bits_per_weight, 4),
+                    "quantized_bits_per_weight": round(totals.quantized_bits_per_weight, 4),
+                }
+                for name, totals in self.by_component().items()
+            },
+            "fallbacks": list(self.fallbacks),
+            "lines": [_line_json(line) for line in self.lines],
+        }
+
+
+def _line_json(line: PlanLine) -> dict[str, Any]:
+    scheme = line.scheme.model_dump() if isinstance(line.scheme, Scheme) else line.scheme
+    return {
+        "name": line.name,
+        "component": line.component,
+        "action": line.action,
+        "scheme": scheme,
+        "label": line.scheme_label,
+        "method": line.method,
+        "reason": line.reason,
+        "shape": list(line.shape),
+        "bytes_before": line.bytes_before,
+        "bytes_after": line.bytes_after,
+    }
+
+
+def stored_bytes(shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtype) -> int:
+    """Bytes of a weight (out, in) and all that is stored beside it; for bitsandbytes' schemes an estimate.
+
+    compressed-tensors: packed codes in int32 words, scales in `dtype`, the shape as two int64, and zero points packed along
+    the rows; int8 weights with int8 activations are stored unpacked, with their scales only.
+    """
+    rows, columns = shape
+    if scheme == "nf4":
+        return -(-rows * columns // 2) + -(-rows * columns // NF4_BLOCK) * torch.float32.itemsize
+    if isinstance(scheme, str):
+        return rows * columns + rows * torch.float32.itemsize
+    groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
+    scales = rows * groups * dtype.itemsize
+    if scheme.activations == "dynamic-int8":
+        return rows * columns + scales
+    zeros = 0 if scheme.symmetric else packed_columns(rows, scheme.bits) * groups * PACKED_WORD_BYTES
+    return rows * packed_columns(columns, scheme.bits) * PACKED_WORD_BYTES + scales + zeros + WEIGHT_SHAPE_BYTES
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the recipe makes of one weight."""
+
+    scheme: Scheme | str
+    method: str | None
+    reason: str
+    fallback: bool = False
+
+
+def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
+    """A line for every tensor. PlanError where the recipe cannot be carried out on this model; nothing is read or written."""
+    choices: dict[str, _Choice] = {}
+    for component, spec in recipe.specs():
+        _check_spec(component, spec)
+        _check_globs(components, component, spec)
+        if not _quantizes(spec):
+            continue
+        _check_ties(components, component, spec)
+        if component == "embedding":
+            candidates = {_embedding(components, spec)}
+            choices |= {name: _Choice(spec.scheme, DATA_FREE, "") for name in candidates}
+            continue
+        groups = list(_groups(components, component))
+        if not groups:
+            raise PlanError(
+                f"components.{component}: the recipe quantizes it, but this {components.config.model_type} model has no "
+                "linear layer there; make it fp16"
+            )
+        for group, block in groups:
+            choices |= _choose_group(components, recipe, spec, group, block)
+    lines = tuple(
+        _line(parameter, choices.get(parameter.name), components, recipe) for parameter in components.parameters
+    )
+    fallbacks = tuple(f"{name}: {choice.reason}" for name, choice in choices.items() if choice.fallback)
+    return Plan(lines, fallbacks)
+
+
+def _quantizes(spec: ComponentSpec) -> bool:
+    return spec.scheme != KEEP or any(override.scheme not in (None, KEEP) for override in spec.overrides)
+
+
+def _check_spec(component: str, spec: ComponentSpec) -> None:
+    """Schemes and methods that do not go together."""
+    pairs = [(spec.scheme, spec.method)] + [
+        (override.scheme or spec.scheme, override.method or spec.method) for override in spec.overrides
+    ]
+    for scheme, method in pairs:
+        if scheme == KEEP:
+            continue
+        if (scheme in BITSANDBYTES_SCHEMES) != (method == "bitsandbytes"):
+            label = scheme.label if isinstance(scheme, Scheme) else scheme
+            raise PlanError(
+                f"components.{component}: scheme {label} does not go with method {method}; nf4 and bnb-int8 go with "
+                "bitsandbytes, and with nothing else"
+            )
+        if method == "int8" and isinstance(scheme, Scheme) and scheme.bits != 8:
+            raise PlanError(
+                f"components.{component}: method int8 makes 8-bit weights, not {scheme.label}; use rtn, gptq or awq"
+            )
+
+
+def _check_ties(components: ComponentMap, component: str, spec: ComponentSpec) -> None:
+    if component not in ("embedding", "lm_head") or not components.tied:
+        return
+    if any(_component_of(components, name) == component for group in components.tied for name in group):
+        raise PlanError(
+            f"components.{component}: embedding and lm_head are one tied tensor in this model, and neither transformers nor "
+            "vLLM loads it quantized; leave both at fp16"
+        )
+
+
+def _component_of(components: ComponentMap, name: str) -> str | None:
+    """The component that a parameter's name belongs to, also where it has no tensor of its own on disk."""
+    prefixes = sorted(components.family.prefixes().items(), key=lambda item: -len(item[0]))
+    return next((owner for prefix, owner in prefixes if name.startswith(f"{prefix}.")), None)
+
+
+def _embedding(components: ComponentMap, spec: ComponentSpec) -> str:
+    """The name of the embedding's weight, if it can be stored as the recipe asks."""
+    if spec.scheme != SHORT_SCHEMES["w8"] or spec.method != DATA_FREE or spec.overrides:
+        raise PlanError(
+            "components.embedding: an embedding is stored as w8 (int8 with a scale for every row, method rtn, no overrides) "
+            "or as fp16"
+        )
+    prefix = next(prefix for prefix, owner in components.family.prefixes().items() if owner == "embedding")
+    module = components.skeleton().get_submodule(prefix)
+    if type(module) is not nn.Embedding:
+        raise PlanError(
+            f"components.embedding: {prefix} is a {type(module).__name__}, which does more than look up rows; make it fp16"
+        )
+    return f"{prefix}.weight"
+
+
+def _groups(components: ComponentMap, component: str) -> Iterator[tuple[tuple[LinearInfo, ...], BlockInfo | None]]:
+    """The linears of a component that can be quantized, together where they must share a scheme, with their block."""
+    for block in components.blocks:
+        if block.component == component:
+            for group in components.fused_groups(block):
+                yield group, block
+    if component in ("projector", "lm_head"):
+        for linear in components.linears:
+            if linear.component == component:
+                yield (linear,), None
+
+
+def _choose_group(
+    components: ComponentMap,
+    recipe: Recipe,
+    spec: ComponentSpec,
+    group: tuple[LinearInfo, ...],
+    block: BlockInfo | None,
+) -> dict[str, _Choice]:
+    """The choice for linears that one serving kernel runs: one scheme for all, after overrides and fallback."""
+    blocks = sum(other.component == group[0].component for other in components.blocks) if block else 1
+    wanted = {linear.name: _wanted(components, spec, linear, block, blocks) for linear in group}
+    first = wanted[group[0].name]
+    for linear in group:
+        if wanted[linear.name].scheme != first.scheme:
+            names = ", ".join(one.local for one in group)
+            labels = ", ".join(_label(wanted[one.name].scheme) for one in group)
+            raise PlanError(
+                f"{block.name if block else linear.name}: {names} run as one kernel when served and need one scheme, "
+                f"but the recipe gives them {labels}; let keep and overrides cover all of them"
+            )
+    choices = {}
+    for linear in group:
+        choice = _fit(wanted[linear.name], linear, recipe)
+        if block is None and choice.scheme != KEEP and choice.method not in (DATA_FREE, "bitsandbytes"):
+            raise PlanError(
+                f"components.{linear.component}: {linear.name} lies outside the blocks, where method {choice.method} has no "
+                f"inputs to look at; use method: {DATA_FREE}"
+            )
+        choices[f"{linear.name}.weight"] = choice
+    return choices
+
+
+def _label(scheme: Scheme | str) -> str:
+    return scheme.label if isinstance(scheme, Scheme) else scheme
+
+
+def _wanted(
+    components: ComponentMap, spec: ComponentSpec, linear: LinearInfo, block: BlockInfo | None, blocks: int
+) -> _Choice:
+    """What keep, overrides and the component's own scheme say, before the shape is looked at."""
+    if glob := _matching(spec.keep, _names_of(components, linear.name, linear.component, block)):
+        return _Choice(KEEP, None, f"listed under keep in the recipe as {glob}")
+    scheme, method, reason = spec.scheme, spec.method, ""
+    local = linear.local if block else _local(components, linear.name, linear.component)
+    for number, override in enumerate(spec.overrides):
+        if override.covers(block.index if block else 0, blocks, local):
+            scheme, method = override.scheme or scheme, override.method or method
+            reason = f"override {number + 1} of the recipe"
+    if scheme == KEEP:
+        return _Choice(KEEP, None, reason or "the recipe keeps it")
+    return _Choice(scheme, method, reason)
+
+
+def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe) -> _Choice:
+    """The choice itself, or the first of the recipe's fallbacks where the group size does not divide the inputs."""
+    scheme = choice.scheme
+    if not isinstance(scheme, Scheme) or scheme.group_size is None or linear.in_features % scheme.group_size == 0:
+        return choice
+    smaller = _smaller_group(linear.in_features, scheme.group_size)
+    why = f"{linear.in_features} inputs are no multiple of group size {scheme.group_size}"
+    for step in recipe.fallback.when_indivisible:
+        if step == "group_size" and smaller is not None:
+            fitting = scheme.model_copy(update={"group_size": smaller})
+            return _Choice(fitting, choice.method, f"{why}, so the group size is {smaller}", fallback=True)
+        if step in SHORT_SCHEMES:
+            method = choice.method if choice.method == DATA_FREE else "int8"
+            return _Choice(SHORT_SCHEMES[step], method, f"{why}, so it becomes {step}", fallback=True)
+        if step == KEEP:
+            return _Choice(KEEP, None, f"{why}, so it is kept at 16 bits", fallback=True)
+    advice = f"use a divisor such as {smaller}" if smaller else "use group_size: null"
+    raise PlanError(
+        f"components.{linear.component}: {linear.name} has {linear.in_features} inputs, which group size "
+        f"{scheme.group_size} does not divide; {advice}, list the layer under keep, or allow a fallback"
+    )
+
+
+def _smaller_group(inputs: int, group_size: int) -> int | None:
+    """The largest power of two below the group size that divides the inputs, and is worth its scales."""
+    size = 1 << (group_size - 1).bit_length() - 1
+    while size >= SMALLEST_GROUP:
+        if inputs % size == 0:
+            return size
+        size //= 2
+    return None
+
+
+def _line(parameter: ParameterInfo, choice: _Choice | None, components: ComponentMap, recipe: Recipe) -> PlanLine:
+    if choice is None or choice.scheme == KEEP:
+        reason = choice.reason if choice else _why_kept(parameter, getattr(recipe.components, parameter.component))
+        return PlanLine(
+            parameter.name,
+            parameter.component,
+            "keep",
+            None,
+            None,
+            reason,
+            parameter.shape,
+            parameter.nbytes,
+            parameter.nbytes,
+        )
+    return PlanLine(
+        parameter.name,
+        parameter.component,
+        "quantize",
+        choice.scheme,
+        choice.method,
+        choice.reason or f"components.{parameter.component} of the recipe",
+        parameter.shape,
+        parameter.nbytes,
+        stored_bytes(parameter.shape, choice.scheme, components.dtype),
+    )
+
+
+def _why_kept(parameter: ParameterInfo, spec: ComponentSpec) -> str:
+    if not _quantizes(spec):
+        return "the recipe keeps this component"
+    if len(parameter.shape) < 2:
+        return "a norm, bias or other vector"
+    return "not a linear layer of a block"
+
+
+def _local(components: ComponentMap, name: str, component: str) -> str:
+    """A module's name inside its component."""
+    prefixes = [prefix for prefix, owner in components.family.prefixes().items() if owner == component]
+    inside = next((name[len(prefix) + 1 :] for prefix in prefixes if name.startswith(f"{prefix}.")), "")
+    return inside or name.rpartition(".")[2]
+
+
+def _names_of(components: ComponentMap, name: str, component: str, block: BlockInfo | None) -> list[str]:
+    """What a glob may call a module: itself and what contains it, by full name, inside its component and inside its block."""
+    names = [name, _local(components, name, component)]
+    if block is not None:
+        names.append(name[len(block.name) + 1 :])
+    return [outer for one in names for outer in _with_parents(one)]
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _matching(globs: Sequence[str], names: Sequence[str]) -> str | None:
+    return next((glob for glob in globs if any(fnmatch.fnmatchcase(name, glob) for name in names)), None)
+
+
+def _check_globs(components: ComponentMap, component: str, spec: ComponentSpec) -> None:
+    """A keep glob or override that means nothing in this model is a mistake, not a wish that is already granted."""
+    blocks = [block for block in components.blocks if block.component == component]
+    known: set[str] = set()
+    if spec.keep:
+        for parameter in components.parameters:
+            if parameter.component == component:
+                block = next((block for block in blocks if parameter.name.startswith(f"{block.name}.")), None)
+                known.update(_names_of(components, parameter.name.rpartition(".")[0], component, block))
+    for glob in spec.keep:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in known):
+            raise PlanError(
+                f"components.{component}.keep: '{glob}' names no module of this model{_nearest(glob, known)}"
+            )
+    for number, override in enumerate(spec.overrides):
+        where = f"components.{component}.overrides.{number}"
+        places = [(block.index, len(blocks), linear.local) for block in blocks for linear in block.linears] or [
+            (0, 1, _local(components, linear.name, component))
+            for linear in components.linears
+            if linear.component == component
+        ]
+        if any(override.covers(*place) for place in places):
+            continue
+        locals_ = {local for _, _, local in places}
+        for glob in override.modules:
+            if not any(fnmatch.fnmatchcase(local, glob) for local in locals_):
+                raise PlanError(f"{where}: '{glob}' names no linear layer of this model{_nearest(glob, locals_)}")
+        raise PlanError(f'{where}: layers "{override.layers}" hold none of its modules; there are {len(blocks)} layers')
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.3)
+    return f"; did you mean '{close[0]}'?" if close else ""
