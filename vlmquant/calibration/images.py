@@ -59,6 +59,15 @@ def open_image(source: Path | bytes, *, name: str | None = None) -> Image.Image:
         raise UnusableImageError(f"{where}: not a readable image ({reason}); replace or remove it") from error
 
 
+def image_format(data: bytes) -> str:
+    """Pillow's name of the format in some bytes, in lower case, such as "png". Raises UnusableImageError."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return str(image.format).lower()
+    except Exception as error:  # as in open_image
+        raise UnusableImageError("embedded image: not a readable image; replace or remove it") from error
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         gray = np.asarray(image, dtype=np.float32)

@@ -238,18 +238,16 @@ def _record(sample: Sample, folder: Path, files: dict[str, str]) -> dict[str, An
     return record
 
 
+def image_hashes(samples: Iterable[Sample]) -> dict[str, str]:
+    """Hash of decoded pixels -> id of the first sample that shows this image."""
+    ids: dict[str, str] = {}
+    for sample in samples:
+        for path in sample.images:
+            ids.setdefault(pixel_sha256(path), sample.id)
+    return ids
+
+
 def shared_images(first: Iterable[Sample], second: Iterable[Sample]) -> list[tuple[str, str]]:
     """(id, id) of samples of the two collections that show the same image, by decoded pixels; empty if none do."""
-    by_hash: dict[str, str] = {}
-    known: dict[Path, str] = {}
-
-    def hashes(sample: Sample) -> list[str]:
-        for path in sample.images:
-            if path not in known:
-                known[path] = pixel_sha256(path)
-        return [known[path] for path in sample.images]
-
-    for sample in first:
-        for digest in hashes(sample):
-            by_hash.setdefault(digest, sample.id)
-    return [(by_hash[digest], sample.id) for sample in second for digest in hashes(sample) if digest in by_hash]
+    ours, theirs = image_hashes(first), image_hashes(second)
+    return [(ours[digest], sample_id) for digest, sample_id in theirs.items() if digest in ours]
