@@ -71,8 +71,9 @@ class Encoder:
     def __init__(self, processor: Any, *, tidy_captions: bool = TIDY_CAPTIONS) -> None:
         self.processor, self.tokenizer, self.tidy_captions = processor, processor.tokenizer, tidy_captions
         self.image_token: str | None = getattr(processor, "image_token", None)
-        owners = (processor, self.tokenizer)
-        self.image_ids = {getattr(owner, "image_token_id", None) for owner in owners} - {None}
+        # Gemma 3's processor calls the token that opens an image its image token; the tokenizer's is the feature's.
+        own = getattr(self.tokenizer, "image_token_id", None)
+        self.image_id: int | None = own if own is not None else getattr(processor, "image_token_id", None)
         self.template = chat_template(processor)
         self.prompt_style = "chat template" if self.template else "plain"
         if self.template is None and self.image_token is None:
@@ -194,7 +195,7 @@ class Encoder:
         prompt = self.prompt(sample)
         inputs = self._process(sample, prompt)
         length = inputs["input_ids"].shape[1]
-        if sample.images and self.image_ids and self.image_tokens(inputs) == 0:
+        if sample.images and self.image_id is not None and self.image_tokens(inputs) == 0:
             raise SentinelError(
                 f"sample {sample.id}: no image tokens in the prompt after processing; check the processor"
             )
@@ -207,7 +208,7 @@ class Encoder:
 
     def image_tokens(self, inputs: dict[str, Tensor]) -> int:
         """How many of the input tokens stand for image features."""
-        return int(torch.isin(inputs["input_ids"], torch.tensor(sorted(self.image_ids), dtype=torch.long)).sum())
+        return int((inputs["input_ids"] == self.image_id).sum()) if self.image_id is not None else 0
 
     def _process(self, sample: Sample, prompt: str) -> dict[str, Tensor]:
         images = [open_image(path) for path in sample.images]

@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 from vlmquant.errors import InputError
@@ -97,7 +98,9 @@ def _without_video(model_dir: Path, processor_class: Any) -> Any:
             return None
         return processor_class.check_argument_for_proper_class(self, name, argument)
 
-    image_only = type(processor_class.__name__, (processor_class,), {"check_argument_for_proper_class": check})
+    # SmolVLM's own apply_chat_template only adds the video's frame rate to the common one.
+    changes = {"check_argument_for_proper_class": check, "apply_chat_template": ProcessorMixin.apply_chat_template}
+    image_only = type(processor_class.__name__, (processor_class,), changes)
     parts = {
         "tokenizer": AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False),
         "image_processor": AutoImageProcessor.from_pretrained(str(model_dir), trust_remote_code=False),
