@@ -109,13 +109,13 @@ class ComponentMap:
         if bad := int(value.numel() - value.isfinite().sum()):
             nan = int(value.isnan().sum())
             raise InputError(
-                f"{self.shards.entries[info.disk].file}: tensor {info.disk} holds {nan} NaN and {bad - nan} infinite values "
-                f"of {value.numel()}; the model is damaged, so download or train it again"
+                f"{self.shards.entries[info.disk].file}: tensor {info.disk} holds {nan} NaN and {bad - nan} infinite "
+                f"values of {value.numel()}; the model is damaged, so download or train it again"
             )
         return value
 
     def skeleton(self) -> nn.Module:
-        """The whole model on the meta device, in eval mode and in `dtype`, with an attention that runs on any device."""
+        """The whole model on the meta device, in eval mode and in `dtype`; its attention runs on any device."""
         return _build(self.config, self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
 
     def materialize_buffers(self, model: nn.Module) -> None:
@@ -177,7 +177,7 @@ def _is_sentinel(value: Tensor) -> bool:
 
 
 def locate_model(name_or_path: str | Path) -> Path:
-    """The directory of a model: a path as it is, or the local copy of a hub repository, downloaded where it is not cached."""
+    """The directory of a model: a path as it is, or a hub repository's local copy, downloaded if not cached."""
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -265,7 +265,7 @@ def _load_config(model_dir: Path, *, trust_remote_code: bool) -> Any:
             raise InputError(f"{file}: already quantized ({method}); start from the unquantized model")
     if "auto_map" in content and not trust_remote_code:
         raise InputError(
-            f"{file}: auto_map asks to run code from the model's directory; read that code, then pass --trust-remote-code"
+            f"{file}: auto_map asks to run code that comes with the model; read it, then pass --trust-remote-code"
         )
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
@@ -344,8 +344,8 @@ def _guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
     head = names.get(id(model.get_output_embeddings()))  # type: ignore[operator]
     if not (vision_root and text_root and embedding and head):
         raise InputError(
-            f"{model_dir}: model type {config.model_type} has no row in the table of families, and its config does not say "
-            f"where its parts are; unplaced: {', '.join(sorted(_children(model)))}"
+            f"{model_dir}: model type {config.model_type} has no row in the table of families, and its config does not "
+            f"say where its parts are; unplaced: {', '.join(sorted(_children(model)))}"
         )
     placed = (vision_root, text_root, embedding, head)
     projector = tuple(
@@ -365,7 +365,7 @@ def _children(model: nn.Module) -> list[str]:
 
 
 def _match_names(model: nn.Module, shards: Shards, model_dir: Path) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
-    """Parameter name -> tensor on disk, in the model's order, by transformers' own rules of renaming; and what is ignored."""
+    """Parameter name -> tensor on disk, in the model's order, by transformers' own renaming; and what is ignored."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -394,7 +394,7 @@ def _match_names(model: nn.Module, shards: Shards, model_dir: Path) -> tuple[dic
             unexpected.append(disk)
     if unexpected:
         raise InputError(
-            f"{model_dir}: {len(unexpected)} tensors have no place in a {model.config.model_type} model: {_some(unexpected)}; "
+            f"{model_dir}: {len(unexpected)} tensors have no place in a {type(model).__name__}: {_some(unexpected)}; "
             "does config.json belong to these weights?"
         )
     for entry in found.values():
@@ -444,7 +444,7 @@ def _check_shapes(
 
 
 def _place(found: dict[str, TensorEntry], family: Family, model_dir: Path) -> dict[str, str]:
-    """Parameter name -> component. InputError names what no prefix of the family covers, and a component without weights."""
+    """Parameter name -> component. InputError names what no prefix covers, and a component without weights."""
     prefixes = sorted(family.prefixes().items(), key=lambda item: -len(item[0]))
     owners, unplaced = {}, []
     for name in found:
@@ -477,7 +477,7 @@ def _linear_info(name: str, local: str, block: str | None, module: nn.Linear, co
 
 
 def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> Iterator[BlockInfo]:
-    """The items of the outermost module lists of vision encoder and language model: vision first, in order of definition."""
+    """The items of the outermost module lists, those of the vision encoder first, in order of definition."""
     linears = [(name, module) for name, module in _quantizable(model) if f"{name}.weight" in owners]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     lists = [name for name in lists if not any(name.startswith(f"{outer}.") for outer in lists)]
@@ -486,8 +486,8 @@ def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> It
         for name, module in linears:
             home = next((outer for outer in lists if name.startswith(f"{outer}.")), None)
             if home is not None and name.startswith(f"{root}.") and owners[f"{name}.weight"] == component:
-                index = name[len(home) + 1 :].partition(".")[0]
-                blocks.setdefault(f"{home}.{index}", []).append((name, module))
+                item = name[len(home) + 1 :].partition(".")[0]
+                blocks.setdefault(f"{home}.{item}", []).append((name, module))
         for index, (block, members) in enumerate(blocks.items()):
             yield BlockInfo(
                 block,

@@ -1,6 +1,6 @@
 """One row per model family: where its components live, and which tables its parts share.
 
-Modules are named as in transformers 5. What is repeated (the blocks) and what is linear is read from the modules themselves.
+Modules are named as in transformers 5. Which layers are repeated (the blocks) and which are linear, the modules say.
 """
 
 from dataclasses import dataclass
@@ -134,4 +134,4 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
 )
-"""Ends of names of linears of one module that get the same inputs, and that serving engines fuse; the first row that fits counts."""
+"""Name endings of linears of one module that get the same inputs and that serving fuses; the first fit counts."""

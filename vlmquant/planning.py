@@ -163,8 +163,8 @@ def _line_json(line: PlanLine) -> dict[str, Any]:
 def stored_bytes(shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtype) -> int:
     """Bytes of a weight (out, in) and all that is stored beside it; for bitsandbytes' schemes an estimate.
 
-    compressed-tensors: packed codes in int32 words, scales in `dtype`, the shape as two int64, and zero points packed along
-    the rows; int8 weights with int8 activations are stored unpacked, with their scales only.
+    compressed-tensors: packed codes in int32 words, scales in `dtype`, the shape as two int64, and zero points packed
+    along the rows; int8 weights with int8 activations are stored unpacked, with their scales only.
     """
     rows, columns = shape
     if scheme == "nf4":
@@ -190,7 +190,7 @@ class _Choice:
 
 
 def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
-    """A line for every tensor. PlanError where the recipe cannot be carried out on this model; nothing is read or written."""
+    """A line for every tensor. PlanError where the recipe cannot be carried out on this model; no weight is read."""
     choices: dict[str, _Choice] = {}
     for component, spec in recipe.specs():
         _check_spec(component, spec)
@@ -199,14 +199,13 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
             continue
         _check_ties(components, component, spec)
         if component == "embedding":
-            candidates = {_embedding(components, spec)}
-            choices |= {name: _Choice(spec.scheme, DATA_FREE, "") for name in candidates}
+            choices[_embedding(components, spec)] = _Choice(spec.scheme, DATA_FREE, "")
             continue
         groups = list(_groups(components, component))
         if not groups:
             raise PlanError(
-                f"components.{component}: the recipe quantizes it, but this {components.config.model_type} model has no "
-                "linear layer there; make it fp16"
+                f"components.{component}: the recipe quantizes it, but this {components.config.model_type} model has "
+                "no linear layer there; make it fp16"
             )
         for group, block in groups:
             choices |= _choose_group(components, recipe, spec, group, block)
@@ -246,8 +245,8 @@ def _check_ties(components: ComponentMap, component: str, spec: ComponentSpec) -
         return
     if any(_component_of(components, name) == component for group in components.tied for name in group):
         raise PlanError(
-            f"components.{component}: embedding and lm_head are one tied tensor in this model, and neither transformers nor "
-            "vLLM loads it quantized; leave both at fp16"
+            f"components.{component}: embedding and lm_head are one tied tensor in this model, and neither transformers "
+            "nor vLLM loads it quantized; leave both at fp16"
         )
 
 
@@ -261,14 +260,14 @@ def _embedding(components: ComponentMap, spec: ComponentSpec) -> str:
     """The name of the embedding's weight, if it can be stored as the recipe asks."""
     if spec.scheme != SHORT_SCHEMES["w8"] or spec.method != DATA_FREE or spec.overrides:
         raise PlanError(
-            "components.embedding: an embedding is stored as w8 (int8 with a scale for every row, method rtn, no overrides) "
-            "or as fp16"
+            "components.embedding: an embedding is stored as w8 (int8 with a scale for every row, method rtn, "
+            "no overrides) or as fp16"
         )
     prefix = next(prefix for prefix, owner in components.family.prefixes().items() if owner == "embedding")
     module = components.skeleton().get_submodule(prefix)
     if type(module) is not nn.Embedding:
         raise PlanError(
-            f"components.embedding: {prefix} is a {type(module).__name__}, which does more than look up rows; make it fp16"
+            f"components.embedding: {prefix} is a {type(module).__name__}, which does more than look rows up; make it fp16"
         )
     return f"{prefix}.weight"
 
@@ -309,8 +308,8 @@ def _choose_group(
         choice = _fit(wanted[linear.name], linear, recipe)
         if block is None and choice.scheme != KEEP and choice.method not in (DATA_FREE, "bitsandbytes"):
             raise PlanError(
-                f"components.{linear.component}: {linear.name} lies outside the blocks, where method {choice.method} has no "
-                f"inputs to look at; use method: {DATA_FREE}"
+                f"components.{linear.component}: {linear.name} lies outside the blocks, where method {choice.method} has "
+                f"no inputs to look at; use method: {DATA_FREE}"
             )
         choices[f"{linear.name}.weight"] = choice
     return choices
@@ -413,7 +412,7 @@ def _local(components: ComponentMap, name: str, component: str) -> str:
 
 
 def _names_of(components: ComponentMap, name: str, component: str, block: BlockInfo | None) -> list[str]:
-    """What a glob may call a module: itself and what contains it, by full name, inside its component and inside its block."""
+    """What a glob may call a module: itself and what contains it, named in full, from its component or from its block."""
     names = [name, _local(components, name, component)]
     if block is not None:
         names.append(name[len(block.name) + 1 :])

@@ -71,7 +71,7 @@ class Shards:
         """The tensor as it lies on disk. InputError where the file ends early or cannot be read."""
         entry = self.entries[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]  # an array is a buffer
         try:
             descriptor = os.open(entry.file, os.O_RDONLY)
             try:
@@ -123,7 +123,7 @@ def open_shards(model_dir: Path) -> Shards:
             entries[entry.name] = entry
     if absent := [key for key in weight_map if key not in entries]:
         raise InputError(
-            f"{index}: lists {_some(absent)} in {weight_map[absent[0]]}, which has no such tensor; download the model again"
+            f"{index}: lists {_some(absent)} in {weight_map[absent[0]]}, which does not hold it; download it again"
         )
     return Shards(entries)
 
@@ -190,7 +190,7 @@ def _naturals(value: Any) -> bool:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """The weight map of an index: tensor name -> file name, a plain name of a safetensors file in the same directory."""
+    """The weight map of an index: tensor name -> plain name of a safetensors file in the same directory."""
     try:
         content = _parse_json(index.read_bytes(), file=index)
     except OSError as error:
@@ -206,13 +206,14 @@ def _read_index(index: Path) -> dict[str, str]:
             or not shard.endswith(".safetensors")
         ):
             raise InputError(
-                f"{index}: puts tensor {name} into {shard!r}; a shard is a plain .safetensors file name in the same directory"
+                f"{index}: puts tensor {name} into {shard!r}; a shard is a .safetensors file beside the index, "
+                "without any directory in its name"
             )
     return weight_map
 
 
 def _inside(model_dir: Path, name: str) -> Path:
-    """The file of that name, refused where a symbolic link leads out of the model (the hub's cache links to its blobs)."""
+    """The file of that name; refused where a link leads out of the model, except into the blobs of the hub's cache."""
     file, root = model_dir / name, model_dir.resolve()
     homes = [root]
     if root.parent.name == "snapshots":

@@ -1,0 +1,48 @@
+"""Fixtures for all tests: no network, one thread, and tiny models that are written once per run."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from tests import tiny_vlm
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """tiny(kind, **options of build) -> directory of that model, the same for the same call. Not to be written to."""
+    built: dict[str, Path] = {}
+
+    def make(kind: str, **options: object) -> Path:
+        key = "-".join([kind, *(f"{name}={value}" for name, value in sorted(options.items()))])
+        if key not in built:
+            out_dir = tmp_path_factory.mktemp(kind) / "model"
+            built[key] = tiny_vlm.build(kind, out_dir, **options)  # type: ignore[arg-type]
+        return built[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tiny: Callable[..., Path]) -> Path:
+    return tiny("llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_5_vl(tiny: Callable[..., Path]) -> Path:
+    return tiny("qwen2_5_vl")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_vl(tiny: Callable[..., Path]) -> Path:
+    return tiny("qwen3_vl")
