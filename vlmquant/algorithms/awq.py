@@ -1,137 +1,156 @@
-"""AWQ (Lin et al., arXiv:2306.00978): scale input channels by how strongly they fire, fold the scales into what produces the
-inputs, then search the clipping of every group.
+"""AWQ (Lin et al., arXiv:2306.00978): scale input channels by how strongly they fire, fold the scales into what
+produces the inputs, then search the clipping of every group.
 
-Both searches minimise the layer's output error tr(E H E^T), E = Q - W, H = E[x x^T]; computing it from H needs no forward
-pass per candidate.
+Both searches minimise the layer's output error tr(E H E^T), E = Q - W (out, in) and H = E[x x^T] (in, in); from H it
+costs no forward pass per candidate.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_codes, dequantize_codes, quantize_nearest, round_scales, split_groups
+from vlmquant.algorithms.rtn import quantize_weight
+from vlmquant.grid import (
+    QuantizedWeight,
+    dequantize_codes,
+    minmax_grid,
+    quantize_codes,
+    quantize_nearest,
+    round_scales,
+    split_groups,
+)
 from vlmquant.recipe import AwqOptions, Scheme
 from vlmquant.stream import Stage
 
 CLIP_STEPS = 20
 LEAST_CLIP = 0.5
-"""Clipping tries 20 shares of each group's range from 1 down to this (the reference implementation's grid)."""
+"""Clipping tries 20 shares of each group's range from 1 down towards this one (the authors' own grid)."""
 LEAST_CHANNEL_SCALE = 1e-4
+"""Channel scales below this, before they are normalised, are raised to it (as in the authors' code)."""
+UNCLIPPED = ("q_proj", "k_proj", "qkv", "query", "key")
+"""Parts of the names of linears that are never clipped: softmax of queries times keys magnifies a clipped outlier."""
+BETTER = 1 - 1e-6
+"""A later candidate has to be better by more than noise: ties go to the earlier one on every machine."""
 
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Scale and fold where the inputs have a producer that can take the scales; clip; round to nearest."""
-    options = stage.options.awq
-    names = list(stage.weights)
-    weight = torch.cat([stage.weights[name] for name in names])
-    hessian = stage.hessian()
+    scheme, options = stage.scheme, stage.options.awq
+    weights, hessian = stage.weights, stage.hessian()
     if options.damping:
-        hessian = hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(hessian))
+        hessian = hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
     if stage.can_fold:
         channel_scales = search_channel_scales(
-            weight, stage.mean_abs(), hessian, scheme=stage.scheme, options=options, scale_dtype=stage.scale_dtype
+            torch.cat(list(weights.values())),
+            stage.mean_abs(),
+            hessian,
+            stage.admissible,
+            scheme=scheme,
+            options=options,
+            scale_dtype=stage.scale_dtype,
         )
-        stage.fold(channel_scales)
-        weight = weight * channel_scales
-        hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
-    quantized = {}
-    for name, part in zip(names, weight.split([stage.weights[name].shape[0] for name in names]), strict=True):
-        quantized[name] = quantize_clipped(
-            part, hessian, scheme=stage.scheme, clip=options.clip, scale_dtype=stage.scale_dtype
+        if not channel_scales.isfinite().all() or channel_scales.min() <= 0:
+            raise AssertionError("admissible channel scales must be finite and positive")
+        if (channel_scales != 1).any():
+            stage.fold(channel_scales)
+            weights = {name: weight * channel_scales for name, weight in weights.items()}
+            hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
+    return {
+        name: quantize_clipped(
+            weight, hessian, scheme=scheme, clip=options.clip and may_clip(name), scale_dtype=stage.scale_dtype
         )
-    return quantized
+        for name, weight in weights.items()
+    }
+
+
+def may_clip(name: str) -> bool:
+    """False for linears that make queries or keys, alone or with values in one weight."""
+    leaf = name.rpartition(".")[2]
+    return not any(part in leaf for part in UNCLIPPED)
 
 
 def search_channel_scales(
     weight: Tensor,
     mean_abs: Tensor,
     hessian: Tensor,
+    admissible: Callable[[Tensor], Tensor],
     *,
     scheme: Scheme,
     options: AwqOptions,
     scale_dtype: torch.dtype,
 ) -> Tensor:
-    """The channel scales s (in,) among m^r / v^(1-r), r on a grid, and s = 1, with the least output error.
+    """The channel scales s (in,) float32 with the least output error, among s = 1 and m^r / v^(1 - r) for r on a grid.
 
-    m_j is the mean |x_j| and v_j the mean over rows of |W_rj| / (its group's largest), as in the reference implementation's
-    duo scaling. s is normalised to sqrt(max s * min s) = 1 and takes the values of a power-of-two-free float32.
+    m_j is the mean |x_j| and v_j the mean over rows of |W_rj| / (its group's largest): the authors' duo scaling; s is
+    normalised so that max s * min s = 1. `admissible` replaces every candidate by the nearest scales that the producer
+    can take without rounding before it is tried, so that what was judged is what is stored.
     """
-    group_size = scheme.group_size or weight.shape[1]
-    groups = split_groups(weight.abs(), group_size)
-    relative = (groups / groups.amax(-1, keepdim=True).clamp_min(1e-9)).flatten(1)[:, : weight.shape[1]].mean(0)
-    best, best_loss = torch.ones(weight.shape[1]), output_error(
-        _nearest(weight, scheme, scale_dtype) - weight, hessian
+    candidates = channel_scale_candidates(
+        weight, mean_abs, group_size=scheme.group_size or weight.shape[1], grid_points=options.grid_points
     )
-    for step in range(options.grid_points):
-        ratio = step / options.grid_points
-        scales = mean_abs.clamp_min(1e-9).pow(ratio) / relative.clamp_min(1e-9).pow(1 - ratio)
-        scales = scales.clamp_min(LEAST_CHANNEL_SCALE)
-        scales = scales / (scales.max() * scales.min()).sqrt()
-        error = _nearest(weight * scales, scheme, scale_dtype) / scales - weight
-        loss = output_error(error, hessian)
-        if loss < best_loss * (1 - 1e-6):
+    best = torch.ones_like(mean_abs)
+    best_loss = torch.inf
+    for scales in [best, *map(admissible, candidates)]:
+        rounded = quantize_weight(weight * scales, scheme=scheme, scale_dtype=scale_dtype).dequantize()
+        loss = output_error(rounded.div_(scales).sub_(weight), hessian)
+        if loss < best_loss * BETTER:
             best, best_loss = scales, loss
     return best
 
 
+def channel_scale_candidates(weight: Tensor, mean_abs: Tensor, *, group_size: int, grid_points: int) -> list[Tensor]:
+    """Channel scales (in,) for the exponents 0, 1 / grid_points, ... below 1."""
+    groups = split_groups(weight.abs(), group_size)
+    relative = (groups / groups.amax(-1, keepdim=True).clamp_min(1e-9)).flatten(1)[:, : weight.shape[1]].mean(0)
+    strength, relative = mean_abs.clamp_min(1e-9), relative.clamp_min(1e-9)
+    candidates = []
+    for step in range(grid_points):
+        ratio = step / grid_points
+        scales = (strength.pow(ratio) / relative.pow(1 - ratio)).clamp_min(LEAST_CHANNEL_SCALE)
+        candidates.append(scales / (scales.max() * scales.min()).sqrt())
+    return candidates
+
+
 def output_error(error: Tensor, hessian: Tensor) -> float:
     """tr(E H E^T) of an error (out, in)."""
-    return torch.einsum("oi,oi->", error @ hessian, error).item()
-
-
-def _nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
-    group_size = scheme.group_size or weight.shape[1]
-    scales, zeros = minmax_grid(weight, bits=scheme.bits, group_size=group_size, symmetric=scheme.symmetric)
-    chosen = None if scheme.symmetric else zeros
-    return quantize_nearest(
-        weight, scales, chosen, bits=scheme.bits, group_size=group_size, scale_dtype=scale_dtype
-    ).dequantize()
+    return (error @ hessian).mul_(error).sum(dtype=torch.float64).item()
 
 
 def quantize_clipped(
     weight: Tensor, hessian: Tensor, *, scheme: Scheme, clip: bool, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
-    """Nearest codes on grids whose ranges were shrunk, group by group, to the least error e H_gg e^T within the group."""
-    columns = weight.shape[1]
-    group_size = scheme.group_size or columns
-    base, base_zeros = minmax_grid(weight, bits=scheme.bits, group_size=group_size, symmetric=scheme.symmetric)
-    scales, zeros = round_scales(base, scale_dtype), base_zeros
-    if clip:
-        scales, zeros = _clip(weight, base, base_zeros, hessian, scheme=scheme, scale_dtype=scale_dtype)
+    """Nearest codes on grids whose ranges shrink, group by group, to the least error e H_gg e^T within the group."""
+    if not clip:
+        return quantize_weight(weight, scheme=scheme, scale_dtype=scale_dtype)
+    group_size, symmetric = scheme.group_size or weight.shape[1], scheme.symmetric
+    base, base_zeros = minmax_grid(weight, bits=scheme.bits, group_size=group_size, symmetric=symmetric)
+    low = split_groups(weight, group_size).amin(-1).clamp_max(0)
+    best_loss = torch.full_like(base, torch.inf)
+    best_scales, best_zeros = base, base_zeros
+    for step in range(CLIP_STEPS):
+        shrink = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
+        scales = round_scales(base * shrink, scale_dtype)
+        zeros = base_zeros if symmetric else (-low * shrink / scales).round().clamp(0, 2**scheme.bits - 1)
+        chosen = None if symmetric else zeros
+        codes = quantize_codes(weight, scales, chosen, bits=scheme.bits, group_size=group_size)
+        error = dequantize_codes(codes, scales, chosen, bits=scheme.bits, group_size=group_size).sub_(weight)
+        loss = _group_errors(error, hessian, group_size)
+        better = loss < best_loss * BETTER
+        best_loss = torch.where(better, loss, best_loss)
+        best_scales = torch.where(better, scales, best_scales)
+        best_zeros = torch.where(better, zeros, best_zeros)
     return quantize_nearest(
         weight,
-        scales,
-        None if scheme.symmetric else zeros,
+        best_scales,
+        None if symmetric else best_zeros,
         bits=scheme.bits,
         group_size=group_size,
         scale_dtype=scale_dtype,
     )
 
 
-def _clip(
-    weight: Tensor, base: Tensor, base_zeros: Tensor, hessian: Tensor, *, scheme: Scheme, scale_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    columns = weight.shape[1]
-    group_size = scheme.group_size or columns
-    starts = range(0, columns, group_size)
-    low = split_groups(weight, group_size).amin(-1).clamp_max(0)
-    best_scales, best_zeros = round_scales(base, scale_dtype), base_zeros
-    best_loss = torch.full_like(base, torch.inf)
-    for step in range(CLIP_STEPS):
-        shrink = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
-        scales = round_scales(base * shrink, scale_dtype)
-        zeros = base_zeros if scheme.symmetric else (-low * shrink / scales).round().clamp(0, 2**scheme.bits - 1)
-        chosen = None if scheme.symmetric else zeros
-        codes = quantize_codes(weight, scales, chosen, bits=scheme.bits, group_size=group_size)
-        error = dequantize_codes(codes, scales, chosen, bits=scheme.bits, group_size=group_size) - weight
-        loss = torch.stack(
-            [
-                ((error[:, a : a + group_size] @ hessian[a : a + group_size, a : a + group_size]) * error[:, a : a + group_size]).sum(1)
-                for a in starts
-            ],
-            dim=1,
-        )
-        better = loss < best_loss * (1 - 1e-6)
-        best_loss = torch.where(better, loss, best_loss)
-        best_scales = torch.where(better, scales, best_scales)
-        best_zeros = torch.where(better, zeros, best_zeros)
-    return best_scales, best_zeros
+def _group_errors(error: Tensor, hessian: Tensor, group_size: int) -> Tensor:
+    """e H_gg e^T (out, groups) of an error (out, in), inputs of other groups left aside."""
+    spans = [slice(start, start + group_size) for start in range(0, error.shape[1], group_size)]
+    return torch.stack([((error[:, span] @ hessian[span, span]) * error[:, span]).sum(1) for span in spans], dim=1)

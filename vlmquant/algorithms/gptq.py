@@ -1,12 +1,15 @@
 """GPTQ (Frantar et al., arXiv:2210.17323) written as LDLQ (Chee et al., arXiv:2307.13304), which gives the same codes.
 
-The layer's loss is tr(E H E^T), E = W - Q (out, in) and H = E[x x^T] (in, in) of the layer's inputs. With H = M D M^T, M unit upper
-triangular and D diagonal, it is sum_i D_i ||E_i + sum_{j<i} E_j M_ji||^2, so column i is best rounded from
-W_i + sum_{j<i} E_j M_ji: one Cholesky factor and no inverse. Columns run by falling diagonal of H ("static act-order"); a
-column's group is that of its place in the original matrix and its grid is fixed before rounding, so no permutation is stored.
+The layer's loss is tr(E H E^T), E = W - Q (out, in) and H = E[x x^T] (in, in) of the layer's inputs. With H = M D M^T,
+M unit upper triangular and D diagonal, it is sum_i D_i ||E_i + sum_{j<i} E_j M_ji||^2, so column i is best rounded from
+W_i + sum_{j<i} E_j M_ji: one Cholesky factor and no inverse. Columns run by falling diagonal of H ("static act-order");
+a column's group is that of its place in the original matrix and its grid is fixed before rounding, so that no
+permutation is stored.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,15 +21,17 @@ from vlmquant.stream import Stage
 
 COLUMN_BLOCK = 64
 """Columns rounded between two matrix products that carry the feedback of all earlier ones."""
-DAMPING_LADDER = (1.0, 10.0, 100.0)
-"""Factors on the damping when the Cholesky factorisation fails; after the last, columns are rounded without feedback."""
+DAMPING_LADDER = (1.0, 10.0, 100.0, 1000.0)
+"""Factors on the damping, tried until the factorisation succeeds; after the last, columns are rounded alone."""
 DEAD_FRACTION = 1e-12
-"""An input whose mean square is below this share of the largest never fires: its weight cannot matter and becomes zero."""
+"""An input whose mean square is at most this share of the largest never fires: it takes and gives no feedback."""
+ROWS_PER_THREAD = 8192
+"""With fewer rows than this the loop over columns runs on one thread: its steps are too short to be worth a barrier."""
 
 
 @dataclass(frozen=True)
 class Factor:
-    """The order of the columns and the feedback matrix M (in, in), unit upper triangular, in that order."""
+    """The order of the columns and the feedback matrix M (in, in) float32, unit upper triangular, in that order."""
 
     order: Tensor
     feedback: Tensor
@@ -36,15 +41,26 @@ class Factor:
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage with one Hessian and one factorisation: their rows are independent."""
-    scheme, options = stage.scheme, stage.options.gptq
-    names = list(stage.weights)
-    weight = torch.cat([stage.weights[name] for name in names])
+    options = stage.options.gptq
     hessian = stage.hessian()
+    if dead := int(dead_inputs(hessian).sum()):
+        stage.note(
+            f"{dead} of {len(hessian)} inputs never fired during calibration; their weights were rounded to nearest"
+        )
     factor = factorize(hessian, options)
-    if factor.damping != options.damping:
-        stage.note(f"Hessian not positive definite at damping {options.damping}; used {factor.damping}")
-    quantized = quantize_weight(weight, hessian, factor, scheme=scheme, options=options, scale_dtype=stage.scale_dtype)
-    return split_rows(quantized, {name: stage.weights[name].shape[0] for name in names})
+    if factor.damping == float("inf"):
+        stage.note("the Hessian stayed singular however it was damped; rounded to nearest, without error feedback")
+    elif factor.damping != options.damping:
+        stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
+    quantized = quantize_weight(
+        torch.cat(list(stage.weights.values())),
+        hessian,
+        factor,
+        scheme=stage.scheme,
+        options=options,
+        scale_dtype=stage.scale_dtype,
+    )
+    return split_rows(quantized, {name: len(weight) for name, weight in stage.weights.items()})
 
 
 def split_rows(quantized: QuantizedWeight, rows: dict[str, int]) -> dict[str, QuantizedWeight]:
@@ -53,26 +69,28 @@ def split_rows(quantized: QuantizedWeight, rows: dict[str, int]) -> dict[str, Qu
     for name, count in rows.items():
         part = slice(start, start + count)
         zeros = None if quantized.zeros is None else quantized.zeros[part]
-        parts[name] = QuantizedWeight(
-            quantized.codes[part], quantized.scales[part], zeros, quantized.bits, quantized.group_size, quantized.scale_dtype
-        )
+        parts[name] = replace(quantized, codes=quantized.codes[part], scales=quantized.scales[part], zeros=zeros)
         start += count
     return parts
+
+
+def dead_inputs(hessian: Tensor) -> Tensor:
+    """bool (in,): the inputs that never fire."""
+    diagonal = hessian.diagonal()
+    return diagonal <= DEAD_FRACTION * diagonal.max()
 
 
 def factorize(hessian: Tensor, options: GptqOptions) -> Factor:
     """H (in, in) float32, symmetric -> column order and feedback matrix of the damped H, computed in float64.
 
-    The factorisation is of the equilibrated matrix (unit diagonal), which keeps it well conditioned under massive activations.
+    The matrix is equilibrated (unit diagonal) first, which keeps it well conditioned under massive activations.
     """
-    exact = hessian.double()
-    diagonal = exact.diagonal()
-    dead = diagonal <= DEAD_FRACTION * diagonal.max()
-    exact = exact.clone()
-    exact.diagonal()[dead] = 1.0
-    mean = exact.diagonal().mean().item()
-    columns = torch.arange(exact.shape[0])
-    order = torch.argsort(exact.diagonal(), descending=True, stable=True) if options.activation_order else columns
+    exact = hessian.double()  # a copy: hessian is float32
+    order = torch.arange(len(exact), device=exact.device)
+    if options.activation_order:
+        order = torch.argsort(exact.diagonal(), descending=True, stable=True)
+    mean = exact.diagonal().mean().item() or 1.0
+    exact.diagonal()[dead_inputs(hessian)] = mean
     exact = exact[order][:, order]
     for factor in DAMPING_LADDER:
         damped = exact.clone()
@@ -80,11 +98,11 @@ def factorize(hessian: Tensor, options: GptqOptions) -> Factor:
         scale = damped.diagonal().sqrt()
         damped.div_(scale[:, None]).div_(scale[None, :])
         # Cholesky of the matrix read backwards, read backwards again, is the upper factor: H' = R R^T.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0).flip(1))
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper = scale[:, None] * lower.flip(0).flip(1)
-            return Factor(order, (upper / upper.diagonal()[None, :]).float(), factor * options.damping)
-    return Factor(order, torch.eye(len(columns)), float("inf"))
+            upper = scale[:, None] * lower.flip(0, 1)
+            return Factor(order, (upper / upper.diagonal()).float(), factor * options.damping)
+    return Factor(order, torch.eye(len(order), device=order.device), float("inf"))
 
 
 def quantize_weight(
@@ -96,41 +114,36 @@ def quantize_weight(
     options: GptqOptions,
     scale_dtype: torch.dtype,
 ) -> QuantizedWeight:
-    """weight (out, in) float32 -> codes with error feedback on a grid searched before rounding."""
-    rows, columns = weight.shape
-    group_size = scheme.group_size or columns
-    diagonal = hessian.diagonal()
-    weight = weight.masked_fill(diagonal <= DEAD_FRACTION * diagonal.max(), 0.0)
+    """weight (out, in) float32 -> codes with error feedback on a grid that was searched before rounding."""
+    group_size = scheme.group_size or weight.shape[1]
     scales, zeros = search_scales(
         weight,
-        diagonal,
+        hessian.diagonal(),
         bits=scheme.bits,
         group_size=group_size,
         symmetric=scheme.symmetric,
         search=options.scale_search,
         scale_dtype=scale_dtype,
     )
-    codes = torch.empty(columns, rows, dtype=torch.uint8)
-    codes[factor.order] = _round_columns(weight, scales, zeros, factor, bits=scheme.bits, group_size=group_size)
+    with _few_threads(rows=len(weight)):
+        codes = round_columns(weight, scales, zeros, factor, bits=scheme.bits, group_size=group_size)
     return QuantizedWeight(
-        codes.T.contiguous(),
-        scales,
-        None if zeros is None else zeros.to(torch.uint8),
-        scheme.bits,
-        group_size,
-        scale_dtype,
+        codes, scales, None if zeros is None else zeros.to(torch.uint8), scheme.bits, group_size, scale_dtype
     )
 
 
-def _round_columns(
+def round_columns(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Factor, *, bits: int, group_size: int
 ) -> Tensor:
-    """uint8 codes (in, out), columns in processing order. Everything is transposed so that a column lies in one piece."""
-    columns, rows = weight.shape[1], weight.shape[0]
+    """float32 weight (out, in), scales and zeros (out, groups) -> uint8 codes (out, in), in the order of the weight.
+
+    Inside, everything is transposed and in processing order, so that a column lies in one piece.
+    """
+    columns = weight.shape[1]
     target = weight.T[factor.order].contiguous()
     errors = torch.empty_like(target)
-    codes = torch.empty(columns, rows, dtype=torch.uint8)
-    column_group = (factor.order // group_size).tolist()
+    codes = torch.empty_like(target, dtype=torch.uint8)
+    group_of = (factor.order // group_size).tolist()
     scale_of, inverse_of = scales.T.contiguous(), (1.0 / scales).T.contiguous()
     zero_of = None if zeros is None else zeros.T.contiguous()
     middle, top = float(mid_code(bits)), float(2**bits - 1)
@@ -139,7 +152,7 @@ def _round_columns(
         end = min(start + COLUMN_BLOCK, columns)
         wanted = torch.addmm(target[start:end], feedback_to[start:end, :start], errors[:start])
         for i in range(start, end):
-            group = column_group[i]
+            group = group_of[i]
             zero = middle if zero_of is None else zero_of[group]
             value = wanted[i - start]
             if i > start:
@@ -147,4 +160,17 @@ def _round_columns(
             code = (value * inverse_of[group]).round_().add_(zero).clamp_(0.0, top)
             codes[i] = code
             torch.sub(target[i], code.sub_(zero).mul_(scale_of[group]), out=errors[i])
-    return codes
+    original = torch.empty_like(codes)
+    original[factor.order] = codes
+    return original.T.contiguous()
+
+
+@contextmanager
+def _few_threads(*, rows: int) -> Iterator[None]:
+    """torch on as many threads as this many rows are worth."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads, -(-rows // ROWS_PER_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

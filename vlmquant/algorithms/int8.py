@@ -1,4 +1,4 @@
-"""INT8 weights, one scale per output channel; with `activations: dynamic-int8` the inputs are rounded per token at run time.
+"""INT8 weights, a scale per output channel; with `activations: dynamic-int8` inputs are rounded per token at run time.
 
 At 8 bits the min-max grid loses so little that the search below only matters for channels with a lone outlier.
 """
@@ -10,13 +10,13 @@ from vlmquant.stream import Stage
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Nearest codes on per-channel (or per-group) grids whose scales minimise sum_j E[x_j^2] |d_j|^3."""
-    scheme = stage.scheme
+    scheme, mean_square = stage.scheme, stage.mean_square()
     quantized = {}
     for name, weight in stage.weights.items():
         group_size = scheme.group_size or weight.shape[1]
         scales, zeros = search_scales(
             weight,
-            stage.mean_square(),
+            mean_square,
             bits=scheme.bits,
             group_size=group_size,
             symmetric=scheme.symmetric,

@@ -1,7 +1,7 @@
 """Scale search: shrink each group's min-max range until the weighted rounding error is least.
 
-ACCURACY: with the weights E[x^2] this search is worth more than the choice of method (llm-compressor's imatrix_mse observer
-is the same idea); it is a static search on the tensor that will be rounded.
+With the weights E[x_j^2] (llama.cpp's importance matrix) and the power 3 (llm-compressor's imatrix_mse observer) this
+search is often worth more than the choice of method. It is static: made on the tensor that will be rounded.
 """
 
 from typing import Literal
@@ -15,9 +15,9 @@ ScaleSearch = Literal["minmax", "mse", "weighted"]
 
 SHRINK_STEPS = 33
 LEAST_SHRINK = {3: 0.4, 4: 0.6, 8: 0.9}
-"""Smallest share of the min-max range tried, by bits: fewer codes want more clipping."""
+"""Smallest share of the min-max range tried, by bits: the fewer the codes, the more clipping pays."""
 CHUNK_ELEMENTS = 1 << 17
-"""Weights searched at a time: the working set (about 2 MB) stays in a core's cache."""
+"""Weights searched at a time: the working set (about 2 MB) stays in the caches."""
 
 
 def search_scales(
@@ -33,24 +33,27 @@ def search_scales(
     """Scales and zeros of a weight (out, in), float32 (out, groups); zeros is None on a symmetric grid.
 
     mean_square (in,) is E[x_j^2] of the layer's inputs, needed by search="weighted", which minimises
-    sum_j E[x_j^2] |d_j|^3 over a group, d being the rounding error. "mse" minimises sum_j d_j^2; "minmax" does not search.
+    sum_j E[x_j^2] |d_j|^3 over a group, d being the rounding error. "mse" minimises sum_j d_j^2; "minmax" does not
+    search.
     Every candidate scale is rounded to `scale_dtype` before it is tried, so that what was judged is what is stored.
     """
     groups = split_groups(weight.float(), group_size)
     base, zeros = minmax_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     if search == "minmax":
         return round_scales(base, scale_dtype), None if symmetric else zeros
-    importance = torch.ones(weight.shape[1]) if search == "mse" else mean_square
-    if importance is None:
+    if search == "mse":
+        importance = weight.new_ones(weight.shape[1])
+    elif mean_square is None:
         raise ValueError("a weighted scale search needs the inputs' mean square")
-    importance = split_groups(importance.float()[None].to(weight.device), group_size)[0]
+    else:
+        importance = mean_square
+    importance = split_groups(importance.to(groups)[None], group_size)[0]
     shrinks = torch.linspace(1.0, LEAST_SHRINK[bits], SHRINK_STEPS).tolist()
     rows_at_once = max(1, CHUNK_ELEMENTS // max(1, groups[0].numel()))
+    chunks = zip(*(torch.split(whole, rows_at_once) for whole in (groups, base, zeros)), strict=True)
     best = [
-        _search_rows(
-            groups[rows], base[rows], zeros[rows], importance, shrinks, bits, symmetric, search == "weighted", scale_dtype
-        )
-        for rows in torch.arange(weight.shape[0]).split(rows_at_once)
+        _search_rows(rows, ranges, offsets, importance, shrinks, bits, symmetric, search == "weighted", scale_dtype)
+        for rows, ranges, offsets in chunks
     ]
     scales = torch.cat([scale for scale, _ in best])
     return scales, None if symmetric else torch.cat([zero for _, zero in best])

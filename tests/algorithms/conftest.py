@@ -1,0 +1,85 @@
+"""A stage without a model: what an algorithm sees of vlmquant.stream.Stage, computed from inputs that a test gives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from vlmquant.recipe import ComponentSpec, Scheme
+
+
+@dataclass
+class FakeStage:
+    """inputs (tokens, in) float32, or their Hessian. gain: stored weight (in,) of a norm that can take scales."""
+
+    weights: dict[str, Tensor]
+    scheme: Scheme
+    inputs: Tensor | None = None
+    gram: Tensor | None = None
+    options: ComponentSpec = field(default_factory=ComponentSpec)
+    scale_dtype: torch.dtype = torch.bfloat16
+    gain: Tensor | None = None
+    gain_offset: float = 0.0
+    notes: list[str] = field(default_factory=list)
+    channel_scales: Tensor | None = None
+
+    def hessian(self) -> Tensor:
+        if self.gram is not None:
+            return self.gram
+        assert self.inputs is not None
+        return self.inputs.T @ self.inputs / len(self.inputs)
+
+    def mean_square(self) -> Tensor:
+        return self.hessian().diagonal()
+
+    def mean_abs(self) -> Tensor:
+        assert self.inputs is not None
+        return self.inputs.abs().mean(0)
+
+    @property
+    def can_fold(self) -> bool:
+        return self.gain is not None
+
+    def admissible(self, channel_scales: Tensor) -> Tensor:
+        assert self.gain is not None
+        whole = self.gain.float() + self.gain_offset
+        stored = (whole / channel_scales - self.gain_offset).to(self.gain.dtype).float() + self.gain_offset
+        scales = whole / stored
+        return torch.where(scales.isfinite() & (scales > 0), scales, 1.0)
+
+    def fold(self, channel_scales: Tensor) -> None:
+        assert self.gain is not None
+        whole = self.gain.float() + self.gain_offset
+        self.gain = (whole / channel_scales - self.gain_offset).to(self.gain.dtype)
+        self.channel_scales = channel_scales
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def make_stage() -> Callable[..., FakeStage]:
+    return FakeStage
+
+
+@pytest.fixture
+def make_inputs() -> Callable[..., Tensor]:
+    def inputs(tokens: int, columns: int, *, seed: int = 0, spread: float = 1.0) -> Tensor:
+        """Correlated inputs (tokens, columns); the log of a channel's size has the standard deviation `spread`."""
+        random = torch.Generator().manual_seed(seed)
+        mixing = torch.randn(columns, columns, generator=random) / columns**0.5 + 0.5 * torch.eye(columns)
+        sizes = torch.exp(spread * torch.randn(columns, generator=random))
+        return torch.randn(tokens, columns, generator=random) @ mixing * sizes
+
+    return inputs
+
+
+@pytest.fixture
+def make_weight() -> Callable[..., Tensor]:
+    def weight(rows: int, columns: int, *, seed: int = 1) -> Tensor:
+        random = torch.Generator().manual_seed(seed)
+        return torch.randn(rows, columns, generator=random) * 0.05
+
+    return weight

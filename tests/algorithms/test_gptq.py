@@ -1,0 +1,213 @@
+"""GPTQ against numbers worked by hand and against the classical column loop in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlmquant.algorithms import gptq, rtn
+from vlmquant.algorithms.awq import output_error
+from vlmquant.grid import quantize_codes, quantize_nearest
+from vlmquant.recipe import ComponentSpec, GptqOptions, Scheme
+
+TINY = 1e-9  # damping that leaves hand-worked numbers as they are
+
+
+def round_plainly(weight: list[list[float]], hessian: list[list[float]], *, activation_order: bool) -> list[list[int]]:
+    """What the column loop makes of a weight at scale 1, as signed integers."""
+    values = torch.tensor(weight)
+    options = GptqOptions(damping=TINY, activation_order=activation_order)
+    factor = gptq.factorize(torch.tensor(hessian), options)
+    scales = torch.ones(len(values), 1)
+    return (gptq.round_columns(values, scales, None, factor, bits=4, group_size=2).int() - 8).tolist()
+
+
+def test_two_by_two_by_hand() -> None:
+    # H = M D M^T with M = [[1, .5], [0, 1]], D = (1.5, 2).
+    # Row 0: .6 -> 1, error -.4; then .6 - .2 = .4 -> 0, where nearest would give 1; the loss is .56, not .96.
+    # Row 1: 1.2 -> 1, error .2; -.7 + .1 = -.6 -> -1.
+    assert round_plainly([[0.6, 0.6], [1.2, -0.7]], [[2, 1], [1, 2]], activation_order=True) == [[1, 0], [1, -1]]
+
+
+def test_activation_order_by_hand() -> None:
+    # Column 1 fires more: .6 -> 1, error -.4; then column 0 gets all of it: .6 - .4 = .2 -> 0.
+    assert round_plainly([[0.6, 0.6]], [[1, 1], [1, 3]], activation_order=True) == [[0, 1]]
+    # In the order of the matrix column 0 comes first, and column 1 gets a third: .6 - .13 = .47 -> 0.
+    assert round_plainly([[0.6, 0.6]], [[1, 1], [1, 3]], activation_order=False) == [[1, 0]]
+
+
+def classical_gptq(weight, hessian, scales, zeros, *, bits, group_size, damping, activation_order):
+    """The column loop of arXiv:2210.17323 in float64: Cholesky factor of H^-1, OBS updates of all later columns."""
+    weight, hessian = weight.double().numpy().copy(), hessian.double().numpy().copy()
+    scales = scales.double().numpy()
+    zeros = np.full_like(scales, 2 ** (bits - 1)) if zeros is None else zeros.double().numpy()
+    columns = len(hessian)
+    diagonal = hessian.diagonal().copy()
+    order = np.argsort(-diagonal, kind="stable") if activation_order else np.arange(columns)
+    hessian[np.arange(columns), np.arange(columns)] += damping * diagonal.mean()
+    upper = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
+    weight = weight[:, order]
+    codes = np.zeros(weight.shape, dtype=np.uint8)
+    for i in range(columns):
+        group = order[i] // group_size
+        scale, zero = scales[:, group], zeros[:, group]
+        code = np.clip(np.rint(weight[:, i] / scale) + zero, 0, 2**bits - 1)
+        error = (weight[:, i] - (code - zero) * scale) / upper[i, i]
+        weight[:, i:] -= np.outer(error, upper[i, i:])
+        codes[:, order[i]] = code
+    return torch.from_numpy(codes)
+
+
+@pytest.mark.parametrize("activation_order", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "columns"),
+    [(4, 16, 160), (3, 32, 96), (8, None, 80), (4, None, 96), (4, 32, 80)],
+    ids=["w4", "w3", "w8-channel", "w4-channel", "w4-short-last-group"],
+)
+def test_codes_are_those_of_the_classical_loop(
+    make_stage, make_inputs, make_weight, bits, group_size, columns, symmetric, activation_order
+) -> None:
+    options = GptqOptions(activation_order=activation_order)
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+    weights = {"q": make_weight(12, columns), "k": make_weight(8, columns, seed=2)}
+    stage = make_stage(weights, scheme, make_inputs(4 * columns, columns), options=ComponentSpec(gptq=options))
+    for name, ours in gptq.quantize_stage(stage).items():
+        expected = classical_gptq(
+            weights[name],
+            stage.hessian(),
+            ours.scales,
+            ours.zeros,
+            bits=bits,
+            group_size=group_size or columns,
+            damping=options.damping,
+            activation_order=activation_order,
+        )
+        assert torch.equal(ours.codes, expected)
+        nearest = quantize_nearest(
+            weights[name],
+            ours.scales,
+            None if ours.zeros is None else ours.zeros.float(),
+            bits=bits,
+            group_size=ours.group_size,
+            scale_dtype=ours.scale_dtype,
+        )
+        assert not torch.equal(ours.codes, nearest.codes), "error feedback changed nothing, so this proves nothing"
+    assert stage.notes == []
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("search", ["minmax", "mse", "weighted"])
+def test_beats_rounding_to_nearest(make_stage, make_inputs, make_weight, bits, search) -> None:
+    options = ComponentSpec(gptq=GptqOptions(scale_search=search))
+    stage = make_stage(
+        {"q": make_weight(32, 128)}, Scheme(bits=bits, group_size=32), make_inputs(512, 128), options=options
+    )
+    lost = {
+        method.__name__: output_error(
+            method.quantize_stage(stage)["q"].dequantize() - stage.weights["q"], stage.hessian()
+        )
+        for method in (gptq, rtn)
+    }
+    assert lost[gptq.__name__] < 0.6 * lost[rtn.__name__]
+
+
+def test_inputs_that_never_fire_are_rounded_to_nearest(make_stage, make_inputs, make_weight) -> None:
+    inputs, weight = make_inputs(256, 64), make_weight(8, 64)
+    inputs[:, [3, 17]] = 0
+    stage = make_stage({"q": weight}, Scheme(bits=4, group_size=16), inputs)
+    quantized = gptq.quantize_stage(stage)["q"]
+    alone = quantize_codes(weight, quantized.scales, None, bits=4, group_size=16)
+    assert torch.equal(quantized.codes[:, [3, 17]], alone[:, [3, 17]])
+    assert stage.notes == ["2 of 64 inputs never fired during calibration; their weights were rounded to nearest"]
+    # The others get what they would get without the dead columns.
+    living = [j for j in range(64) if j not in (3, 17)]
+    hessian = stage.hessian()
+    hessian.diagonal()[[3, 17]] = hessian.diagonal()[living].mean()
+    expected = classical_gptq(
+        weight,
+        hessian,
+        quantized.scales,
+        None,
+        bits=4,
+        group_size=16,
+        damping=0.01 * (62 / 64),  # of the mean over all columns, dead ones included
+        activation_order=True,
+    )
+    assert torch.equal(quantized.codes[:, living], expected[:, living])
+
+
+def test_inputs_that_are_all_zero_still_give_codes(make_stage, make_weight) -> None:
+    weight = make_weight(4, 32)
+    stage = make_stage({"q": weight}, Scheme(bits=4, group_size=16), torch.zeros(64, 32))
+    nearest = rtn.quantize_weight(weight, scheme=stage.scheme, scale_dtype=stage.scale_dtype)
+    assert torch.equal(gptq.quantize_stage(stage)["q"].codes, nearest.codes)
+
+
+def test_fewer_tokens_than_inputs(make_stage, make_inputs, make_weight) -> None:
+    stage = make_stage({"q": make_weight(8, 64)}, Scheme(bits=4, group_size=16), make_inputs(10, 64))
+    error = gptq.quantize_stage(stage)["q"].dequantize() - stage.weights["q"]
+    nearest = rtn.quantize_stage(stage)["q"].dequantize() - stage.weights["q"]
+    assert output_error(error, stage.hessian()) < 0.3 * output_error(nearest, stage.hessian())
+    assert stage.notes == []
+
+
+def test_a_singular_hessian_is_damped_more_and_noted(make_stage, make_weight) -> None:
+    # Eigenvalues 2.05 and -.05: damping .01 of the mean diagonal (1) is too little, ten times that is enough.
+    gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
+    stage = make_stage({"q": make_weight(4, 2)}, Scheme(bits=4, group_size=None), gram=gram)
+    gptq.quantize_stage(stage)
+    assert stage.notes == ["the Hessian is singular at damping 0.01; used 0.1"]
+
+
+def test_a_hopeless_hessian_ends_in_rounding_to_nearest(make_stage, make_weight) -> None:
+    gram = torch.tensor([[1.0, 20.0], [20.0, 1.0]])  # smallest eigenvalue -19; the ladder ends at damping 10
+    weight = make_weight(64, 2)
+    stage = make_stage({"q": weight}, Scheme(bits=4, group_size=None), gram=gram)
+    quantized = gptq.quantize_stage(stage)["q"]
+    assert torch.equal(quantized.codes, quantize_codes(weight, quantized.scales, None, bits=4, group_size=2))
+    assert stage.notes == [
+        "the Hessian stayed singular however it was damped; rounded to nearest, without error feedback"
+    ]
+
+
+def test_massive_activations_keep_their_precision(make_stage, make_inputs, make_weight) -> None:
+    inputs = make_inputs(512, 64)
+    inputs[:, 7] *= 1e4
+    stage = make_stage({"down": make_weight(16, 64)}, Scheme(bits=4, group_size=16), inputs)
+    quantized = gptq.quantize_stage(stage)["down"]
+    expected = classical_gptq(
+        stage.weights["down"],
+        stage.hessian(),
+        quantized.scales,
+        None,
+        bits=4,
+        group_size=16,
+        damping=0.01,
+        activation_order=True,
+    )
+    assert torch.equal(quantized.codes, expected)
+
+
+def test_codes_do_not_depend_on_threads(make_inputs, make_weight) -> None:
+    inputs = make_inputs(512, 96)
+    hessian, options = inputs.T @ inputs / 512, GptqOptions()
+    factor = gptq.factorize(hessian, options)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(
+                gptq.quantize_weight(
+                    make_weight(64, 96),
+                    hessian,
+                    factor,
+                    scheme=Scheme(bits=4, group_size=32),
+                    options=options,
+                    scale_dtype=torch.bfloat16,
+                )
+            )
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0].codes, results[1].codes)
+    assert torch.equal(results[0].scales, results[1].scales)

@@ -1,0 +1,73 @@
+"""Scale search against trying every candidate in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlmquant.algorithms.scales import LEAST_SHRINK, SHRINK_STEPS, search_scales
+
+
+def losses_of_all(weight, importance, *, bits, group_size, symmetric, power):
+    """float64 losses (candidates, rows, groups) and scales of the same shape, written out plainly."""
+    top, columns = 2**bits - 1, weight.shape[1]
+    spans = [slice(a, min(a + group_size, columns)) for a in range(0, columns, group_size)]
+    losses = np.zeros((SHRINK_STEPS, len(weight), len(spans)))
+    scales = np.zeros_like(losses)
+    for k, shrink in enumerate(np.linspace(1, LEAST_SHRINK[bits], SHRINK_STEPS)):
+        for r, row in enumerate(weight):
+            for g, span in enumerate(spans):
+                w = row[span]
+                low, high = min(w.min(), 0), max(w.max(), 0)
+                scale = max(high, -low) / (top / 2) if symmetric else (high - low) / top
+                scale = torch.tensor(scale * shrink).bfloat16().double().item()
+                zero = 2 ** (bits - 1) if symmetric else np.clip(np.rint(-low * shrink / scale), 0, top)
+                codes = np.clip(np.rint(w / scale) + zero, 0, top)
+                losses[k, r, g] = (importance[span] * np.abs((codes - zero) * scale - w) ** power).sum()
+                scales[k, r, g] = scale
+    return losses, scales
+
+
+@pytest.mark.parametrize("search", ["mse", "weighted"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "group_size", "columns"), [(4, 16, 48), (3, 16, 40), (8, 40, 40)])
+def test_no_candidate_is_better(make_weight, bits, group_size, columns, symmetric, search) -> None:
+    weight, importance = make_weight(6, columns), make_weight(1, columns, seed=3)[0].square()
+    scales, zeros = search_scales(
+        weight,
+        importance,
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        search=search,
+        scale_dtype=torch.bfloat16,
+    )
+    losses, candidates = losses_of_all(
+        weight.double().numpy(),
+        importance.double().numpy() if search == "weighted" else np.ones(columns),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+        power=3 if search == "weighted" else 2,
+    )
+    assert (zeros is None) == symmetric
+    chosen = np.where(candidates == scales.double().numpy(), losses, np.inf).min(0)
+    assert (chosen <= losses.min(0) * (1 + 1e-4)).all()  # 1e-4: float32 sums against float64
+    assert (chosen < losses[0]).any(), "the search never left the min-max range, so this proves nothing"
+
+
+def test_ties_keep_the_widest_range(make_weight) -> None:
+    weight = make_weight(4, 32)
+    arguments = {"bits": 4, "group_size": 16, "symmetric": True, "scale_dtype": torch.bfloat16}
+    unused = search_scales(weight, torch.zeros(32), search="weighted", **arguments)[0]
+    widest = search_scales(weight, None, search="minmax", **arguments)[0]
+    assert torch.equal(unused, widest)
+
+
+def test_chunks_do_not_matter(make_weight, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, importance = make_weight(33, 48), torch.ones(48)
+    arguments = {"bits": 4, "group_size": 16, "symmetric": False, "search": "weighted", "scale_dtype": torch.float16}
+    whole = search_scales(weight, importance, **arguments)
+    monkeypatch.setattr("vlmquant.algorithms.scales.CHUNK_ELEMENTS", 100)
+    pieces = search_scales(weight, importance, **arguments)
+    assert torch.equal(whole[0], pieces[0])
+    assert torch.equal(whole[1], pieces[1])
