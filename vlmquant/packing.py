@@ -1,7 +1,7 @@
 """Integer codes to and from bytes, densely: b-bit codes follow each other bit by bit, also across words.
 
-The layout of compressed-tensors' `pack-quantized`: element i of a row occupies bits i*b to i*b + b - 1 of the row, lowest
-bit first; words are int32 in little-endian order.
+The layout of compressed-tensors' `pack-quantized`: element i of a row occupies bits i*b to i*b + b - 1 of the row,
+lowest bit first; words are int32 in little-endian order.
 """
 
 import torch

@@ -1,1 +1,18 @@
-"""Matrix products with packed weights."""
+"""Matrix products with packed weights. A weight is held once, in the layout chosen for it here.
+
+A layout is a module with four functions: `fits(weight)`; `hold(weight)`, the buffers that stand for it;
+`release(buffers, form)`, the weight again; `matmul(inputs, buffers, form)`. `reference` defines what all compute.
+"""
+
+from types import ModuleType
+
+from vlmquant.grid import QuantizedWeight
+from vlmquant.kernels import int4, int8, words
+
+LAYOUTS: dict[str, ModuleType] = {"int4": int4, "int8": int8, "words": words}
+"""In order of preference."""
+
+
+def choose(weight: QuantizedWeight) -> str:
+    """The name of the layout to hold this weight in, on the device where its codes lie."""
+    return next(name for name, layout in LAYOUTS.items() if layout.fits(weight))

@@ -12,8 +12,9 @@ MATMUL_SHAPE = (128, 512, 512)
 """Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
 
 
-def fastest_seconds(run: Callable[[], object], device: torch.device) -> float:
+def seconds(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """Seconds of the fastest of a few runs, after a warm-up."""
+    device = torch.device(device)
 
     def once() -> float:
         start = time.perf_counter()
@@ -26,6 +27,16 @@ def fastest_seconds(run: Callable[[], object], device: torch.device) -> float:
     return min(once() for _ in range(ROUNDS))
 
 
+def most_tokens(fast: Callable[[int], object], other: Callable[[int], object], counts: tuple[int, ...]) -> int:
+    """The largest of the rising token counts up to which `fast` takes less time than `other`; 0 if it never does."""
+    best = 0
+    for tokens in counts:
+        if seconds(functools.partial(fast, tokens)) >= seconds(functools.partial(other, tokens)):
+            break
+        best = tokens
+    return best
+
+
 def compute_dtype(device: torch.device | str) -> torch.dtype:
     """The faster of float32 and bfloat16 for matmuls on this device, with the thread count as it is now set."""
     return _compute_dtype(torch.device(device), torch.get_num_threads())
@@ -35,10 +46,10 @@ def compute_dtype(device: torch.device | str) -> torch.dtype:
 def _compute_dtype(device: torch.device, threads: int) -> torch.dtype:
     tokens, inputs, outputs = MATMUL_SHAPE
 
-    def seconds(dtype: torch.dtype) -> float:
+    def cost(dtype: torch.dtype) -> float:
         left = torch.ones(tokens, inputs, dtype=dtype, device=device)
         right = torch.ones(outputs, inputs, dtype=dtype, device=device)
         with torch.no_grad():
-            return fastest_seconds(lambda: torch.nn.functional.linear(left, right), device)
+            return seconds(lambda: torch.nn.functional.linear(left, right), device)
 
-    return min((torch.float32, torch.bfloat16), key=seconds)
+    return min((torch.float32, torch.bfloat16), key=cost)

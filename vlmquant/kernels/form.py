@@ -1,0 +1,33 @@
+"""What every layout of a packed weight knows besides its buffers."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmquant.grid import QuantizedWeight
+
+ROWS_AT_ONCE = 512
+"""Rows of a weight dequantized together: few enough to stay near the CPU; more gain nothing (measured)."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A QuantizedWeight without its tensors, and whether its inputs are rounded to int8 per token."""
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+    dynamic_int8: bool
+
+
+def form_of(weight: QuantizedWeight, *, dynamic_int8: bool) -> Form:
+    return Form(
+        shape=weight.shape,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        symmetric=weight.symmetric,
+        scale_dtype=weight.scale_dtype,
+        dynamic_int8=dynamic_int8,
+    )

@@ -1,0 +1,186 @@
+"""Codes of up to 4 bits, held in the tiles of torch's int4 matmul for CPUs.
+
+One layout serves both ways to multiply. `_weight_int4pack_mm_for_cpu` is several times as fast as bfloat16 for a few
+tokens, and several times slower for hundreds; for those, and for float32 inputs, tiles are dequantized some at a time.
+
+A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and each byte holds the codes of two rows in
+one column. Which two depends on the CPU's vector length, so `_tile_rows` asks torch, by packing row numbers.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kernels.form import ROWS_AT_ONCE, Form, form_of
+from vlmquant.kernels.probe import most_tokens
+
+ROWS = 64
+"""Rows are padded to a multiple of this, which is one or more whole tiles on every CPU."""
+GROUPS = (256, 128, 64, 32)
+"""Group sizes that the op takes, largest first; where a scale serves more columns, the op gets it repeated."""
+PROBE_SHAPE = (1024, 1024)
+"""Outputs and inputs of the probe weight."""
+PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def fits(weight: QuantizedWeight) -> bool:
+    return (
+        weight.bits <= 4
+        and weight.codes.device.type == "cpu"
+        and _op_group(weight.group_size, weight.shape[1]) is not None
+        and _tile_rows() is not None
+    )
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The buffers that stand for the weight; rows are padded with zeros to a multiple of ROWS.
+
+    tiles (rows / width, columns, width / 2) uint8; table (op groups, rows, 2) bfloat16 with scale and
+    (8 - zero) * scale, as the op wants them; scales (groups, rows) where the table does not say them exactly;
+    zeros (groups, rows) uint8 if asymmetric.
+    """
+    short = -weight.shape[0] % ROWS
+    codes = torch.nn.functional.pad(weight.codes, (0, 0, 0, short))
+    scales = torch.nn.functional.pad(weight.scales, (0, 0, 0, short)).T
+    held = {"tiles": _convert(codes).view(-1, codes.shape[1], _width() // 2)}
+    zeros: Tensor | int = mid_code(weight.bits)
+    if weight.zeros is not None:
+        zeros = held["zeros"] = torch.nn.functional.pad(weight.zeros, (0, 0, 0, short)).T.contiguous()
+    table = torch.stack((scales, (8.0 - zeros) * scales), dim=-1)
+    group = _op_group(weight.group_size, weight.shape[1])
+    assert group is not None
+    repeats = weight.shape[1] // group // len(scales)
+    held["table"] = table.repeat_interleave(repeats, dim=0).to(torch.bfloat16).contiguous()
+    if weight.scale_dtype != torch.bfloat16 or repeats > 1:
+        held["scales"] = scales.to(weight.scale_dtype).contiguous()
+    return held
+
+
+def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
+    out = form.shape[0]
+    codes = _codes(held["tiles"])[..., _tile_places()].transpose(1, 2).flatten(0, 1)
+    zeros = held["zeros"].T[:out].contiguous() if "zeros" in held else None
+    return QuantizedWeight(
+        codes[:out].contiguous(),
+        _scales(held).float().T[:out].contiguous(),
+        zeros,
+        form.bits,
+        form.group_size,
+        form.scale_dtype,
+    )
+
+
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype."""
+    if inputs.dtype == torch.bfloat16 and len(inputs) <= _op_tokens(torch.get_num_threads()):
+        outputs = _op_matmul(inputs, held)
+    else:
+        outputs = _tile_matmul(inputs, held, form)
+    return outputs[:, : form.shape[0]]
+
+
+def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
+    tiles, table = held["tiles"], held["table"]
+    group = inputs.shape[1] // len(table)
+    packed = tiles.view(table.shape[1], -1)
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        inputs.contiguous(), packed, group, table.to(inputs.dtype)
+    )
+    return product
+
+
+def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    tiles, scales = held["tiles"], _by_tile(_scales(held)).to(inputs.dtype)
+    zeros = _by_tile(held["zeros"]).view(torch.int8) if "zeros" in held else mid_code(form.bits)
+    groups, width = scales.shape[1], _width()
+    outputs = inputs.new_empty(len(inputs), len(tiles), width)
+    for start in range(0, len(tiles), ROWS_AT_ONCE // width):
+        part = slice(start, start + ROWS_AT_ONCE // width)
+        codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, tiles.shape[1] // groups, width)
+        codes -= zeros[part] if isinstance(zeros, Tensor) else zeros
+        weights = torch.empty(codes.shape, dtype=inputs.dtype).copy_(codes).mul_(scales[part])
+        product = torch.matmul(inputs, weights.flatten(1, 2))
+        outputs[:, part] = product.transpose(0, 1)[..., _tile_places()]
+    return outputs.flatten(1)
+
+
+def _scales(held: dict[str, Tensor]) -> Tensor:
+    """(groups, rows)."""
+    return held["scales"] if "scales" in held else held["table"][..., 0]
+
+
+def _by_tile(values: Tensor) -> Tensor:
+    """(groups, rows) -> (tiles, groups, 1, width), rows in the order in which tiles hold them."""
+    tiles = values.reshape(len(values), -1, _width())[..., _known_rows()]
+    return tiles.transpose(0, 1)[:, :, None].contiguous()
+
+
+def _codes(tiles: Tensor) -> Tensor:
+    """(tiles, columns, width / 2) bytes -> (tiles, columns, width) uint8 codes, rows in the order of the tile."""
+    return torch.cat((tiles & 15, tiles >> 4), dim=-1)
+
+
+def _convert(codes: Tensor) -> Tensor:
+    """codes (rows, columns) uint8 -> (rows, columns / 2) bytes, tile after tile."""
+    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    return packed.view(torch.uint8)
+
+
+def _op_group(group_size: int, columns: int) -> int | None:
+    """The group size to tell the op, or None if it has none for these groups."""
+    size = min(group_size, columns)
+    return None if columns % size else next((group for group in GROUPS if size % group == 0), None)
+
+
+@functools.cache
+def _tile_rows() -> Tensor | None:
+    """(width,) int64: the row of the tile that each place of `_codes` holds; None if this CPU has no tiles."""
+    columns = 32
+    rows = torch.arange(ROWS, dtype=torch.uint8)[:, None].expand(ROWS, columns).contiguous()
+    try:
+        low, high = _convert(rows & 15), _convert(rows >> 4)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return None
+    for width in (64, 32, 16):
+        found = _codes(low.view(-1, columns, width // 2)) | _codes(high.view(-1, columns, width // 2)) << 4
+        order = found[0, 0].long()
+        expected = order + width * torch.arange(ROWS // width)[:, None, None]
+        if sorted(order.tolist()) == list(range(width)) and torch.equal(found.long(), expected.expand_as(found)):
+            return order
+    return None
+
+
+def _known_rows() -> Tensor:
+    order = _tile_rows()
+    assert order is not None, "a weight is held in tiles only where there are tiles"
+    return order
+
+
+def _width() -> int:
+    return len(_known_rows())
+
+
+@functools.cache
+def _tile_places() -> Tensor:
+    """(width,) int64: the place of each row; the inverse of `_tile_rows`."""
+    return _known_rows().argsort()
+
+
+@functools.cache
+def _op_tokens(threads: int) -> int:
+    """Up to how many bfloat16 tokens the op is faster than dequantizing."""
+    codes = torch.zeros(PROBE_SHAPE, dtype=torch.uint8)
+    scales = torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
+    weight = QuantizedWeight(codes, scales, None, 4, 128, torch.bfloat16)
+    held, form = hold(weight), form_of(weight, dynamic_int8=False)
+
+    def inputs(tokens: int) -> Tensor:
+        return torch.ones(tokens, PROBE_SHAPE[1], dtype=torch.bfloat16)
+
+    return most_tokens(
+        lambda tokens: _op_matmul(inputs(tokens), held),
+        lambda tokens: _tile_matmul(inputs(tokens), held, form),
+        PROBE_TOKENS,
+    )

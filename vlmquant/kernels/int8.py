@@ -1,0 +1,91 @@
+"""8-bit codes with one scale per output channel: the codes multiply, the scales follow.
+
+With int8 inputs the product is either an integer one (`torch._int_mm`) or one of floats that hold the same integers;
+which is faster depends on the CPU and is measured. Without, weights become floats some rows at a time, and for a few
+bfloat16 tokens torch's own mixed product is faster.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kernels.form import ROWS_AT_ONCE, Form
+from vlmquant.kernels.probe import most_tokens, seconds
+from vlmquant.kernels.reference import activation_codes
+
+PROBE_SHAPE = (1024, 1024)
+"""Outputs and inputs of the probe weight."""
+PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+MANY_TOKENS = 64
+"""Tokens of the probe that chooses between the integer and the float product of int8 inputs: an image has hundreds."""
+
+
+def fits(weight: QuantizedWeight) -> bool:
+    return weight.bits == 8 and weight.symmetric and weight.group_size >= weight.shape[1]
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """codes (out, in) int8, centred on zero; scales (out,) float32."""
+    return {"codes": (weight.codes ^ mid_code(8)).view(torch.int8), "scales": weight.scales.flatten()}
+
+
+def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
+    codes = held["codes"].view(torch.uint8) ^ mid_code(8)
+    return QuantizedWeight(codes, held["scales"].float()[:, None], None, 8, form.group_size, form.scale_dtype)
+
+
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype."""
+    codes, scales = held["codes"], held["scales"].float()
+    if not form.dynamic_int8:
+        if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and len(inputs) <= _op_tokens(_threads()):
+            return _op_matmul(inputs, codes, scales)
+        return (_float_product(inputs, codes).float() * scales).to(inputs.dtype)
+    rounded, input_scales = activation_codes(inputs)
+    if inputs.device.type == "cpu" and _integers_win(_threads(), inputs.dtype):
+        product = torch._int_mm(rounded, codes.T).float()
+    else:
+        product = _float_product(rounded.to(inputs.dtype), codes).float()
+    return product.mul_(input_scales).mul_(scales).to(inputs.dtype)
+
+
+def _float_product(inputs: Tensor, codes: Tensor) -> Tensor:
+    """inputs (tokens, in) float times codes (out, in) int8 -> (tokens, out) in the inputs' dtype."""
+    outputs = inputs.new_empty(len(inputs), len(codes))
+    for start in range(0, len(codes), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        outputs[:, rows] = nn.functional.linear(inputs, codes[rows].to(inputs.dtype))
+    return outputs
+
+
+def _op_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    product: Tensor = torch.ops.aten._weight_int8pack_mm(inputs.contiguous(), codes, scales.to(inputs.dtype))
+    return product
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+@functools.cache
+def _op_tokens(threads: int) -> int:
+    """Up to how many bfloat16 tokens torch's mixed product is faster than converting the weight."""
+    codes, scales = torch.ones(PROBE_SHAPE, dtype=torch.int8), torch.ones(PROBE_SHAPE[0], dtype=torch.bfloat16)
+
+    def inputs(tokens: int) -> Tensor:
+        return torch.ones(tokens, PROBE_SHAPE[1], dtype=torch.bfloat16)
+
+    return most_tokens(
+        lambda tokens: _op_matmul(inputs(tokens), codes, scales),
+        lambda tokens: _float_product(inputs(tokens), codes),
+        PROBE_TOKENS,
+    )
+
+
+@functools.cache
+def _integers_win(threads: int, dtype: torch.dtype) -> bool:
+    """Whether the integer product is faster than that of floats in `dtype`."""
+    codes, rounded = (torch.ones(rows, PROBE_SHAPE[1], dtype=torch.int8) for rows in (PROBE_SHAPE[0], MANY_TOKENS))
+    return seconds(lambda: torch._int_mm(rounded, codes.T)) < seconds(lambda: _float_product(rounded.to(dtype), codes))

@@ -1,0 +1,57 @@
+"""Codes of any width and group size, held in the words they have on disk and dequantized some rows at a time."""
+
+import torch
+from torch import Tensor, nn
+
+from vlmquant.grid import QuantizedWeight, dequantize_codes
+from vlmquant.kernels.form import ROWS_AT_ONCE, Form
+from vlmquant.packing import pack_codes, unpack_codes
+
+
+def fits(weight: QuantizedWeight) -> bool:
+    """Every weight fits, on every device."""
+    return True
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """words (out, ceil(in * bits / 32)) int32, scales (out, groups) in the scales' dtype, zeros (out, groups) uint8."""
+    held = {"words": pack_codes(weight.codes, weight.bits), "scales": weight.scales.to(weight.scale_dtype)}
+    return held if weight.zeros is None else held | {"zeros": weight.zeros}
+
+
+def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
+    codes = unpack_codes(held["words"], form.bits, form.shape[1])
+    return QuantizedWeight(
+        codes, held["scales"].float(), held.get("zeros"), form.bits, form.group_size, form.scale_dtype
+    )
+
+
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype."""
+    outputs = inputs.new_empty(len(inputs), form.shape[0])
+    for start in range(0, form.shape[0], ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part = {name: tensor[rows] for name, tensor in held.items()}
+        weight = dequantize_codes(
+            unpack_codes(part["words"], form.bits, form.shape[1]),
+            part["scales"].float(),
+            part.get("zeros"),
+            bits=form.bits,
+            group_size=form.group_size,
+        )
+        outputs[:, rows] = nn.functional.linear(inputs, weight.to(inputs.dtype))
+    return outputs
+
+
+def read_rows(indices: Tensor, held: dict[str, Tensor], form: Form, dtype: torch.dtype) -> Tensor:
+    """The dequantized rows at `indices` (any shape) -> (*indices.shape, in) in `dtype`."""
+    flat = indices.flatten()
+    weight = QuantizedWeight(
+        unpack_codes(held["words"][flat], form.bits, form.shape[1]),
+        held["scales"][flat].float(),
+        held["zeros"][flat] if "zeros" in held else None,
+        form.bits,
+        form.group_size,
+        form.scale_dtype,
+    )
+    return weight.dequantize(dtype).view(*indices.shape, form.shape[1])
