@@ -1,0 +1,55 @@
+"""Verdicts for machines that run builds: JUnit XML, and Markdown for a GitHub step summary."""
+
+import re
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from vlmquant.report.data import Verdict
+from vlmquant.report.numbers import threshold_text
+from vlmquant.report.markdown import verdict_lines
+
+NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML 1.0 cannot hold."""
+
+
+def to_junit(verdicts: Sequence[Verdict]) -> str:
+    """One test case per verdict. An inconclusive one is an error, not a skipped test: a build that skips is green."""
+    count = {kind: str(sum(verdict.outcome == kind for verdict in verdicts)) for kind in ("fail", "inconclusive")}
+    suite = ElementTree.Element(
+        "testsuite",
+        name="vlmquant.gate",
+        tests=str(len(verdicts)),
+        failures=count["fail"],
+        errors=count["inconclusive"],
+        skipped="0",
+    )
+    for verdict in verdicts:
+        case = ElementTree.SubElement(suite, "testcase", classname=_clean(verdict.candidate), name=verdict.threshold)
+        text = _clean(_sentence(verdict))
+        if verdict.outcome == "pass":
+            ElementTree.SubElement(case, "system-out").text = text
+        else:
+            tag = "failure" if verdict.outcome == "fail" else "error"
+            ElementTree.SubElement(case, tag, type=verdict.outcome, message=text).text = text
+    root = ElementTree.Element("testsuites")
+    root.append(suite)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def to_step_summary(verdicts: Sequence[Verdict]) -> str:
+    """Markdown for the file that $GITHUB_STEP_SUMMARY names."""
+    return "\n".join(["## vlmquant gate", "", *verdict_lines(verdicts)]) + "\n"
+
+
+def _sentence(verdict: Verdict) -> str:
+    show = threshold_text(verdict.threshold)
+    needed = f"; about {verdict.n_needed} samples would decide" if verdict.n_needed else ""
+    return (
+        f"{verdict.reason}: {show(verdict.point)}, bounds {show(verdict.low)} to {show(verdict.high)}, "
+        f"margin {show(verdict.margin)}, n {verdict.n}{needed}"
+    )
+
+
+def _clean(text: str) -> str:
+    return NOT_XML.sub("\ufffd", text)

@@ -1,0 +1,1 @@
+"""Reports: one Report of data, shown as a table, Markdown and HTML."""

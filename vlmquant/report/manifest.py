@@ -1,0 +1,69 @@
+"""What a report shows of a checkpoint's manifest (vlmquant.json); a model without one simply has less to show."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from vlmquant.evaluation.records import Run
+
+LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ComponentBytes:
+    component: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """The relative output error of one quantized weight, tr(E H E^T) / tr(W H W^T)."""
+
+    component: str
+    layer: int
+    kind: str
+    """Name of the module inside its layer, such as down_proj."""
+    error: float
+
+
+def recipe_of(run: Run) -> Mapping[str, Any]:
+    """The recipe that the model was made with, every default filled in; empty where it is unknown."""
+    return _mapping((run.manifest or {}).get("recipe"))
+
+
+def recipe_text(run: Run) -> str:
+    recipe = recipe_of(run)
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
+
+
+def component_bytes(run: Run) -> list[ComponentBytes]:
+    """Bytes of every component before and after, in the plan's order."""
+    components = _mapping(_mapping((run.manifest or {}).get("plan")).get("components"))
+    return [
+        ComponentBytes(str(name), int(totals["bytes_before"]), int(totals["bytes_after"]))
+        for name, totals in components.items()
+        if {"bytes_before", "bytes_after"} <= _mapping(totals).keys()
+    ]
+
+
+def layer_errors(run: Run) -> list[LayerError]:
+    """The errors of weights that lie in a numbered layer and have a positive error, in the manifest's order."""
+    manifest = run.manifest or {}
+    lines = _mapping(manifest.get("plan")).get("lines")
+    component = {line["name"]: line["component"] for line in lines if {"name", "component"} <= line.keys()} if lines else {}
+    found = []
+    for name, error in _mapping(manifest.get("errors")).items():
+        layer = LAYER.search(name)
+        if layer and name in component and isinstance(error, int | float) and error > 0 and math.isfinite(error):
+            kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            found.append(LayerError(str(component[name]), int(layer[1]), kind, float(error)))
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

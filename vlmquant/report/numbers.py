@@ -1,0 +1,106 @@
+"""Numbers as text: one spelling of each quantity wherever a report shows it."""
+
+import math
+from collections.abc import Callable
+
+from vlmquant.evaluation.records import Estimate
+
+NOTHING = "–"
+"""Stands where there is no number."""
+
+Show = Callable[[float | None], str]
+
+
+def fixed(decimals: int, *, scale: float = 1.0, unit: str = "", sign: bool = False) -> Show:
+    """A formatter: scale * value with so many decimals, then the unit."""
+
+    def show(value: float | None) -> str:
+        if value is None or math.isnan(value):
+            return NOTHING if value is None else "not a number"
+        if math.isinf(value):
+            return f"{'-' if value < 0 else '+' if sign else ''}∞"
+        text = f"{scale * value:{'+' if sign else ''}.{decimals}f}"
+        zero = f"{0:.{decimals}f}"
+        return (zero if text.lstrip("+-") == zero else text) + unit  # no "-0.0"
+
+    return show
+
+
+BYTES_PER_STEP = 1024.0
+
+
+def size_text(value: float | None) -> str:
+    """Bytes as B, KiB, MiB or GiB with about four digits."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    for unit in ("B", "KiB", "MiB"):
+        if abs(value) < BYTES_PER_STEP:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= BYTES_PER_STEP
+    return f"{value:.2f} GiB"
+
+
+PERCENT = fixed(2, scale=100, unit=" %")
+
+METRIC_TEXT: dict[str, Show] = {
+    "perplexity": fixed(2),
+    "all_token_perplexity": fixed(2),
+    "perplexity_wrong_image": fixed(2),
+    "kl": fixed(4),
+    "flip_rate": fixed(1, scale=100, unit=" %"),
+    "bleu4_sacrebleu": fixed(1),
+    "bleu4_coco": fixed(1),
+    "exact_match": fixed(1, unit=" %"),
+    "perplexity_increase": fixed(2, scale=100, unit=" %", sign=True),
+    "bleu4_drop": fixed(2, sign=True),
+    "bleu4_coco_drop": fixed(2, sign=True),
+    "exact_match_drop": fixed(1, sign=True),
+}
+"""Metric of metrics.summarize -> its text."""
+
+METRIC_TITLE: dict[str, str] = {
+    "perplexity": "perplexity",
+    "all_token_perplexity": "all-token perplexity",
+    "perplexity_wrong_image": "perplexity, wrong image",
+    "kl": "KL (nats/token)",
+    "flip_rate": "flips",
+    "bleu4_sacrebleu": "BLEU-4 (sacrebleu)",
+    "bleu4_coco": "BLEU-4 (COCO)",
+    "exact_match": "exact match",
+    "perplexity_increase": "perplexity increase",
+    "bleu4_drop": "BLEU-4 drop (sacrebleu)",
+    "bleu4_coco_drop": "BLEU-4 drop (COCO)",
+    "exact_match_drop": "exact-match drop (points)",
+}
+
+THRESHOLDS: dict[str, tuple[str, Show]] = {
+    "max_perplexity_increase": ("perplexity increase", fixed(2, scale=100, unit=" %")),
+    "max_bleu_drop": ("BLEU-4 drop", fixed(2, unit=" points")),
+    "max_kl": ("KL to the reference", fixed(4, unit=" nats/token")),
+    "max_flip_rate": ("flipped tokens", PERCENT),
+    "max_exact_match_drop": ("exact-match drop", fixed(2, unit=" points")),
+}
+"""Threshold of a recipe's gate -> what it bounds, and how that is written."""
+
+
+def metric_text(metric: str, estimate: Estimate | None) -> str:
+    """The point and, in brackets, its interval: `10.97 [10.41, 11.60]`."""
+    if estimate is None:
+        return NOTHING
+    show = METRIC_TEXT.get(metric, fixed(4))
+    point, low, high = (show(value) for value in (estimate.point, estimate.low, estimate.high))
+    unit = " %" if point.endswith(" %") else ""
+    interval = ", ".join(bound.removesuffix(unit) for bound in (low, high))
+    return f"{point} [{interval}]"
+
+
+def metric_title(metric: str) -> str:
+    return METRIC_TITLE.get(metric, metric)
+
+
+def threshold_title(threshold: str) -> str:
+    return THRESHOLDS[threshold][0]
+
+
+def threshold_text(threshold: str) -> Show:
+    return THRESHOLDS[threshold][1]
