@@ -88,13 +88,20 @@ def test_no_clipping_on_the_grid_is_better(make_inputs, make_weight, symmetric) 
 def test_the_fold_keeps_the_function_as_stored(make_stage, make_inputs, make_weight, dtype, offset) -> None:
     stage, normalized = norm_stage(make_stage, make_inputs, make_weight, dtype=dtype, offset=offset)
     original = {name: stage.inputs @ weight.T for name, weight in stage.weights.items()}
-    awq.quantize_stage(stage)
+    quantized = awq.quantize_stage(stage)
     assert stage.channel_scales is not None
     assert (stage.channel_scales != 1).any()
     assert stage.gain.dtype == dtype
     for name, weight in stage.weights.items():
         folded = (normalized * (stage.gain.float() + offset)) @ (weight * stage.channel_scales).T
         torch.testing.assert_close(folded, original[name], rtol=1e-5, atol=1e-5)
+        # Clipping is judged on the inputs that the folded norm gives.
+        served = normalized * (stage.gain.float() + offset)
+        expected = awq.quantize_clipped(
+            weight * stage.channel_scales, served.T @ served / len(served), scheme=W4, clip=True, scale_dtype=dtype
+        )
+        agreement = (quantized[name].codes == expected.codes).float().mean()
+        assert agreement > 0.99  # sums in another order may tip a tie
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -119,18 +119,15 @@ def test_inputs_that_never_fire_are_rounded_to_nearest(make_stage, make_inputs, 
     alone = quantize_codes(weight, quantized.scales, None, bits=4, group_size=16)
     assert torch.equal(quantized.codes[:, [3, 17]], alone[:, [3, 17]])
     assert stage.notes == ["2 of 64 inputs never fired during calibration; their weights were rounded to nearest"]
-    # The others get what they would get without the dead columns.
     living = [j for j in range(64) if j not in (3, 17)]
-    hessian = stage.hessian()
-    hessian.diagonal()[[3, 17]] = hessian.diagonal()[living].mean()
     expected = classical_gptq(
         weight,
-        hessian,
+        stage.hessian(),
         quantized.scales,
         None,
         bits=4,
         group_size=16,
-        damping=0.01 * (62 / 64),  # of the mean over all columns, dead ones included
+        damping=0.01,
         activation_order=True,
     )
     assert torch.equal(quantized.codes[:, living], expected[:, living])
@@ -151,12 +148,12 @@ def test_fewer_tokens_than_inputs(make_stage, make_inputs, make_weight) -> None:
     assert stage.notes == []
 
 
-def test_a_singular_hessian_is_damped_more_and_noted(make_stage, make_weight) -> None:
-    # Eigenvalues 2.05 and -.05: damping .01 of the mean diagonal (1) is too little, ten times that is enough.
-    gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])
+@pytest.mark.parametrize(("coupling", "damping"), [(1.05, 0.1), (1.5, 1), (6.0, 10)])
+def test_a_singular_hessian_is_damped_more_and_noted(make_stage, make_weight, coupling, damping) -> None:
+    gram = torch.tensor([[1.0, coupling], [coupling, 1.0]])  # its smallest eigenvalue is 1 - coupling
     stage = make_stage({"q": make_weight(4, 2)}, Scheme(bits=4, group_size=None), gram=gram)
     gptq.quantize_stage(stage)
-    assert stage.notes == ["the Hessian is singular at damping 0.01; used 0.1"]
+    assert stage.notes == [f"the Hessian is singular at damping 0.01; used {damping:g}"]
 
 
 def test_a_hopeless_hessian_ends_in_rounding_to_nearest(make_stage, make_weight) -> None:

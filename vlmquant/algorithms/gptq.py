@@ -24,7 +24,7 @@ COLUMN_BLOCK = 64
 DAMPING_LADDER = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the damping, tried until the factorisation succeeds; after the last, columns are rounded alone."""
 DEAD_FRACTION = 1e-12
-"""An input whose mean square is at most this share of the largest never fires: it takes and gives no feedback."""
+"""An input whose mean square is at most this share of the largest never fires: no more is known of it."""
 ROWS_PER_THREAD = 8192
 """With fewer rows than this the loop over columns runs on one thread: its steps are too short to be worth a barrier."""
 
@@ -85,12 +85,11 @@ def factorize(hessian: Tensor, options: GptqOptions) -> Factor:
 
     The matrix is equilibrated (unit diagonal) first, which keeps it well conditioned under massive activations.
     """
-    exact = hessian.double()  # a copy: hessian is float32
+    exact = hessian.double()
     order = torch.arange(len(exact), device=exact.device)
     if options.activation_order:
         order = torch.argsort(exact.diagonal(), descending=True, stable=True)
     mean = exact.diagonal().mean().item() or 1.0
-    exact.diagonal()[dead_inputs(hessian)] = mean
     exact = exact[order][:, order]
     for factor in DAMPING_LADDER:
         damped = exact.clone()
