@@ -85,7 +85,7 @@ class Stage:
         line: PlanLine,
         inputs: list[tuple[Tensor, Tensor | None]],
     ) -> None:
-        assert line.scheme is not None
+        assert isinstance(line.scheme, Scheme)
         self.block = block
         self.linears = {linear.local: linear for linear in linears}
         self.scheme: Scheme = line.scheme
@@ -351,6 +351,10 @@ class Block:
         self.settled = True
         for walk in self._walks:
             walk.resume()
+        self.release()
+
+    def release(self) -> None:
+        """Take the weights out of the module again."""
         for local, parameter in list(self.module.named_parameters()):
             assign(self.module, local, torch.empty_like(parameter, device="meta"))
 
@@ -374,7 +378,7 @@ class Block:
 
 
 def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
-    if line.scheme is not None and line.scheme.activations == "dynamic-int8":
+    if isinstance(line.scheme, Scheme) and line.scheme.activations == "dynamic-int8":
         inputs = round_activations(inputs)
     return nn.functional.linear(inputs, module.weight, module.bias)
 
@@ -470,6 +474,7 @@ class BlockStream:
                 with torch.no_grad():
                     yield block
                     if self._order[name] == last:
+                        block.release()
                         return
                     block.settle()
         finally:

@@ -1,0 +1,378 @@
+"""The `vlmquant` command: each function parses, calls and prints. Results go to stdout, progress and messages to stderr."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import click
+import typer
+
+from vlmquant.errors import EXIT_OK, InputError, UsageError, VlmquantError
+
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+app = typer.Typer(
+    name="vlmquant",
+    help="Quantize vision-language models per component, and prove what it cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Data = Annotated[Path, typer.Option("--data", "-d", help="Evaluation set: a folder with samples.jsonl.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many samples, shared among the tasks.")]
+Strata = Annotated[
+    str | None, typer.Option("--samples", help="Samples per task in file order, such as caption=80,vqa=60.")
+]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write the report as an HTML page.")]
+Markdown = Annotated[Path | None, typer.Option("--markdown", help="Also write the report as Markdown.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto (the faster here), float32 or bfloat16.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores if not given.")]
+WrongImage = Annotated[
+    bool,
+    typer.Option("--wrong-image", help="Also measure perplexity with another sample's image: does the model look?"),
+]
+NoGenerate = Annotated[bool, typer.Option("--no-generate", help="Skip generation: no BLEU, exact match or speed.")]
+
+
+def emit(value: dict[str, Any]) -> None:
+    """A result for machines, on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False, trust_remote_code: Trust = False) -> None:
+    """Show the component map: parameters, bytes, blocks, quantizable linears, fused groups."""
+    from vlmquant.components import locate_model, resolve_components
+    from vlmquant.tables import component_summary, component_table
+
+    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code)
+    if as_json:
+        emit(component_summary(components))
+    else:
+        show(component_table(components))
+
+
+@app.command()
+def plan(
+    model: Model,
+    recipe: RecipeOption,
+    every_weight: Annotated[bool, typer.Option("--all", help="One line for every weight.")] = False,
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show what becomes of every weight, and the bytes before and after. Reads no weights."""
+    from vlmquant.components import locate_model, resolve_components
+    from vlmquant.planning import make_plan
+    from vlmquant.recipe import load_recipe
+    from vlmquant.tables import plan_lines_table, plan_table
+
+    wanted = load_recipe(recipe)
+    planned = make_plan(resolve_components(locate_model(model), trust_remote_code=trust_remote_code), wanted)
+    if as_json:
+        emit(planned.to_json())
+        return
+    if every_weight:
+        show(plan_lines_table(planned))
+    show(plan_table(planned))
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new set.")],
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            "-s",
+            help="PATH, PATH=TASK or FORMAT:PATH=TASK of your own data; several may be given. "
+            "Without one, samples are drawn from the recipe's set.",
+        ),
+    ] = None,
+    recipe: RecipeOption = "mixed",
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples instead of the recipe's number.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed instead of the recipe's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build a stratified calibration set from your own data; prints its strata."""
+    from vlmquant.calibration.build import build_set, draw_set
+    from vlmquant.calibration.sources import parse_source
+    from vlmquant.recipe import load_recipe
+    from vlmquant.tables import strata_table
+
+    spec = load_recipe(recipe).calibration
+    changes = {"samples": samples, "seed": seed}
+    spec = spec.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    built, strata = build_set([parse_source(text) for text in source], spec, out) if source else draw_set(spec, out)
+    if as_json:
+        rows = [dataclasses.asdict(row) for row in strata]
+        emit({"path": str(out), "sha256": built.sha256, "samples": len(built.samples), "strata": rows})
+    else:
+        show(strata_table(strata))
+        typer.echo(f"{out}: {len(built.samples)} samples, sha256 {built.sha256}")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    recipe: RecipeOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the quantized model.")],
+    calibration: Annotated[str | None, typer.Option(help="Calibration set instead of the recipe's.")] = None,
+    samples: Annotated[str | None, typer.Option(help="As in eval: samples per task in file order.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    device: Annotated[str, typer.Option(help="Where blocks are quantized, such as cpu or cuda:0.")] = "cpu",
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Quantize a model by a recipe."""
+    from vlmquant import pipeline
+    from vlmquant.recipe import load_recipe
+    from vlmquant.tables import plan_table
+
+    wanted = load_recipe(recipe)
+    if samples is not None:
+        strata = parse_counts(samples)
+        chosen = wanted.calibration.model_copy(
+            update={"strata": strata, "samples": sum(strata.values()), "order": "file"}
+        )
+        wanted = wanted.model_copy(update={"calibration": chosen})
+    set_threads(threads)
+    done = pipeline.quantize(
+        model,
+        wanted,
+        out,
+        calibration=calibration,
+        device=device,
+        dtype=pipeline.parse_dtype(dtype),
+        resume=resume,
+        force=force,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        emit(done.to_json())
+        return
+    show(plan_table(done.plan))
+    for note in done.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{done.path}: written in {done.seconds:.0f} s ({done.user_cpu_seconds:.0f} s of user CPU time), "
+        f"peak memory {done.peak_bytes / 2**20:.0f} MiB, computed in {done.compute_dtype}"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Directory of the quantized model.")],
+    reference: Annotated[str, typer.Option("--reference", help="The model it was quantized from.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report.json"),
+    html: Html = None,
+    markdown: Markdown = None,
+    limit: Limit = None,
+    samples: Strata = None,
+    wrong_image: WrongImage = False,
+    no_generate: NoGenerate = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantization cost, against the original model: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
+    _evaluate(
+        reference, [model], data, out, html, markdown, limit, samples, wrong_image, no_generate, dtype, threads, as_json
+    )
+
+
+@app.command()
+def compare(
+    reference: Annotated[str, typer.Argument(help="The unquantized model.")],
+    models: Annotated[list[Path], typer.Argument(help="Quantized models, one row each.")],
+    data: Data,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the report goes.")] = None,
+    html: Html = None,
+    markdown: Markdown = None,
+    limit: Limit = None,
+    samples: Strata = None,
+    wrong_image: WrongImage = False,
+    no_generate: NoGenerate = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Several quantized models against the original, in one table."""
+    _evaluate(
+        reference, models, data, out, html, markdown, limit, samples, wrong_image, no_generate, dtype, threads, as_json
+    )
+
+
+def _evaluate(
+    reference: str,
+    models: list[Path],
+    data: Path,
+    out: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+    limit: int | None,
+    samples: str | None,
+    wrong_image: bool,
+    no_generate: bool,
+    dtype: str,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    from vlmquant import pipeline
+    from vlmquant.report.table import compare_rows, terminal_table
+
+    report = pipeline.evaluate(
+        reference,
+        models,
+        data,
+        limit=limit,
+        strata=None if samples is None else parse_counts(samples),
+        wrong_image=wrong_image,
+        generate=not no_generate,
+        dtype=dtype,
+        threads=threads,
+        command=("vlmquant", *sys.argv[1:]),
+    )
+    written = pipeline.write_report(report, out=out, html=html, markdown=markdown)
+    if as_json:
+        emit({"rows": compare_rows(report), "files": [str(path) for path in written]})
+        return
+    show(terminal_table(report))
+    for path in written:
+        typer.echo(f"wrote {path}")
+
+
+@app.command()
+def gate(
+    report: Annotated[Path, typer.Argument(help="report.json of `vlmquant eval` or `compare`.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Recipe whose thresholds apply; else those the model was made with."),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write the verdicts as JUnit XML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a report by thresholds: exit 0 passed, 3 failed, 4 inconclusive."""
+    from vlmquant import gate as judging
+    from vlmquant.recipe import load_recipe
+    from vlmquant.report.data import read_json, write_text
+
+    found = read_json(report)
+    spec = load_recipe(recipe).gate if recipe is not None else judging.recipe_gate(found)
+    verdicts = judging.judge(found, spec)
+    if junit is not None:
+        write_text(junit, judging.to_junit(verdicts))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with open(summary, "a", encoding="utf-8") as file:
+            file.write(judging.to_step_summary(verdicts))
+    if as_json:
+        emit(judging.to_json(verdicts))
+    else:
+        show(judging.terminal_table(verdicts))
+    raise typer.Exit(judging.exit_code(verdicts))
+
+
+@app.command()
+def verify(
+    model: Annotated[Path, typer.Argument(help="A directory that vlmquant wrote.")], as_json: Json = False
+) -> None:
+    """Check a checkpoint against its manifest: checksums, index, shapes, scales."""
+    from vlmquant.checkpoint import verify_checkpoint
+
+    problems = verify_checkpoint(model)
+    if as_json:
+        emit({"path": str(model), "problems": problems})
+    else:
+        typer.echo("\n".join(problems) if problems else f"{model}: every file is as it was written")
+    raise typer.Exit(1 if problems else EXIT_OK)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of everything the demo writes.")] = Path(
+        "demo-output"
+    ),
+    threads: Threads = None,
+) -> None:
+    """Inspect, plan, quantize, evaluate, report and gate the bundled tiny model, in about a minute."""
+    from vlmquant.demo import run
+
+    set_threads(threads)
+    raise typer.Exit(run(out))
+
+
+def parse_counts(text: str) -> dict[str, int]:
+    """ "caption=80,vqa=60" -> {"caption": 80, "vqa": 60}."""
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        task, sign, number = (piece.strip() for piece in part.partition("="))
+        if not (task and sign and number.isdecimal() and int(number) > 0) or task in counts:
+            raise UsageError(f"--samples: expected task=number pairs such as caption=80,vqa=60, got '{text}'")
+        counts[task] = int(number)
+    return counts
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch use this many CPU threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def show(table: Any) -> None:
+    """Print a table on stdout, as wide as it needs to be where stdout is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: turns our errors into one message and an exit code; bugs keep their traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = app(standalone_mode=False)
+    except VlmquantError as error:
+        fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; what was finished is kept, go on with --resume", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_OK)
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or error}", InputError.exit_code)
+    sys.exit(result if isinstance(result, int) else EXIT_OK)
+
+
+def fail(message: str, code: int) -> None:
+    """One message on stderr, then exit."""
+    typer.echo(f"vlmquant: {message}", err=True)
+    sys.exit(code)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)

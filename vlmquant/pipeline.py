@@ -1,0 +1,219 @@
+"""The story in two functions: `quantize` from a model and a recipe to a checkpoint, `evaluate` from models to a report."""
+
+import hashlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmquant import __version__
+from vlmquant.algorithms import ALGORITHMS, rtn
+from vlmquant.calibration.encode import Batch, BatchReport, make_batches
+from vlmquant.calibration.images import pixel_sha256
+from vlmquant.calibration.processor import load_processor
+from vlmquant.calibration.sampling import Selection, choose_samples
+from vlmquant.calibration.sets import load_set
+from vlmquant.checkpoint import CheckpointWriter
+from vlmquant.components import ComponentMap, locate_model, resolve_components
+from vlmquant.formats import bitsandbytes
+from vlmquant.grid import QuantizedWeight
+from vlmquant.kernels.probe import compute_dtype
+from vlmquant.planning import Plan, make_plan
+from vlmquant.progress import bar
+from vlmquant.recipe import Recipe, Scheme, load_recipe
+from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream
+
+BATCH_SIZE = 16
+"""Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` did."""
+
+    path: Path
+    plan: Plan
+    errors: dict[str, float]
+    """Relative output error tr(E H E^T) / tr(W H W^T) by weight name."""
+    notes: tuple[str, ...]
+    calibration: Mapping[str, Any] | None
+    seconds: float
+    user_cpu_seconds: float
+    peak_bytes: int
+    """Largest resident size of the process so far."""
+    compute_dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
+        return {
+            "path": str(self.path),
+            "bytes_before": self.plan.bytes_before,
+            "bytes_after": self.plan.bytes_after,
+            "bits_per_weight": self.plan.bits_per_weight,
+            "seconds": round(self.seconds, 1),
+            "user_cpu_seconds": round(self.user_cpu_seconds, 1),
+            "peak_bytes": self.peak_bytes,
+            "compute_dtype": self.compute_dtype,
+            "largest_errors": dict(worst),
+            "notes": list(self.notes),
+            "calibration": None
+            if self.calibration is None
+            else {k: v for k, v in self.calibration.items() if k != "images"},
+        }
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    resume: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+) -> Quantized:
+    """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
+
+    calibration: a set's name or folder instead of the recipe's. dtype: of the forward passes; None measures what is fast.
+    Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
+    """
+    started, cpu_started = time.monotonic(), _user_cpu_seconds()
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code)
+    plan = make_plan(components, recipe)
+    results: dict[str, BlockResult] = {}
+    selection = None
+    batches: list[Callable[[], Batch]] = []
+    dtype = dtype or compute_dtype(device)
+    manifest: dict[str, Any] = {"settings": {"compute_dtype": _dtype_name(dtype), "threads": torch.get_num_threads()}}
+    if any(line.method in NEEDS_DATA for line in plan.lines if line.action == "quantize"):
+        chosen = (
+            recipe.calibration
+            if calibration is None
+            else recipe.calibration.model_copy(update={"set": str(calibration)})
+        )
+        selection = choose_samples(load_set(chosen.set), chosen)
+        batches, made = make_batches(
+            selection.samples, load_processor(components.model_dir), max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE
+        )
+        manifest["calibration"] = _calibration_record(selection, made, set_name=chosen.set)
+    fingerprint = _fingerprint(components, recipe, selection, dtype)
+    with CheckpointWriter(
+        Path(out), components, recipe, plan, fingerprint=fingerprint, resume=resume, force=force
+    ) as writer:
+        if recipe.output.format == "bitsandbytes":
+            bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial)
+        else:
+            outside = _restore(writer, None) or BlockResult(_quantize_outside(components, plan), {})
+            _record(writer, None, outside)
+            stream = BlockStream(
+                components,
+                plan,
+                dict(recipe.specs()),
+                batches,
+                outside=outside.quantized,
+                restore=lambda info: _restore(writer, info.name),
+                dtype=dtype,
+                device=torch.device(device),
+            )
+            with bar("quantize", total=len(components.blocks)) as progress:
+                for block in stream:
+                    for stage in block.stages():
+                        stage.finish(ALGORITHMS[stage.method](stage))
+                    if not block.restored:
+                        _record(writer, block.info.name, block.result)
+                    results[block.info.name] = block.result
+                    progress.step(f"quantize {block.info.component}")
+        errors = {name: error for result in results.values() for name, error in result.errors.items()}
+        notes = [note for result in results.values() for note in result.notes]
+        writer.finish(manifest | {"errors": errors, "notes": notes})
+    return Quantized(
+        path=Path(out),
+        plan=plan,
+        errors=errors,
+        notes=tuple(notes),
+        calibration=manifest.get("calibration"),
+        seconds=time.monotonic() - started,
+        user_cpu_seconds=_user_cpu_seconds() - cpu_started,
+        peak_bytes=peak_resident_bytes(),
+        compute_dtype=_dtype_name(dtype),
+    )
+
+
+def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult) -> None:
+    record = {"errors": result.errors, "notes": list(result.notes)}
+    writer.add(unit, result.quantized, result.changed, record)
+
+
+def _restore(writer: CheckpointWriter, unit: str | None) -> BlockResult | None:
+    """A finished unit of an earlier run, as it was recorded."""
+    if (kept := writer.restored(unit)) is None:
+        return None
+    quantized, changed, record = kept
+    return BlockResult(quantized, changed, record["errors"], tuple(record["notes"]))
+
+
+def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, QuantizedWeight]:
+    """Codes of the embedding, projector and head where the recipe wants them: to nearest, since no data reaches them alone."""
+    inside = tuple(f"{info.name}." for info in components.blocks)
+    return {
+        line.name: rtn.quantize_weight(
+            components.read(line.name).float(), scheme=line.scheme, scale_dtype=components.dtype
+        )
+        for line in plan.lines
+        if isinstance(line.scheme, Scheme) and line.action == "quantize" and not line.name.startswith(inside)
+    }
+
+
+def _calibration_record(selection: Selection, made: BatchReport, *, set_name: str) -> dict[str, Any]:
+    """What the manifest says of the calibration: enough to repeat it, and to refuse its images in an evaluation."""
+    images = sorted({pixel_sha256(path) for sample in selection.samples for path in sample.images})
+    return {
+        "set": Path(set_name).name,
+        "sha256": selection.sha256,
+        "strata": [asdict(row) for row in selection.strata],
+        **asdict(made),
+        "images": images,
+    }
+
+
+def _fingerprint(
+    components: ComponentMap, recipe: Recipe, selection: Selection | None, dtype: torch.dtype
+) -> dict[str, str]:
+    """What a resumed run must share with the run that it goes on from, by name."""
+    model = hashlib.sha256((components.model_dir / "config.json").read_bytes())
+    for path in sorted(components.model_dir.glob("*.safetensors")):
+        stat = path.stat()
+        model.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return {
+        "model": model.hexdigest(),
+        "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
+        "calibration": selection.sha256 if selection else "none",
+        "compute_dtype": _dtype_name(dtype),
+        "threads": str(torch.get_num_threads()),
+        "vlmquant": __version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _user_cpu_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
