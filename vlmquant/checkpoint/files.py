@@ -1,0 +1,181 @@
+"""Files that survive a kill: written whole or not at all, locked, and safetensors written one tensor at a time."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from vlmquant.errors import CheckpointError, DoesNotFitError, UsageError
+from vlmquant.shards import DTYPES
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_ALIGNMENT = 8
+"""Bytes; tensor data begins at a multiple of it, as the safetensors library has it."""
+CHUNK_BYTES = 16 * 1024 * 1024
+"""Read or written at a time."""
+TMP_SUFFIX = ".tmp"
+"""Ending of a file that is being written; one left behind means nothing."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor before it is written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """Say in our words what the operating system has against writing at `place`."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{place}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFitError(f"{what}; free some space and run again with --resume to go on from here") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise UsageError(f"{what}; choose a place that you may write to") from error
+        raise CheckpointError(f"{what}; mend the cause and run again with --resume") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new files in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Open for writing a file that appears under its name complete and durable, or not at all."""
+    tmp = path.with_name(path.name + TMP_SUFFIX)
+    try:
+        with tmp.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        tmp.replace(path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    with written_whole(path) as stream:
+        stream.write(text.encode("utf-8"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    with source.open("rb") as stream, written_whole(target) as out:
+        while chunk := stream.read(CHUNK_BYTES):
+            out.write(chunk)
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_safetensors(path: Path, specs: Iterable[TensorSpec], read: Callable[[str], Tensor]) -> str:
+    """Write the tensors, read one at a time, and return the file's sha256.
+
+    In the file they lie by falling element size and else in the order given, so that each is aligned to its elements
+    (as the safetensors library has it). ValueError where a tensor is not what its spec says.
+    """
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in ordered:
+        start, end = end, end + spec.nbytes
+        header[spec.name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    digest = hashlib.sha256()
+    with written_whole(path) as stream:
+        for part in _parts(text, ordered, read):
+            stream.write(part)
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(header: bytes, specs: Iterable[TensorSpec], read: Callable[[str], Tensor]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for spec in specs:
+        value = read(spec.name)
+        if value.dtype != spec.dtype or tuple(value.shape) != spec.shape:
+            raise ValueError(f"{spec.name}: expected {spec.dtype} {spec.shape}, got {value.dtype} {tuple(value.shape)}")
+        octets = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        for start in range(0, len(octets), CHUNK_BYTES):
+            yield octets[start : start + CHUNK_BYTES]
+
+
+class Lock:
+    """A file that one process at a time holds. The kernel lets go of it when the process ends, however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """UsageError names the process that holds it."""
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                owner = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
+                os.close(descriptor)
+                raise UsageError(
+                    f"{self.path}: another vlmquant writes this output ({owner}); wait for it to end"
+                ) from error
+            if self._is_current(descriptor):
+                break
+            os.close(descriptor)  # removed by its former owner between our open and our lock
+        self._descriptor = descriptor
+        host = socket.gethostname()
+        owner = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
+        if owner and not owner.endswith(f" on {host}"):  # a lock that does not reach across machines
+            self._descriptor = None
+            os.close(descriptor)
+            raise UsageError(
+                f"{self.path}: locked by {owner}, of which this machine cannot tell whether it lives; "
+                "if it has ended, remove this file"
+            )
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {host}\n".encode(), 0)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return self.path.stat().st_ino == os.fstat(descriptor).st_ino
+        except FileNotFoundError:
+            return False
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
