@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "vlmquant"
 ROOMS = [
     "cli",
     "demo",
+    "tables",
     "pipeline",
     "gate",
     "report",
@@ -34,7 +35,7 @@ ROOMS = [
     "errors",
 ]
 # The package's face and its `python -m` entry: they import lazily, from anywhere.
-FACES = {"__init__", "__main__"}
+FACES = {"__init__", "__main__", "_hook"}
 
 
 def room_of(path: Path) -> str:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_vlm import KINDS, build, image_inputs
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from tests.tiny_vlm import KINDS, build, image_inputs
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import ComponentMap, resolve_components

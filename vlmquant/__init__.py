@@ -5,13 +5,13 @@
     vlmquant.evaluate(reference, [out], data) what quantization cost, as a Report
     vlmquant.load_recipe(name_or_path)        a recipe
 
-Importing vlmquant imports neither torch nor transformers; from then on `from_pretrained` loads vlmquant's checkpoints packed.
+Importing vlmquant imports neither torch nor transformers; from then on, `from_pretrained` keeps its checkpoints packed.
 """
 
 from importlib import import_module
 from typing import Any
 
-from vlmquant import _hook
+from vlmquant import _hook as _hook
 
 __version__ = "0.1.0"
 

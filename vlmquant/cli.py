@@ -1,4 +1,4 @@
-"""The `vlmquant` command: each function parses, calls and prints. Results go to stdout, progress and messages to stderr."""
+"""The `vlmquant` command: each function parses, calls and prints. Results go to stdout, everything else to stderr."""
 
 import dataclasses
 import json
@@ -157,7 +157,7 @@ def quantize(
         out,
         calibration=calibration,
         device=device,
-        dtype=pipeline.parse_dtype(dtype),
+        dtype=parse_dtype(dtype),
         resume=resume,
         force=force,
         trust_remote_code=trust_remote_code,
@@ -190,7 +190,7 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what quantization cost, against the original model: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
+    """Measure what quantization cost: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
     _evaluate(
         reference, [model], data, out, html, markdown, limit, samples, wrong_image, no_generate, dtype, threads, as_json
     )
@@ -234,18 +234,22 @@ def _evaluate(
     as_json: bool,
 ) -> None:
     from vlmquant import pipeline
+    from vlmquant.evaluation.settings import Settings
     from vlmquant.report.table import compare_rows, terminal_table
 
+    settings = Settings(
+        wrong_image=wrong_image,
+        generate=not no_generate,
+        dtype=dtype,  # type: ignore[arg-type]  # Settings refuses what it does not know
+        threads=threads,
+    )
     report = pipeline.evaluate(
         reference,
         models,
         data,
         limit=limit,
         strata=None if samples is None else parse_counts(samples),
-        wrong_image=wrong_image,
-        generate=not no_generate,
-        dtype=dtype,
-        threads=threads,
+        settings=settings,
         command=("vlmquant", *sys.argv[1:]),
     )
     written = pipeline.write_report(report, out=out, html=html, markdown=markdown)
@@ -269,11 +273,15 @@ def gate(
 ) -> None:
     """Judge a report by thresholds: exit 0 passed, 3 failed, 4 inconclusive."""
     from vlmquant import gate as judging
+    from vlmquant import pipeline
     from vlmquant.recipe import load_recipe
     from vlmquant.report.data import read_json, write_text
+    from vlmquant.tables import verdict_table
 
     found = read_json(report)
-    spec = load_recipe(recipe).gate if recipe is not None else judging.recipe_gate(found)
+    spec = load_recipe(recipe).gate if recipe is not None else pipeline.recipe_gate(found)
+    if spec is None:
+        raise UsageError(f"{report}: its models were not made by recipes with the same gate; give one with --recipe")
     verdicts = judging.judge(found, spec)
     if junit is not None:
         write_text(junit, judging.to_junit(verdicts))
@@ -281,9 +289,9 @@ def gate(
         with open(summary, "a", encoding="utf-8") as file:
             file.write(judging.to_step_summary(verdicts))
     if as_json:
-        emit(judging.to_json(verdicts))
+        emit({"verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]})
     else:
-        show(judging.terminal_table(verdicts))
+        show(verdict_table(verdicts))
     raise typer.Exit(judging.exit_code(verdicts))
 
 
@@ -325,6 +333,17 @@ def parse_counts(text: str) -> dict[str, int]:
             raise UsageError(f"--samples: expected task=number pairs such as caption=80,vqa=60, got '{text}'")
         counts[task] = int(number)
     return counts
+
+
+def parse_dtype(name: str) -> Any:
+    """The torch dtype of a name; None for auto."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"--dtype: expected auto, float32 or bfloat16, got '{name}'")
+    if name == "auto":
+        return None
+    import torch
+
+    return getattr(torch, name)
 
 
 def set_threads(threads: int | None) -> None:

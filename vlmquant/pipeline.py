@@ -1,13 +1,13 @@
-"""The story in two functions: `quantize` from a model and a recipe to a checkpoint, `evaluate` from models to a report."""
+"""The story in two functions: `quantize`, from a model to a checkpoint, and `evaluate`, from models to a report."""
 
 import hashlib
 import resource
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,20 +15,32 @@ import torch
 from vlmquant import __version__
 from vlmquant.algorithms import ALGORITHMS, rtn
 from vlmquant.calibration.encode import Batch, BatchReport, make_batches
-from vlmquant.calibration.images import pixel_sha256
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sampling import Selection, choose_samples
-from vlmquant.calibration.sets import load_set
-from vlmquant.checkpoint import CheckpointWriter
+from vlmquant.calibration.sets import SampleSet, image_hashes, load_set
+from vlmquant.checkpoint import CheckpointWriter, read_manifest
+from vlmquant.checkpoint.reader import MANIFEST_NAME
 from vlmquant.components import ComponentMap, locate_model, resolve_components
+from vlmquant.errors import InputError
+from vlmquant.evaluation.environment import peak_resident_bytes
+from vlmquant.evaluation.logprobs import LogProbs
+from vlmquant.evaluation.scoring import score_model
+from vlmquant.evaluation.settings import Settings
 from vlmquant.formats import bitsandbytes
+from vlmquant.gate import judge
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.planning import Plan, make_plan
 from vlmquant.progress import bar
-from vlmquant.recipe import Recipe, Scheme, load_recipe
+from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
+from vlmquant.report.data import Report, build_report, write_json, write_text
+from vlmquant.report.html import to_html
+from vlmquant.report.markdown import to_markdown
 from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream
 
+BOOTSTRAP_RESAMPLES = 2000
+BOOTSTRAP_SEED = 0
+"""Of the report's intervals."""
 BATCH_SIZE = 16
 """Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
 
@@ -82,7 +94,8 @@ def quantize(
 ) -> Quantized:
     """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
 
-    calibration: a set's name or folder instead of the recipe's. dtype: of the forward passes; None measures what is fast.
+    calibration: a set's name or folder instead of the recipe's.
+    dtype: of the forward passes; None measures what is fast here.
     Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
@@ -162,7 +175,7 @@ def _restore(writer: CheckpointWriter, unit: str | None) -> BlockResult | None:
 
 
 def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, QuantizedWeight]:
-    """Codes of the embedding, projector and head where the recipe wants them: to nearest, since no data reaches them alone."""
+    """Codes of embedding, projector and head where the recipe wants them: to nearest, as no data is collected there."""
     inside = tuple(f"{info.name}." for info in components.blocks)
     return {
         line.name: rtn.quantize_weight(
@@ -173,15 +186,109 @@ def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, Quantiz
     }
 
 
+def evaluate(
+    reference: str | Path,
+    models: Sequence[str | Path],
+    data: str | Path,
+    *,
+    limit: int | None = None,
+    strata: Mapping[str, int] | None = None,
+    settings: Settings | None = None,
+    command: Sequence[str] = (),
+) -> Report:
+    """Score the reference and every model on the same samples of a set, in processes of their own.
+
+    limit: at most so many samples, shared among the tasks. strata: so many of each task, in file order; None and None
+    take them all. Raises InputError where a model was calibrated on images of the set.
+    """
+    settings = settings or Settings()
+    sample_set = load_set(data)
+    selection = choose_samples(sample_set, _evaluation_spec(sample_set, limit, strata))
+    directories = [locate_model(model) for model in (reference, *models)]
+    for model_dir in directories[1:]:
+        _refuse_calibration_images(model_dir, selection, data)
+    labels = _labels(directories)
+    with TemporaryDirectory(prefix="vlmquant-") as scratch:
+        record = Path(scratch, "logprobs.npy")
+        base = score_model(directories[0], selection.samples, settings, reference=None, record=record, label=labels[0])
+        logprobs = LogProbs.open(record)
+        runs = [
+            score_model(model_dir, selection.samples, settings, reference=logprobs, record=None, label=label)
+            for model_dir, label in zip(directories[1:], labels[1:], strict=True)
+        ]
+    return build_report(
+        base,
+        runs,
+        command=command,
+        hashes={"evaluation set": selection.sha256},
+        seed=BOOTSTRAP_SEED,
+        resamples=BOOTSTRAP_RESAMPLES,
+    )
+
+
+def _evaluation_spec(sample_set: SampleSet, limit: int | None, strata: Mapping[str, int] | None) -> CalibrationSpec:
+    if strata is not None:
+        return CalibrationSpec(strata=dict(strata), samples=sum(strata.values()), order="file")
+    return CalibrationSpec(samples=min(limit or len(sample_set.samples), len(sample_set.samples)))
+
+
+def _refuse_calibration_images(model_dir: Path, selection: Selection, data: str | Path) -> None:
+    """A model must not be judged on what it was calibrated on."""
+    if not (model_dir / MANIFEST_NAME).is_file():
+        return
+    seen = set((read_manifest(model_dir).get("calibration") or {}).get("images", ()))
+    shown = image_hashes(selection.samples)
+    if both := sorted(sample for digest, sample in shown.items() if digest in seen):
+        raise InputError(
+            f"{data}: {len(both)} of its images ({', '.join(both[:3])}{', ...' if len(both) > 3 else ''}) "
+            f"are in the calibration set of {model_dir}; evaluate on others"
+        )
+
+
+def _labels(directories: Sequence[Path]) -> list[str]:
+    """A short name for each model that no other has: its directory's, or as much of its path as tells it apart."""
+    labels: list[str] = []
+    for directory in directories:
+        parts = directory.resolve().parts[1:] or (str(directory),)
+        others = [other.resolve().parts[1:] for other in directories if other.resolve() != directory.resolve()]
+        depth = next((n for n in range(1, len(parts)) if all(other[-n:] != parts[-n:] for other in others)), len(parts))
+        label = "/".join(parts[-depth:])
+        labels.append(label if label not in labels else f"{label} ({labels.count(label) + 1})")
+    return labels
+
+
+def write_report(report: Report, *, out: Path | None, html: Path | None, markdown: Path | None) -> list[Path]:
+    """Write the report in the forms asked for; the paths written. HTML and Markdown open with the gate's verdict."""
+    verdicts = judge(report, spec) if (spec := recipe_gate(report)) is not None else []
+    written = []
+    if out is not None:
+        write_json(report, out)
+        written.append(out)
+    if markdown is not None:
+        write_text(markdown, to_markdown(report, verdicts))
+        written.append(markdown)
+    if html is not None:
+        write_text(html, to_html(report, verdicts))
+        written.append(html)
+    return written
+
+
+def recipe_gate(report: Report) -> GateSpec | None:
+    """The thresholds of the recipe that the candidates were made by; None where there is none, or they differ."""
+    recipes = [run.manifest["recipe"]["gate"] for run in report.candidates if run.manifest is not None]
+    if len(recipes) != len(report.candidates) or any(gate != recipes[0] for gate in recipes):
+        return None
+    return GateSpec.model_validate(recipes[0])
+
+
 def _calibration_record(selection: Selection, made: BatchReport, *, set_name: str) -> dict[str, Any]:
     """What the manifest says of the calibration: enough to repeat it, and to refuse its images in an evaluation."""
-    images = sorted({pixel_sha256(path) for sample in selection.samples for path in sample.images})
     return {
         "set": Path(set_name).name,
         "sha256": selection.sha256,
         "strata": [asdict(row) for row in selection.strata],
         **asdict(made),
-        "images": images,
+        "images": sorted(image_hashes(selection.samples)),
     }
 
 
@@ -211,9 +318,3 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _user_cpu_seconds() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_utime
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

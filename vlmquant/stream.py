@@ -1,10 +1,10 @@
 """Blocks in the order in which activations flow, each with the inputs that reach it in the quantized model.
 
-One calibration batch is one forward pass of the model's own code, run in a greenlet: it pauses where a block begins, where a
-linear that is about to be quantized receives its inputs, and where the block ends. So masks, rotary embeddings, feature
-merging and whatever else stands between blocks need no second implementation, every linear is quantized on what the already
-quantized part of the model gives it (vision encoder and projector included), and each block runs once. Only the block at hand
-has weights; the others stay on the meta device.
+One calibration batch is one forward pass of the model's own code, run in a greenlet: it pauses where a block begins,
+where a linear that is about to be quantized receives its inputs, and where the block ends. So masks, rotary
+embeddings, feature merging and whatever else stands between blocks need no second implementation, every linear is
+quantized on what the already quantized part of the model gives it (vision encoder and projector included), and each
+block runs once. Only the block at hand has weights; the others stay on the meta device.
 """
 
 import functools
@@ -144,7 +144,8 @@ class Stage:
             raise SentinelError(f"{where} saw no token of the calibration set; add samples that reach this layer")
         if not values.isfinite().all():
             raise SentinelError(
-                f"{where} received NaN or infinite inputs during calibration; check the model's weights, or its dtype's range"
+                f"{where} received NaN or infinite inputs during calibration; "
+                "check the model's weights, or its dtype's range"
             )
 
     @property
@@ -444,7 +445,7 @@ class BlockStream:
                 if self._needs_data(info) and not (restored := self._restore(info)):
                     raise SentinelError(
                         f"{info.name} never ran during calibration, so it cannot be quantized on data; "
-                        "the calibration set needs samples with images for a vision encoder, and text for the language model"
+                        "the calibration set needs samples with images for a vision encoder, text for a language model"
                     )
                 restored = self._restore(info)
                 yield Block(self, info, [], restored)

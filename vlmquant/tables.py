@@ -9,6 +9,8 @@ from vlmquant.calibration.sampling import Stratum
 from vlmquant.components import ComponentMap
 from vlmquant.planning import Plan
 from vlmquant.recipe import COMPONENTS
+from vlmquant.report.data import Verdict, overall
+from vlmquant.report.numbers import threshold_text, threshold_title
 
 
 def megabytes(count: int) -> str:
@@ -162,3 +164,25 @@ def strata_table(strata: Sequence[Stratum]) -> Table:
     """What was drawn from each task of a set."""
     rows = [(row.task, str(row.asked), str(row.got), str(row.with_image), str(row.text_only)) for row in strata]
     return make_table("Strata", ("task", "asked", "got", "with image", "text only"), rows)
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> Table:
+    """One row per threshold and model."""
+    rows = []
+    for verdict in verdicts:
+        text = threshold_text(verdict.threshold)
+        rows.append(
+            (
+                verdict.candidate,
+                threshold_title(verdict.threshold),
+                verdict.outcome,
+                verdict.reason,
+                text(verdict.point),
+                f"{text(verdict.low)} to {text(verdict.high)}",
+                text(verdict.margin),
+                str(verdict.n),
+                "-" if verdict.n_needed is None else str(verdict.n_needed),
+            )
+        )
+    columns = ("model", "threshold", "verdict", "why", "measured", "bounds", "margin", "samples", "needed")
+    return make_table(f"Gate: {overall(verdicts)}", columns, rows, left=4)
