@@ -1,4 +1,4 @@
-"""From scored samples to numbers with intervals. Every metric is a function of sums: a bootstrap is a matrix product."""
+"""From scored samples to numbers with intervals. Every metric is a function of sums; a bootstrap, a matrix product."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

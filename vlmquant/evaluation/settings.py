@@ -1,0 +1,47 @@
+"""How a model is scored: one record, the same for the reference and every candidate, stored with the results."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vlmquant.calibration.encode import TIDY_CAPTIONS
+from vlmquant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of score_model; every default of the evaluation lives here."""
+
+    references_per_caption: int = 2
+    """A caption's first so many references are scored by likelihood; BLEU-4 uses all. Other tasks: the first answer."""
+    tidy_captions: bool = TIDY_CAPTIONS
+    """Score captions in one spelling (calibration.encode.tidy_caption)."""
+    batch_size: int = 16
+    """Sequences in one forward pass."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; auto takes what is faster here, the same for all models of one comparison."""
+    device: str = "cpu"
+    threads: int | None = None
+    """CPU threads; None keeps torch's own number."""
+    generate: bool = True
+    """Write captions and short answers greedily, for BLEU-4 and exact match."""
+    caption_tokens: int = 32
+    """Most tokens of a generated caption."""
+    answer_tokens: int = 12
+    """Most tokens of a generated short answer."""
+    wrong_image: bool = False
+    """Score every answer once more beside another sample's image: a model that looks at the image is then worse."""
+    speed_prompts: int = 3
+    """Prompts on which speed is measured."""
+    speed_tokens: int = 32
+    """Tokens decoded on each of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("references_per_caption", "batch_size", "caption_tokens", "answer_tokens", "speed_prompts"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.speed_tokens < 2:
+            raise UsageError(f"speed_tokens is {self.speed_tokens}; it must be at least 2")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}; it must be at least 1")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UsageError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
