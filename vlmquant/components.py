@@ -450,7 +450,8 @@ def _place(found: dict[str, TensorEntry], family: Family, model_dir: Path) -> di
     for name in found:
         owner = next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), None)
         if owner is None:
-            unplaced.append(name.rpartition(".")[0] or name)
+            module = name.rpartition(".")[0]
+            unplaced.append(module if "." in module else name)
         else:
             owners[name] = owner
     if unplaced:

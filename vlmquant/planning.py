@@ -23,6 +23,8 @@ SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' NF4."""
+EXPERT_DIMENSIONS = 3
+"""Of a parameter (experts, out, in)."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
 
@@ -201,6 +203,7 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
         if component == "embedding":
             choices[_embedding(components, spec)] = _Choice(spec.scheme, DATA_FREE, "")
             continue
+        _check_experts(components, component, spec)
         groups = list(_groups(components, component))
         if not groups:
             raise PlanError(
@@ -245,9 +248,24 @@ def _check_ties(components: ComponentMap, component: str, spec: ComponentSpec) -
         return
     if any(_component_of(components, name) == component for group in components.tied for name in group):
         raise PlanError(
-            f"components.{component}: embedding and lm_head are one tied tensor in this model, and neither transformers "
+            f"components.{component}: embedding and lm_head are one tied tensor here, and neither transformers "
             "nor vLLM loads it quantized; leave both at fp16"
         )
+
+
+def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec) -> None:
+    """Stacked weights (experts, out, in) are no linear layers; passing over them would leave most of a model as it is."""
+    for block in components.blocks:
+        for parameter in components.parameters:
+            if block.component != component or not parameter.name.startswith(f"{block.name}."):
+                continue
+            module = parameter.name.rpartition(".")[0]
+            kept = _matching(spec.keep, _names_of(components, module, component, block))
+            if len(parameter.shape) == EXPERT_DIMENSIONS and not kept:
+                raise PlanError(
+                    f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts, which "
+                    "cannot be quantized; list its module under keep to leave it at 16 bits"
+                )
 
 
 def _component_of(components: ComponentMap, name: str) -> str | None:
@@ -267,7 +285,7 @@ def _embedding(components: ComponentMap, spec: ComponentSpec) -> str:
     module = components.skeleton().get_submodule(prefix)
     if type(module) is not nn.Embedding:
         raise PlanError(
-            f"components.embedding: {prefix} is a {type(module).__name__}, which does more than look rows up; make it fp16"
+            f"components.embedding: {prefix} is a {type(module).__name__}, not a plain embedding; make it fp16"
         )
     return f"{prefix}.weight"
 
@@ -308,7 +326,7 @@ def _choose_group(
         choice = _fit(wanted[linear.name], linear, recipe)
         if block is None and choice.scheme != KEEP and choice.method not in (DATA_FREE, "bitsandbytes"):
             raise PlanError(
-                f"components.{linear.component}: {linear.name} lies outside the blocks, where method {choice.method} has "
+                f"components.{linear.component}: {linear.name} is outside the blocks, where method {choice.method} has "
                 f"no inputs to look at; use method: {DATA_FREE}"
             )
         choices[f"{linear.name}.weight"] = choice
@@ -412,7 +430,7 @@ def _local(components: ComponentMap, name: str, component: str) -> str:
 
 
 def _names_of(components: ComponentMap, name: str, component: str, block: BlockInfo | None) -> list[str]:
-    """What a glob may call a module: itself and what contains it, named in full, from its component or from its block."""
+    """What a glob may call a module: itself and what contains it, in full, from its component or from its block."""
     names = [name, _local(components, name, component)]
     if block is not None:
         names.append(name[len(block.name) + 1 :])
