@@ -18,6 +18,10 @@ from vlmquant.kernels.reference import activation_codes
 PROBE_SHAPE = (1024, 1024)
 """Outputs and inputs of the probe weight."""
 PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+OP_COLUMNS = 32
+"""torch 2.13's mixed product reads past the end of rows whose length is no multiple of 16 (wrong results, crashes)."""
+INTEGER_COLUMNS = 4
+"""torch 2.13's integer product is wrong for rows of a single column; int8 instructions take four at a time."""
 MANY_TOKENS = 64
 """Tokens of the probe that chooses between the integer and the float product of int8 inputs: an image has hundreds."""
 
@@ -40,11 +44,11 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
     codes, scales = held["codes"], held["scales"].float()
     if not form.dynamic_int8:
-        if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and len(inputs) <= _op_tokens(_threads()):
+        if _op_fits(inputs) and len(inputs) <= _op_tokens(torch.get_num_threads()):
             return _op_matmul(inputs, codes, scales)
         return (_float_product(inputs, codes).float() * scales).to(inputs.dtype)
     rounded, input_scales = activation_codes(inputs)
-    if inputs.device.type == "cpu" and _integers_win(_threads(), inputs.dtype):
+    if _integers_fit(inputs) and _integers_win(torch.get_num_threads(), inputs.dtype):
         product = torch._int_mm(rounded, codes.T).float()
     else:
         product = _float_product(rounded.to(inputs.dtype), codes).float()
@@ -65,8 +69,12 @@ def _op_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return product
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+def _op_fits(inputs: Tensor) -> bool:
+    return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and inputs.shape[1] % OP_COLUMNS == 0
+
+
+def _integers_fit(inputs: Tensor) -> bool:
+    return inputs.device.type == "cpu" and inputs.shape[1] % INTEGER_COLUMNS == 0
 
 
 @functools.cache

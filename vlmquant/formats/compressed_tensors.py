@@ -1,0 +1,346 @@
+"""The compressed-tensors format: `pack-quantized` for weights, `int-quantized` where inputs are int8 as well.
+
+Only what versions 0.17 to 0.20 of the library all read is written. Regexes say which modules a scheme is for; they hold
+in three name spaces at once: transformers 5, vLLM and SGLang (which fuse q, k, v and gate, up).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmquant.components import ComponentMap
+from vlmquant.errors import CheckpointError, PlanError
+from vlmquant.grid import QuantizedWeight
+from vlmquant.packing import pack_codes, packed_columns, unpack_codes
+from vlmquant.planning import Plan
+from vlmquant.recipe import Scheme
+
+METHOD = "compressed-tensors"
+VERSION = "0.17.0"
+"""The oldest version of the library that reads what we write."""
+PACKED, INT8, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+INT8_OFFSET = 128
+"""Our codes are unsigned; int8 tensors hold code - 128."""
+
+
+def storage_format(scheme: Scheme) -> str:
+    return INT8 if scheme.activations == "dynamic-int8" else PACKED
+
+
+def encoded_shapes(
+    disk_module: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The tensors that `encode` writes for a weight (out, in), by name on disk; scales have `dtype`."""
+    rows, columns = shape
+    groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_scale": (dtype, (rows, groups))}
+    if storage_format(scheme) == INT8:
+        tensors["weight"] = (torch.int8, shape)
+    else:
+        tensors["weight_packed"] = (torch.int32, (rows, packed_columns(columns, scheme.bits)))
+        tensors["weight_shape"] = (torch.int64, (2,))
+        if not scheme.symmetric:
+            tensors["weight_zero_point"] = (torch.int32, (packed_columns(rows, scheme.bits), groups))
+    return {f"{disk_module}.{leaf}": what for leaf, what in sorted(tensors.items())}
+
+
+def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The weight as tensors by their names on disk. Zero points are packed along the rows, as the library has them."""
+    tensors = {"weight_scale": weight.scales.to(weight.scale_dtype)}
+    if storage_format(scheme) == INT8:
+        tensors["weight"] = (weight.codes ^ INT8_OFFSET).view(torch.int8)
+    else:
+        tensors["weight_packed"] = pack_codes(weight.codes, weight.bits)
+        tensors["weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+        if weight.zeros is not None:
+            tensors["weight_zero_point"] = pack_codes(weight.zeros.T, weight.bits).T.contiguous()
+    return {f"{disk_module}.{leaf}": tensor.contiguous() for leaf, tensor in sorted(tensors.items())}
+
+
+def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
+    """The inverse of `encode`; `read` gives a tensor by its name. CheckpointError names one that cannot be right."""
+
+    def tensor(leaf: str) -> Tensor:
+        return read(f"{disk_module}.{leaf}" if disk_module else leaf)
+
+    def refuse(leaf: str, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{disk_module or 'weight'}: {leaf} {what}; the checkpoint is damaged, so quantize again"
+        )
+
+    scales = tensor("weight_scale")
+    if not (scales.isfinite().all() and (scales > 0).all()):
+        raise refuse("weight_scale", "holds values that are not positive numbers")
+    if storage_format(scheme) == INT8:
+        codes = tensor("weight").view(torch.uint8) ^ INT8_OFFSET
+    else:
+        packed, (rows, columns) = tensor("weight_packed"), tensor("weight_shape").tolist()
+        if packed.shape != (rows, packed_columns(columns, scheme.bits)):
+            raise refuse(
+                "weight_packed", f"has shape {list(packed.shape)}, which does not hold {rows} x {columns} codes"
+            )
+        codes = unpack_codes(packed, scheme.bits, columns)
+    rows, columns = codes.shape
+    group_size = scheme.group_size or columns
+    if scales.shape != (rows, -(-columns // group_size)):
+        raise refuse(
+            "weight_scale", f"has shape {list(scales.shape)}, which does not fit a weight of {rows} x {columns}"
+        )
+    zeros = None
+    if not scheme.symmetric:
+        stored = tensor("weight_zero_point")
+        if stored.shape != (packed_columns(rows, scheme.bits), scales.shape[1]):
+            raise refuse("weight_zero_point", f"has shape {list(stored.shape)}, which does not fit {rows} rows")
+        zeros = unpack_codes(stored.T, scheme.bits, rows).T.contiguous()
+    return QuantizedWeight(codes, scales.float(), zeros, scheme.bits, group_size, scales.dtype)
+
+
+# --- quantization_config ---
+
+FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj", ("qkv",): "qkv_proj"}
+"""Linears that serving engines run as one, and what they call it (SGLang's name for an already fused qkv included)."""
+VISION_WORDS = "visual|vision"
+"""One of them is in the name of every vision module, in all three name spaces, and in no name of the language model."""
+EMBEDDING_CLASS = "Embedding"
+"""Target for an int8 embedding beside its regex: vLLM builds that of Llama models without a name (vLLM PR 45535)."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A module's name, taken apart: what every name space agrees on."""
+
+    name: str
+    vision: bool
+    container: str | None
+    """The list of layers it is in, such as model.language_model.layers; None outside the blocks."""
+    layer: int
+    local: str
+    """Its name inside its layer; outside the blocks, its name without what only transformers puts before it."""
+
+
+def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
+    """What goes into config.json. PlanError if no regexes say exactly which modules the plan quantizes."""
+    modules = dict(components.skeleton().named_modules())
+    schemes: dict[str, Scheme | None] = {name.rpartition(".")[0]: None for names in components.tied for name in names}
+    for line in plan.lines:
+        module = line.name.rpartition(".")[0]
+        if line.action == "quantize":
+            if not isinstance(line.scheme, Scheme):
+                raise PlanError(f"{line.name}: scheme {line.scheme_label} has no place in compressed-tensors")
+            schemes[module] = line.scheme
+        elif len(line.shape) > 1:
+            schemes.setdefault(module, None)
+    places = [_place(name, components) for name in schemes]
+    members: dict[Scheme | None, list[_Place]] = {}
+    for place in places:
+        members.setdefault(schemes[place.name], []).append(place)
+    groups: dict[str, dict[str, Any]] = {}
+    formats = []
+    for scheme, inside in members.items():
+        if scheme is not None:
+            targets = _patterns(inside, places)
+            if any(isinstance(modules.get(place.name), nn.Embedding) for place in inside):
+                targets.append(EMBEDDING_CLASS)
+            groups[f"group_{len(groups)}"] = _group(scheme, targets)
+            formats.append(storage_format(scheme))
+    if not groups:
+        raise PlanError("the recipe quantizes nothing in this model; give a component a scheme other than fp16")
+    ignore = _patterns(members.get(None, []), places)
+    _verify(groups, ignore, schemes, modules)
+    return {
+        "quant_method": METHOD,
+        "format": formats[0] if len(set(formats)) == 1 else MIXED,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+        "ignore": ignore,
+        "version": VERSION,
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
+    weights |= (
+        {"strategy": "channel"} if scheme.group_size is None else {"strategy": "group", "group_size": scheme.group_size}
+    )
+    inputs = None
+    if scheme.activations == "dynamic-int8":
+        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    return {
+        "targets": targets,
+        "format": storage_format(scheme),
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+    }
+
+
+def _place(name: str, components: ComponentMap) -> _Place:
+    vision = re.search(VISION_WORDS, name) is not None
+    for block in components.blocks:
+        if name.startswith(f"{block.name}."):
+            container, _, layer = block.name.rpartition(".")
+            return _Place(name, vision, container, int(layer), name[len(block.name) + 1 :])
+    if vision:
+        return _Place(name, vision, None, 0, _tail(name))
+    local = name.removeprefix("model.").removeprefix("language_model.").removeprefix("text_model.")
+    return _Place(name, vision, None, 0, local)
+
+
+def _tail(name: str) -> str:
+    """The last two parts of a name, or more if the first would be a number."""
+    parts = name.split(".")
+    count = next((count for count in range(2, len(parts)) if not parts[-count].isdigit()), len(parts))
+    return ".".join(parts[-count:])
+
+
+def _patterns(chosen: Iterable[_Place], everything: Iterable[_Place]) -> list[str]:
+    """Anchored regexes for the chosen modules. Each takes time linear in the name, up to the search for one word."""
+    chosen, everything = list(chosen), list(everything)
+    containers = {place.container for place in everything if place.container}
+    layers_of: dict[tuple[str, str, bool], list[int]] = {}
+    outside: dict[bool, list[str]] = {}
+    for place in chosen:
+        if place.container:
+            layers_of.setdefault((place.container, place.local, place.vision), []).append(place.layer)
+        else:
+            outside.setdefault(place.vision, []).append(place.local)
+    locals_of: dict[tuple[str, bool, tuple[int, ...]], list[str]] = {}
+    for (container, local, vision), layers in layers_of.items():
+        locals_of.setdefault((container, vision, tuple(sorted(layers))), []).append(local)
+    patterns = []
+    for (container, vision, numbered), locals_ in locals_of.items():
+        every = sorted({place.layer for place in everything if place.container == container})
+        numbers = r"\d+" if list(numbered) == every else _either(str(layer) for layer in numbered)
+        tail = re.escape(_shortest_tail(container, containers, vision))
+        patterns.append(f"{_start(vision)}{tail}\\.{numbers}\\.{_either_local(locals_)}$")
+    for vision, locals_ in outside.items():
+        patterns += [f"{_start(vision)}{re.escape(local)}$" for local in locals_]
+    return [f"re:{pattern}" for pattern in patterns]
+
+
+def _start(vision: bool) -> str:
+    """The start of a regex: with or without a word for vision in the name, then anything up to a dot."""
+    return rf"^(?{'=' if vision else '!'}.*(?:{VISION_WORDS}))(?:.*\.)?"
+
+
+def _shortest_tail(container: str, containers: Iterable[str], vision: bool) -> str:
+    """As much of the end of a list's name as no other list shares; name spaces differ in what is before."""
+    others = [other for other in containers if other != container and bool(re.search(VISION_WORDS, other)) == vision]
+    parts = container.split(".")
+    for count in range(1, len(parts)):
+        tail = ".".join(parts[-count:])
+        if not any(f".{other}".endswith(f".{tail}") for other in others):
+            return tail
+    return container
+
+
+def _either_local(locals_: list[str]) -> str:
+    """Such as self_attn\\.(?:q_proj|k_proj); where all parts of a fused module are in, its name is as well."""
+    leaves: dict[str, list[str]] = {}
+    for local in locals_:
+        parent, _, leaf = local.rpartition(".")
+        leaves.setdefault(parent, []).append(leaf)
+    choices = []
+    for parent, names in leaves.items():
+        names = names + [fused for parts, fused in FUSED.items() if set(parts) <= set(names)]
+        inner = _either(re.escape(name) for name in names)
+        choices.append(f"{re.escape(parent)}\\.{inner}" if parent else inner)
+    return _either(choices)
+
+
+def _either(choices: Iterable[str]) -> str:
+    choices = list(choices)
+    return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
+
+
+def _verify(
+    groups: Mapping[str, Mapping[str, Any]],
+    ignore: list[str],
+    schemes: Mapping[str, Scheme | None],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Match all names of the model as the libraries will; PlanError names a module that would be taken for another."""
+    for name, module in modules.items():
+        if not name:
+            continue
+        hits = [key for key, group in groups.items() if any(_matches(t, name) for t in group["targets"])]
+        if not hits and not any(_matches(target, name) for target in ignore):
+            by_class = type(module).__name__
+            hits = [key for key, group in groups.items() if by_class in group["targets"]]
+        elif any(_matches(target, name) for target in ignore):
+            hits = []
+        scheme = schemes.get(name)
+        wanted = [] if scheme is None else [scheme]
+        if [_scheme_of(groups[key]) for key in hits] != wanted:
+            raise PlanError(
+                f"{name}: the regexes of compressed-tensors would take it for {', '.join(hits) or 'a kept module'}; "
+                "its name is too much like another one's, so give both the same scheme in the recipe"
+            )
+
+
+def _matches(target: str, name: str) -> bool:
+    return target.startswith("re:") and re.match(target[3:], name) is not None
+
+
+def _scheme_of(group: Mapping[str, Any]) -> Scheme:
+    """The scheme of a group of the config. CheckpointError for one that we do not have."""
+    weights, inputs = group.get("weights"), group.get("input_activations")
+    try:
+        if (
+            not weights
+            or group.get("output_activations")
+            or weights.get("type", "int") != "int"
+            or weights.get("dynamic")
+        ):
+            raise ValueError("it is not integer weights with fixed scales")
+        if weights.get("actorder") == "group":
+            raise ValueError("groups are permuted")
+        strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
+        if strategy not in ("group", "channel"):
+            raise ValueError(f"strategy {strategy}")
+        if inputs and not (
+            inputs.get("num_bits") == 8
+            and inputs.get("type", "int") == "int"
+            and inputs.get("strategy") == "token"
+            and inputs.get("dynamic") is True
+            and inputs.get("symmetric", True)
+        ):
+            raise ValueError("inputs are quantized in a way of their own")
+        return Scheme(
+            bits=weights.get("num_bits"),
+            group_size=weights.get("group_size") if strategy == "group" else None,
+            symmetric=weights.get("symmetric", True),
+            activations="dynamic-int8" if inputs else "none",
+        )
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config: a group's scheme is not one of ours: {error}") from error
+
+
+def parse_config(config: Mapping[str, Any]) -> tuple[list[tuple[list[str], Scheme]], list[str]]:
+    """The inverse of `quantization_config`: for each group its targets and scheme, and what is ignored.
+
+    CheckpointError if the config is of another method, or has a group that is stored in a way we do not write.
+    """
+    if config.get("quant_method") != METHOD:
+        raise CheckpointError(f"quantization_config: quant_method is {config.get('quant_method')!r}, not {METHOD!r}")
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or config.get("kv_cache_scheme"):
+        raise CheckpointError(
+            "quantization_config: has no config_groups, or a quantized cache, so it is not one of ours"
+        )
+    parsed = []
+    for name, group in groups.items():
+        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
+            raise CheckpointError(f"quantization_config: {name} has no targets, so it is not one of ours")
+        scheme = _scheme_of(group)
+        stored = group.get("format") or config.get("format")
+        if stored != storage_format(scheme):
+            raise CheckpointError(f"quantization_config: {name} is stored as {stored}, not as {storage_format(scheme)}")
+        parsed.append(([str(target) for target in group["targets"]], scheme))
+    return parsed, [str(name) for name in config.get("ignore") or []]
