@@ -37,9 +37,7 @@ def open_image(source: Path | bytes, *, name: str | None = None) -> Image.Image:
             with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
-                    raise UnusableImageError(
-                        f"{where}: {width} x {height} is more than {MAX_PIXELS // 10**6} megapixels; scale it down"
-                    )
+                    raise Image.DecompressionBombError
                 if min(width, height) < MIN_SIDE:
                     raise UnusableImageError(
                         f"{where}: {width} x {height} pixels is too small; both sides need at least {MIN_SIDE}"
@@ -52,6 +50,8 @@ def open_image(source: Path | bytes, *, name: str | None = None) -> Image.Image:
                 return _as_rgb(ImageOps.exif_transpose(image))
     except UnusableImageError:
         raise
+    except Image.DecompressionBombError as error:  # ours, or Pillow's own on opening
+        raise UnusableImageError(f"{where}: has more than {MAX_PIXELS // 10**6} megapixels; scale it down") from error
     except FileNotFoundError as error:
         raise UnusableImageError(f"{where}: there is no such image file") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
