@@ -1,4 +1,4 @@
-"""`vlmquant calibrate`: a stratified set out of a user's own sources."""
+"""`vlmquant calibrate`: a stratified set out of a user's own sources, or drawn from a set there is."""
 
 import hashlib
 import tempfile
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from vlmquant.calibration.images import UnusableImageError, image_format, pixel_sha256
 from vlmquant.calibration.samples import Sample
-from vlmquant.calibration.sampling import Stratum, choose
-from vlmquant.calibration.sets import SampleSet, image_hashes, write_set
+from vlmquant.calibration.sampling import Stratum, choose, choose_samples
+from vlmquant.calibration.sets import SampleSet, image_hashes, load_set, write_set
 from vlmquant.calibration.sources import Candidate, ImageSource, SourceSpec, read_source
 from vlmquant.errors import InputError
 from vlmquant.recipe import CalibrationSpec
@@ -68,6 +68,20 @@ def build_set(
             "skipped": skipped,
         }
         return write_set(out_dir, [opener.filled[sample.id] for sample in chosen], manifest), strata
+
+
+def draw_set(spec: CalibrationSpec, out_dir: Path) -> tuple[SampleSet, tuple[Stratum, ...]]:
+    """Write the samples that `spec` chooses from its own set (`spec.set`) to `out_dir`, as a set of their own."""
+    whole = load_set(spec.set)
+    selection = choose_samples(whole, spec)
+    manifest = {
+        "sources": (whole.manifest or {}).get("sources", [{"path": whole.name, "licence": "not stated"}]),
+        "drawn_from": {"name": whole.name, "sha256": whole.sha256},
+        "seed": spec.seed,
+        "order": spec.order,
+        "strata": [vars(row) for row in selection.strata],
+    }
+    return write_set(out_dir, selection.samples, manifest), selection.strata
 
 
 def _refuse_too_many(bad: dict[str, int], total: int, limit: float, *, where: str) -> None:

@@ -63,6 +63,20 @@ class SourceSpec:
     """Of a dataset from the hub."""
 
 
+def parse_source(text: str) -> SourceSpec:
+    """A source in one word, as on the command line: PATH, PATH=TASK, FORMAT:PATH or FORMAT:PATH=TASK.
+
+    What exists under the whole text is a path, whatever it looks like.
+    """
+    if Path(text).exists():
+        return SourceSpec(text)
+    name, colon, rest = text.partition(":")
+    form, text = (name, rest) if colon and name in ("auto", *FORMATS) else ("auto", text)
+    if not Path(text).exists() and (match := re.fullmatch(r"(.+)=([\w.-]+)", text)):
+        return SourceSpec(match[1], form, match[2])
+    return SourceSpec(text, form)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A sample whose images nobody has opened yet (`sample.images` is empty)."""
