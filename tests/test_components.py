@@ -172,7 +172,9 @@ def edit_weights(model_dir: Path, change: Callable[[dict[str, Tensor]], Any]) ->
 
 def test_a_missing_tensor_is_named(copy: Path) -> None:
     edit_weights(copy, lambda tensors: tensors.pop("language_model.model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(InputError, match=r"1 tensors are missing: model\.language_model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        InputError, match=r"1 tensors are missing: model\.language_model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
         resolve_components(copy)
 
 
@@ -196,7 +198,9 @@ def test_tensors_that_transformers_recomputes_are_listed_and_not_placed(copy: Pa
     assert components.total_bytes + 5 * 8 == components.shards.total_bytes
 
 
-@pytest.mark.parametrize(("value", "message"), [(torch.nan, "1 NaN and 0 infinite"), (torch.inf, "0 NaN and 1 infinite")])
+@pytest.mark.parametrize(
+    ("value", "message"), [(torch.nan, "1 NaN and 0 infinite"), (torch.inf, "0 NaN and 1 infinite")]
+)
 def test_a_weight_that_is_no_number_is_named_with_its_count(copy: Path, value: float, message: str) -> None:
     def spoil(tensors: dict[str, Tensor]) -> None:
         tensors["language_model.model.norm.weight"][3] = value
@@ -217,7 +221,9 @@ def test_a_quantized_model_is_refused(copy: Path, part: str | None) -> None:
 
 
 def test_integer_weights_are_refused(copy: Path) -> None:
-    edit_weights(copy, lambda tensors: tensors.update({"language_model.model.norm.weight": torch.ones(256).to(torch.int8)}))
+    edit_weights(
+        copy, lambda tensors: tensors.update({"language_model.model.norm.weight": torch.ones(256).to(torch.int8)})
+    )
     with pytest.raises(InputError, match=r"int8, so this model is already quantized"):
         resolve_components(copy)
 
@@ -258,7 +264,9 @@ def test_tied_embeddings_have_one_tensor(tiny: Callable[..., Path]) -> None:
     assert "lm_head" not in {parameter.component for parameter in components.parameters}
     assert components.total_bytes == components.shards.total_bytes
     skeleton = components.skeleton()
-    assert skeleton.get_parameter("lm_head.weight") is skeleton.get_parameter("model.language_model.embed_tokens.weight")
+    assert skeleton.get_parameter("lm_head.weight") is skeleton.get_parameter(
+        "model.language_model.embed_tokens.weight"
+    )
 
 
 @pytest.mark.parametrize("equal", [True, False])
@@ -266,7 +274,8 @@ def test_tied_embeddings_that_are_stored_twice(tiny: Callable[..., Path], tmp_pa
     """As transformers does it: equal values are tied, unequal ones are not."""
     model_dir = Path(shutil.copytree(tiny("qwen2_5_vl", tie=True), tmp_path / "twice"))
     edit_weights(
-        model_dir, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] * (1 if equal else 2)})
+        model_dir,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] * (1 if equal else 2)}),
     )
     components = resolve_components(model_dir)
     assert bool(components.tied) == equal

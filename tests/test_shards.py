@@ -210,8 +210,14 @@ def test_a_key_that_stands_twice_in_the_index_is_refused(sharded: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: save_file({"b": torch.zeros(3), "a": torch.ones(2)}, d / "two.safetensors"), "holds tensor a, but .* one"),
-        (lambda d: save_file({"c": torch.zeros(3)}, d / "two.safetensors"), "holds tensor c, but the index does not list it"),
+        (
+            lambda d: save_file({"b": torch.zeros(3), "a": torch.ones(2)}, d / "two.safetensors"),
+            "holds tensor a, but .* one",
+        ),
+        (
+            lambda d: save_file({"c": torch.zeros(3)}, d / "two.safetensors"),
+            "holds tensor c, but the index does not list it",
+        ),
         (lambda d: write_index(d, {"a": "two.safetensors", "b": "one.safetensors"}), "holds tensor a, but .* in two"),
         (
             lambda d: write_index(d, {"a": "one.safetensors", "b": "two.safetensors", "x": "two.safetensors"}),
