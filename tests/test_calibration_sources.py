@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlmquant.calibration.build import build_set
+from vlmquant.calibration.build import build_set, draw_set
 from vlmquant.calibration.images import UnusableImageError, open_image
 from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import load_set, write_set
@@ -26,6 +26,7 @@ from vlmquant.calibration.sources import (
     EmbeddedImage,
     SourceSpec,
     detect_format,
+    parse_source,
     read_source,
 )
 from vlmquant.errors import InputError
@@ -430,6 +431,37 @@ def test_a_set_is_a_source(tmp_path: Path) -> None:
     made, _ = build_set([SourceSpec(str(tmp_path / "set"), task="other")], CalibrationSpec(), tmp_path / "out")
     assert made.samples == (Sample("a", "other", "?", ("x",)),)
     assert written.samples[0].task == "caption"
+
+
+def test_a_drawn_set_says_where_it_came_from(tmp_path: Path) -> None:
+    samples = [Sample(str(number), "text", f"{number}?", ("x",)) for number in range(9)]
+    whole = write_set(tmp_path / "set", samples, {"sources": [{"path": "mine", "licence": "CC0"}]})
+    drawn, strata = draw_set(CalibrationSpec(set=str(tmp_path / "set"), samples=4), tmp_path / "out")
+    assert {sample.id for sample in drawn.samples} < {sample.id for sample in samples}
+    assert (strata[0].asked, strata[0].got) == (4, 4)
+    assert drawn.manifest is not None
+    assert drawn.manifest["drawn_from"] == {"name": "set", "sha256": whole.sha256}
+    assert drawn.manifest["sources"] == [{"path": "mine", "licence": "CC0"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("a/b.json", SourceSpec("a/b.json")),
+        ("a/b.json=chart", SourceSpec("a/b.json", "auto", "chart")),
+        ("coco:a/b.json=caption", SourceSpec("a/b.json", "coco", "caption")),
+        ("hub:owner/name", SourceSpec("owner/name", "hub")),
+        ("C:/data/x.csv", SourceSpec("C:/data/x.csv")),
+    ],
+)
+def test_a_source_in_one_word(text: str, spec: SourceSpec) -> None:
+    assert parse_source(text) == spec
+
+
+def test_an_existing_path_is_taken_whole(tmp_path: Path) -> None:
+    path = tmp_path / "coco:x=y.json"
+    path.touch()
+    assert parse_source(str(path)) == SourceSpec(str(path))
 
 
 def test_an_existing_output_is_refused_before_any_reading(tmp_path: Path) -> None:
