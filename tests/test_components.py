@@ -154,7 +154,7 @@ def test_an_unplaced_module_is_named(tiny_llava: Path, monkeypatch: pytest.Monke
         resolve_components(tiny_llava)
 
 
-@pytest.fixture()
+@pytest.fixture
 def copy(tiny_llava: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_llava, tmp_path / "copy"))
 

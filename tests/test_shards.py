@@ -1,4 +1,4 @@
-"""Safetensors files are checked in full before a tensor is read, and read as the library that defines them reads them."""
+"""Safetensors files are checked in full before a tensor is read, and read as the library of the format reads them."""
 
 import json
 import os
@@ -107,7 +107,7 @@ def test_a_lying_header_is_refused(tmp_path: Path, header: Any, data: bytes, mes
 @given(data=st.data())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_the_library_refuses_we_refuse(tmp_path: Path, data: st.DataObject) -> None:
-    """A few bytes of a good file changed, inserted or cut: never a crash, and never accepted where safetensors refuses."""
+    """A few bytes of a good file changed, inserted or cut: no crash, and nothing accepted that safetensors refuses."""
     file = tmp_path / "good.safetensors"
     save_file(TENSORS, file)
     content = bytearray(file.read_bytes())
@@ -137,7 +137,7 @@ def test_what_the_library_refuses_we_refuse(tmp_path: Path, data: st.DataObject)
     }
 
 
-@pytest.fixture()
+@pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.zeros(3)}, tmp_path / "two.safetensors")

@@ -254,7 +254,7 @@ def _check_ties(components: ComponentMap, component: str, spec: ComponentSpec) -
 
 
 def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec) -> None:
-    """Stacked weights (experts, out, in) are no linear layers; passing over them would leave most of a model as it is."""
+    """Stacked weights (experts, out, in) are no linear layers; to skip them would skip most of a model."""
     for block in components.blocks:
         for parameter in components.parameters:
             if block.component != component or not parameter.name.startswith(f"{block.name}."):
@@ -263,8 +263,8 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
             kept = _matching(spec.keep, _names_of(components, module, component, block))
             if len(parameter.shape) == EXPERT_DIMENSIONS and not kept:
                 raise PlanError(
-                    f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts, which "
-                    "cannot be quantized; list its module under keep to leave it at 16 bits"
+                    f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts, "
+                    "which cannot be quantized; list its module under keep to leave it at 16 bits"
                 )
 
 
