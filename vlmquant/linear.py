@@ -12,16 +12,16 @@ from vlmquant.recipe import Scheme
 class _Packed(nn.Module):
     """A weight held as buffers of its layout."""
 
-    def __init__(self, weight: QuantizedWeight, *, layout: str, dynamic_int8: bool, dtype: torch.dtype) -> None:
+    def __init__(self, weight: QuantizedWeight, scheme: Scheme, *, layout: str, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self.layout = layout
-        self.form = form_of(weight, dynamic_int8=dynamic_int8)
+        self.scheme, self.layout = scheme, layout
+        self.form = form_of(weight, dynamic_int8=scheme.activations == "dynamic-int8")
         self.out_features, self.in_features = weight.shape
         self.held_names: list[str] = []
         for name, tensor in LAYOUTS[layout].hold(weight).items():
             self.register_buffer(f"held_{name}", tensor.contiguous(), persistent=False)
             self.held_names.append(name)
-        self.register_buffer("dtype_mark", torch.empty(0, dtype=dtype), persistent=False)
+        self.register_buffer("dtype_mark", torch.empty(0, dtype=dtype or weight.scale_dtype), persistent=False)
 
     @property
     def held(self) -> dict[str, Tensor]:
@@ -68,8 +68,7 @@ class QuantLinear(_Packed):
     def __init__(
         self, weight: QuantizedWeight, scheme: Scheme, bias: Tensor | None, *, dtype: torch.dtype | None = None
     ) -> None:
-        dynamic_int8 = scheme.activations == "dynamic-int8"
-        super().__init__(weight, layout=choose(weight), dynamic_int8=dynamic_int8, dtype=dtype or weight.scale_dtype)
+        super().__init__(weight, scheme, layout=choose(weight), dtype=dtype)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ class QuantEmbedding(_Packed):
     """indices (...) -> (..., features) in the model's dtype: only the rows asked for are dequantized."""
 
     def __init__(self, weight: QuantizedWeight, scheme: Scheme, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(weight, layout="words", dynamic_int8=False, dtype=dtype or weight.scale_dtype)
+        super().__init__(weight, scheme, layout="words", dtype=dtype)
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, indices: Tensor) -> Tensor:

@@ -150,8 +150,7 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     if not groups:
         raise PlanError("the recipe quantizes nothing in this model; give a component a scheme other than fp16")
     ignore = _patterns(members.get(None, []), places)
-    _verify(groups, ignore, schemes, modules)
-    return {
+    config = {
         "quant_method": METHOD,
         "format": formats[0] if len(set(formats)) == 1 else MIXED,
         "quantization_status": "compressed",
@@ -161,6 +160,8 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
         "ignore": ignore,
         "version": VERSION,
     }
+    _verify(config, schemes, modules)
+    return config
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -259,33 +260,36 @@ def _either(choices: Iterable[str]) -> str:
     return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
 
 
-def _verify(
-    groups: Mapping[str, Mapping[str, Any]],
-    ignore: list[str],
-    schemes: Mapping[str, Scheme | None],
-    modules: Mapping[str, nn.Module],
-) -> None:
-    """Match all names of the model as the libraries will; PlanError names a module that would be taken for another."""
+def scheme_for(
+    name: str, kind: str, groups: Iterable[tuple[list[str], Scheme]], ignore: Iterable[str]
+) -> Scheme | None:
+    """The scheme of a module by its name and class: exact names before regexes before classes, as the library does."""
+    if any(test(target, name, kind) for target in ignore for test in _TESTS):
+        return None
+    return next(
+        (scheme for test in _TESTS for targets, scheme in groups for target in targets if test(target, name, kind)),
+        None,
+    )
+
+
+_TESTS: tuple[Callable[[str, str, str], bool], ...] = (
+    lambda target, name, kind: target == name,
+    lambda target, name, kind: target.startswith("re:") and re.match(target[3:], name) is not None,
+    lambda target, name, kind: target == kind,
+)
+
+
+def _verify(config: Mapping[str, Any], schemes: Mapping[str, Scheme | None], modules: Mapping[str, nn.Module]) -> None:
+    """Match all names of the model as a loader will; PlanError names a module that would be taken for another."""
+    groups, ignore = parse_config(config)
     for name, module in modules.items():
-        if not name:
-            continue
-        hits = [key for key, group in groups.items() if any(_matches(t, name) for t in group["targets"])]
-        if not hits and not any(_matches(target, name) for target in ignore):
-            by_class = type(module).__name__
-            hits = [key for key, group in groups.items() if by_class in group["targets"]]
-        elif any(_matches(target, name) for target in ignore):
-            hits = []
-        scheme = schemes.get(name)
-        wanted = [] if scheme is None else [scheme]
-        if [_scheme_of(groups[key]) for key in hits] != wanted:
+        found, wanted = scheme_for(name, type(module).__name__, groups, ignore), schemes.get(name)
+        if found != wanted:
+            labels = [scheme.label if scheme else "kept" for scheme in (found, wanted)]
             raise PlanError(
-                f"{name}: the regexes of compressed-tensors would take it for {', '.join(hits) or 'a kept module'}; "
-                "its name is too much like another one's, so give both the same scheme in the recipe"
+                f"{name}: the regexes of compressed-tensors would make it {labels[0]} instead of {labels[1]}; its name "
+                "is too much like another module's, so give both the same scheme in the recipe"
             )
-
-
-def _matches(target: str, name: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], name) is not None
 
 
 def _scheme_of(group: Mapping[str, Any]) -> Scheme:
@@ -319,7 +323,8 @@ def _scheme_of(group: Mapping[str, Any]) -> Scheme:
             activations="dynamic-int8" if inputs else "none",
         )
     except ValueError as error:
-        raise CheckpointError(f"quantization_config: a group's scheme is not one of ours: {error}") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"quantization_config: a group's scheme is not one of ours: {reason}") from error
 
 
 def parse_config(config: Mapping[str, Any]) -> tuple[list[tuple[list[str], Scheme]], list[str]]:

@@ -74,7 +74,8 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
-    if inputs.dtype == torch.bfloat16 and len(inputs) <= _op_tokens(torch.get_num_threads()):
+    on_cpu = inputs.device.type == "cpu"
+    if on_cpu and inputs.dtype == torch.bfloat16 and len(inputs) <= _op_tokens(torch.get_num_threads()):
         outputs = _op_matmul(inputs, held)
     else:
         outputs = _tile_matmul(inputs, held, form)
@@ -100,7 +101,7 @@ def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
         part = slice(start, start + ROWS_AT_ONCE // width)
         codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, tiles.shape[1] // groups, width)
         codes -= zeros[part] if isinstance(zeros, Tensor) else zeros
-        weights = torch.empty(codes.shape, dtype=inputs.dtype).copy_(codes).mul_(scales[part])
+        weights = torch.empty(codes.shape, dtype=inputs.dtype, device=inputs.device).copy_(codes).mul_(scales[part])
         product = torch.matmul(inputs, weights.flatten(1, 2))
         outputs[:, part] = product.transpose(0, 1)[..., _tile_places()]
     return outputs.flatten(1)

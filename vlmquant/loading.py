@@ -1,0 +1,194 @@
+"""Loading a checkpoint so that its weights stay packed: with `load_model`, or through transformers after `install`.
+
+transformers' own loader for compressed-tensors makes 16-bit weights of everything at the first forward pass, and cannot
+`generate` from an image where the vision encoder is int8. Ours takes its place for checkpoints of schemes we have.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+from vlmquant.errors import CheckpointError, InputError, VlmquantError
+from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
+from vlmquant.grid import QuantizedWeight
+from vlmquant.linear import QuantEmbedding, QuantLinear
+from vlmquant.recipe import Scheme
+from vlmquant.shards import open_shards
+
+READABLE_METHODS = (METHOD, "bitsandbytes")
+SHOWN = 5
+"""Names of a long list that an error message shows."""
+
+
+class _Arriving(nn.Module):
+    """Takes a linear's or embedding's place while its tensors come from disk, under their names there."""
+
+    def __init__(self, module: nn.Linear | nn.Embedding, scheme: Scheme) -> None:
+        super().__init__()
+        self.scheme, self.embedding = scheme, isinstance(module, nn.Embedding)
+        self.dtype = module.weight.dtype
+        shape = (module.weight.shape[0], module.weight.shape[1])
+        self.leaves = []
+        for name, (dtype, size) in encoded_shapes("", shape, scheme, self.dtype).items():
+            leaf = name.removeprefix(".")
+            value = torch.empty(size, dtype=dtype, device="meta")
+            self.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+            self.leaves.append(leaf)
+        self.bias = getattr(module, "bias", None)
+
+    def finish(self, name: str) -> QuantLinear | QuantEmbedding:
+        """What stays, once all tensors are there."""
+        for leaf in self.leaves:
+            # transformers makes up what it did not find on disk, and marks what it found.
+            if not getattr(getattr(self, leaf), "_is_hf_initialized", False):
+                raise CheckpointError(f"{name}: tensor {leaf} is missing; the checkpoint is incomplete")
+        weight = decode(name, lambda full: getattr(self, full.rpartition(".")[2]).data, self.scheme)
+        if self.embedding:
+            return QuantEmbedding(weight, self.scheme, dtype=self.dtype)
+        return QuantLinear(weight, self.scheme, self.bias, dtype=self.dtype)
+
+
+class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """transformers' loader for compressed-tensors, with weights that stay packed."""
+
+    def __init__(self, config: Any, **arguments: Any) -> None:
+        super().__init__(config, **arguments)
+        self.groups, self.ignored = parse_config(config.to_dict())
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear | nn.Embedding):
+                scheme = scheme_for(name, type(module).__name__, self.groups, self.ignored)
+                if scheme is not None:
+                    model.set_submodule(name, _Arriving(module, scheme))
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None for scales: they stay as they are on disk, whatever dtype the model is loaded in."""
+        if any(str(target).endswith("weight_scale") for target in getattr(converter, "target_patterns", ())):
+            return None
+        result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        return result
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, _Arriving):
+                model.set_submodule(name, module.finish(name))
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save_pretrained` writes: the packed weights as they came from disk."""
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear | QuantEmbedding):
+                state |= encode(name, module.to_weight(), module.scheme)
+        return state, {}
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _choose_quantizer(config: Any, **arguments: Any) -> CompressedTensorsHfQuantizer:
+    """Ours if every group of the config is one of our schemes, else transformers' own."""
+    try:
+        parse_config(config.to_dict())
+    except CheckpointError:
+        return CompressedTensorsHfQuantizer(config, **arguments)
+    return (
+        CompressedTensorsHfQuantizer(config, **arguments) if config.dequantize else PackedQuantizer(config, **arguments)
+    )
+
+
+def install() -> None:
+    """Let transformers' `from_pretrained` keep our checkpoints packed. `import vlmquant` sees to it by itself."""
+    AUTO_QUANTIZER_MAPPING[METHOD] = _choose_quantizer
+
+
+@contextlib.contextmanager
+def _installed() -> Iterator[None]:
+    """Our loader in transformers' table for a moment, whatever the environment says about the rest of the process."""
+    before = AUTO_QUANTIZER_MAPPING[METHOD]
+    AUTO_QUANTIZER_MAPPING[METHOD] = _choose_quantizer
+    try:
+        yield
+    finally:
+        AUTO_QUANTIZER_MAPPING[METHOD] = before
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+    """The model in a directory, quantized or not, in eval mode; quantized weights stay packed.
+
+    dtype: of everything that is not quantized; None for the model's own. Raises InputError for a damaged directory and
+    CheckpointError where the checkpoint does not fit its model: every tensor must be there, be used and have its shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    path, device = Path(path), torch.device(device)
+    open_shards(path)
+    _check_method(path)
+    try:
+        with _installed():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
+    except VlmquantError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except (RuntimeError, ValueError, KeyError, OSError, ImportError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
+    for what, keys in sorted(info.items()):
+        if keys:
+            names = sorted(str(key) for key in keys)
+            raise CheckpointError(
+                f"{path}: {len(names)} {what.replace('_', ' ')}: {', '.join(names[:SHOWN])}; "
+                "the weights and config.json do not belong together, or the checkpoint is incomplete"
+            )
+    if device.type != "cpu":
+        _move(model, device)
+    return model.eval()
+
+
+def _check_method(path: Path) -> None:
+    """transformers only warns of a quant_method that it does not know, and loads nonsense."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: missing; a model's directory holds a config.json") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from error
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method not in READABLE_METHODS:
+        raise CheckpointError(f"{file}: quant_method {method!r} is not one that we load: {', '.join(READABLE_METHODS)}")
+    if method == METHOD:
+        try:
+            parse_config(quantization)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """The model to another device, each packed weight in the layout that suits it there."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            weight = _weight_on(module.to_weight(), device)
+            bias = None if module.bias is None else module.bias.to(device)
+            model.set_submodule(name, QuantLinear(weight, module.scheme, bias, dtype=module.dtype))
+    model.to(device)
+
+
+def _weight_on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    zeros = None if weight.zeros is None else weight.zeros.to(device)
+    return QuantizedWeight(
+        weight.codes.to(device), weight.scales.to(device), zeros, weight.bits, weight.group_size, weight.scale_dtype
+    )
