@@ -47,7 +47,7 @@ def sacrebleu_score(sums: Array) -> Array:
     matches, totals = sums[..., MATCHES], sums[..., TOTALS]
     halvings = np.cumsum(matches == 0, axis=-1)  # the k-th order without a match counts as 1 / 2^k matches
     smoothed = np.where(matches == 0, 0.5**halvings, matches)
-    score = _geometric_mean(smoothed, totals) * _brevity(sums[..., HYPOTHESIS], sums[..., REFERENCE])
+    score = _geometric_mean(smoothed, np.maximum(totals, 1)) * _brevity(sums[..., HYPOTHESIS], sums[..., REFERENCE])
     return np.where(matches.any(axis=-1) & totals.all(axis=-1), 100 * score, 0.0)
 
 
@@ -73,14 +73,14 @@ def coco_score(sums: Array) -> Array:
 
 
 def _geometric_mean(matches: Array, totals: Array) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean: Array = np.exp(np.log(matches / totals).mean(axis=-1))
+    mean: Array = np.exp(np.log(matches / totals).mean(axis=-1))
     return mean
 
 
 def _brevity(hypothesis: Array, reference: Array) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        penalty: Array = np.exp(np.minimum(0.0, 1 - reference / hypothesis))
+    """exp(1 - reference / hypothesis) where the hypothesis is shorter, else 1; 0 without any hypothesis."""
+    ratio = np.divide(reference, hypothesis, out=np.full_like(reference, np.inf), where=hypothesis > 0)
+    penalty: Array = np.exp(np.minimum(0.0, 1 - ratio))
     return penalty
 
 

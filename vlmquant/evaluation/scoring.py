@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def score_model(
                 default=str,
             )
         )
-        done = subprocess.run([sys.executable, "-m", WORKER, str(request), str(result)], check=False)
+        command = [sys.executable, "-P", "-m", WORKER, str(request), str(result)]
+        path = os.pathsep.join(filter(None, sys.path))  # the same modules as here, wherever we were started
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False)
         answer = json.loads(result.read_text()) if result.is_file() else {}
     if "error" in answer:
         raise getattr(errors, answer["error"]["kind"])(answer["error"]["message"])
@@ -96,7 +99,8 @@ def answer_request(request: Mapping[str, Any]) -> dict[str, Any]:
             record=Path(request["record"]) if request["record"] else None,
         )
     except VlmquantError as error:
-        return {"error": {"kind": type(error).__name__, "message": str(error)}}
+        kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
+        return {"error": {"kind": kind.__name__, "message": str(error)}}
     return {"run": run.to_dict()}
 
 
