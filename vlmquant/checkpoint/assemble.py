@@ -18,7 +18,7 @@ from vlmquant.components import ComponentMap
 from vlmquant.errors import CheckpointError
 from vlmquant.formats import compressed_tensors
 from vlmquant.planning import Plan, PlanLine
-from vlmquant.recipe import Recipe
+from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards
 
 CONFIG_NAME = "config.json"
@@ -47,8 +47,9 @@ def write_weights(
         unit = done.get(parameter.name)
         line = plan.line(parameter.name)
         if (line.action == "quantize") != (unit is not None and parameter.name in unit.quantized):
+            held = "no block holds its codes" if line.action == "quantize" else "a block holds codes for it"
             raise CheckpointError(
-                f"{target}: {parameter.name} was planned to {line.action}, and no finished block agrees"
+                f"{target}: {parameter.name}: the plan says {line.action}, but {held}; report this bug"
             )
         if unit is None:
             group = [TensorSpec(parameter.disk, parameter.dtype, parameter.shape)]
@@ -86,11 +87,11 @@ def _place_in(shards: Shards) -> Any:
 
 def _specs_in(unit: Unit, line: PlanLine, disk: str, components: ComponentMap) -> list[TensorSpec]:
     """What a unit holds for one parameter."""
-    names: Iterable[str] = [disk]
-    if line.action == "quantize":
-        names = compressed_tensors.encoded_shapes(
-            disk.removesuffix(".weight"), line.shape, line.scheme, components.dtype
-        )
+    names = [disk]
+    if isinstance(line.scheme, Scheme):
+        rows, columns = line.shape
+        module = disk.removesuffix(".weight")
+        names = list(compressed_tensors.encoded_shapes(module, (rows, columns), line.scheme, components.dtype))
     return [TensorSpec(name, unit.entries[name].dtype, unit.entries[name].shape) for name in names]
 
 
@@ -130,15 +131,17 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
     return dict(json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8")))
 
 
+def write_config(target: Path, components: ComponentMap, quantization_config: Mapping[str, Any]) -> None:
+    """The model's own config, with how its weights are quantized."""
+    config = _read_config(components.model_dir) | {"quantization_config": dict(quantization_config)}
+    write_text(target / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
 def write_rest(target: Path, components: ComponentMap, recipe: Recipe, plan: Plan, manifest: Mapping[str, Any]) -> None:
-    """Everything but the weights; the manifest last. A config already there, of a format that writes its own, stays."""
+    """What travels along, the card, and last the manifest, with the checksums of all that is there."""
     for name, file in companions(components).items():
         (target / name).parent.mkdir(exist_ok=True)
         copy_file(file, target / name)
-    if not (target / CONFIG_NAME).exists():
-        config = _read_config(components.model_dir)
-        config["quantization_config"] = compressed_tensors.quantization_config(plan, components)
-        write_text(target / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     write_text(target / CARD_NAME, card(components, recipe, plan))
     files = {
         file.relative_to(target).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}

@@ -52,7 +52,7 @@ def disk_errors(place: Path) -> Iterator[None]:
             raise DoesNotFitError(f"{what}; free some space and run again with --resume to go on from here") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"{what}; choose a place that you may write to") from error
-        raise CheckpointError(f"{what}; mend the cause and run again with --resume") from error
+        raise CheckpointError(f"{what}; mend the cause and run again") from error
 
 
 def sync_directory(path: Path) -> None:

@@ -35,8 +35,8 @@ class CheckpointWriter:
     force: replace an existing checkpoint, and start anew where an unfinished run is not to be resumed.
 
     Raises UsageError for a place that cannot or must not be written to, and DoesNotFitError for a disk that is too
-    small, before anything is written. Whatever goes wrong later, nothing appears at OUT, and finished units stay for
-    --resume.
+    small, before anything is written; PlanError where the format cannot express the plan.
+    Whatever goes wrong later, nothing appears at OUT, and finished units stay for --resume.
     """
 
     def __init__(
@@ -58,7 +58,10 @@ class CheckpointWriter:
         self._lock = Lock(out.with_name(out.name + LOCK_SUFFIX))
         self._journal = Journal(self._work)
         self._finished = False
+        self._quantization_config: dict[str, Any] | None = None
         self._check_place()
+        if recipe.output.format == compressed_tensors.METHOD:
+            self._quantization_config = compressed_tensors.quantization_config(plan, components)
 
     def _check_place(self) -> None:
         out, source = self.out.resolve(), self.components.model_dir.resolve()
@@ -67,6 +70,7 @@ class CheckpointWriter:
         for path in (self.out, self._work):
             if path.is_symlink():
                 raise UsageError(f"{path}: is a symbolic link; give the directory itself")
+        for path in (self._work, self.out, *self.out.parents):
             if path.exists() and not path.is_dir():
                 raise UsageError(f"{path}: is a file; give another output directory")
         if out.is_relative_to(source) or source.is_relative_to(out):
@@ -199,11 +203,12 @@ class CheckpointWriter:
         """Put the checkpoint together and in place; return its path.
 
         manifest: what the caller adds to vlmquant.json (calibration, errors, notes ...). Where it is the same, two runs
-        write the same bytes. Weights are written here unless they already lie in `partial`.
+        write the same bytes. A format other than compressed-tensors has put its weights and config into `partial`.
         """
         with disk_errors(self.partial):
-            if not any(self.partial.glob("*.safetensors")):
+            if self._quantization_config is not None:
                 assemble.write_weights(self.partial, self.components, self.recipe, self.plan, self._journal.units)
+                assemble.write_config(self.partial, self.components, self._quantization_config)
             assemble.write_rest(self.partial, self.components, self.recipe, self.plan, manifest)
             self._put_in_place()
         self._finished = True
@@ -235,7 +240,7 @@ class CheckpointWriter:
     def _leave(self) -> int:
         """Let go of the lock, and of the work directory unless it holds finished units to resume from: their number."""
         kept = 0 if self._finished else max(len(self._journal.units), count_units(self._work))
-        if not kept:
+        if not kept and (self._work / JOURNAL_NAME).is_file():
             shutil.rmtree(self._work, ignore_errors=True)
         self._lock.release()
         return kept
