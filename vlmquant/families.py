@@ -129,7 +129,6 @@ FOLDS: dict[str, tuple[Fold, ...]] = {
 """By the model_type of a language model's or vision encoder's own config; one that is not listed takes no folds."""
 
 SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
-    ("cross_attn.q_proj",),
     ("cross_attn.k_proj", "cross_attn.v_proj"),
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
