@@ -110,7 +110,7 @@ def test_differences_are_positive_when_the_candidate_is_worse() -> None:
 
 
 def noisy(count: int, seed: int, *, shift: float = 0.0, images: Callable[[int], str] = str) -> Run:
-    """Samples of very different difficulty, each about `shift` nats a token worse than with shift 0 and the same seed."""
+    """Samples of very different difficulty, `shift` nats a token worse than with the same seed and no shift."""
     random = np.random.default_rng(seed)
     nll, extra = random.normal(2.0, 0.5, count), random.normal(shift, 0.01, count)
     scores = [

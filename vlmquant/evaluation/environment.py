@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from vlmquant import __version__
+import vlmquant
 
 STATUS = Path("/proc/self/status")
 CPUINFO = Path("/proc/cpuinfo")
@@ -20,7 +20,7 @@ CPUINFO = Path("/proc/cpuinfo")
 def environment() -> dict[str, Any]:
     """Versions, processor, threads and memory of this machine, for the report."""
     found: dict[str, Any] = {
-        "vlmquant": __version__,
+        "vlmquant": vlmquant.__version__,
         "torch": version("torch"),
         "transformers": version("transformers"),
         "python": platform.python_version(),
