@@ -9,12 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-import click
 import typer
 
 from vlmquant.errors import EXIT_OK, InputError, UsageError, VlmquantError
-
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 app = typer.Typer(
     name="vlmquant",
@@ -318,7 +315,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Inspect, plan, quantize, evaluate, report and gate the bundled tiny model, in about a minute."""
-    from vlmquant.demo import run
+    from vlmquant.demo.tour import run
 
     set_threads(threads)
     raise typer.Exit(run(out))
@@ -366,25 +363,19 @@ def show(table: Any) -> None:
 
 def main() -> None:
     """Entry point: turns our errors into one message and an exit code; bugs keep their traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
-        result = app(standalone_mode=False)
+        app()
     except VlmquantError as error:
         fail(str(error), error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        fail("interrupted; what was finished is kept, go on with --resume", EXIT_INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_OK)
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if error.filename is None:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror or error}", InputError.exit_code)
-    sys.exit(result if isinstance(result, int) else EXIT_OK)
+        fail(f"{error.filename}: {error.strerror or error}", InputError.exit_code)
 
 
 def fail(message: str, code: int) -> None:
@@ -393,5 +384,6 @@ def fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End in order: what was finished is kept, and nothing is half-written."""
     raise SystemExit(128 + number)
