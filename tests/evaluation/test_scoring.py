@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -174,6 +175,23 @@ def test_an_error_in_the_process_comes_back_as_itself(
     with pytest.raises(InputError, match=r"broken\.png"):
         score_model(tiny_llava, [replace(samples[0], images=(broken,))], SETTINGS, reference=None, record=None)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "match"),
+    [(-9, DoesNotFitError, "ended by signal 9"), (1, RuntimeError, "traceback stands above")],
+)
+def test_a_process_that_dies_is_reported(
+    code: int,
+    error: type[Exception],
+    match: str,
+    tiny_llava: Path,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
+    with pytest.raises(error, match=match):
+        score_model(tiny_llava, samples, SETTINGS, reference=None, record=None)
 
 
 def test_an_empty_or_missing_model_is_named(samples: list[Sample], tmp_path: Path) -> None:

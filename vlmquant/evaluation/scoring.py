@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,7 +57,9 @@ def score_model(
     check_samples(samples)
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such model directory")
-    settings = replace(settings, threads=settings.threads or torch.get_num_threads())
+    threads = settings.threads or torch.get_num_threads()
+    # Measured in this process and once, so that all models of a comparison are scored in the same dtype.
+    settings = replace(settings, threads=threads, dtype=_name(_dtype(settings)))
     with tempfile.TemporaryDirectory(prefix="vlmquant-") as folder:
         request, result = Path(folder, "request.json"), Path(folder, "result.json")
         request.write_text(
@@ -137,7 +139,7 @@ def score_here(
     samples = [replace(sample, answers=tuple(filter(str.strip, sample.answers))) for sample in samples]
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    dtype = compute_dtype(settings.device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = _dtype(settings)
     encoder = Encoder(load_processor(model_dir), tidy_captions=settings.tidy_captions)
     start = time.perf_counter()
     model = load_model(model_dir, dtype=dtype, device=settings.device).eval()
@@ -170,10 +172,19 @@ def score_here(
         label=model_dir.name,
         samples=tuple(scores),
         costs=costs,
-        settings=asdict(settings) | {"dtype": str(dtype).removeprefix("torch.")},
+        settings=asdict(settings) | {"dtype": _name(dtype)},
         environment=environment(),
         manifest=read_manifest(model_dir) if (model_dir / MANIFEST).is_file() else None,
     )
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return dtypes.get(settings.dtype) or compute_dtype(settings.device)
+
+
+def _name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
+    return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
 def _measure_costs(
