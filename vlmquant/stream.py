@@ -20,7 +20,7 @@ from vlmquant.calibration.encode import Batch
 from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError
 from vlmquant.families import Fold
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import QuantizedWeight, round_scales
 from vlmquant.kernels.reference import round_activations
 from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, Scheme
@@ -160,12 +160,14 @@ class Stage:
     def admissible(self, channel_scales: Tensor) -> Tensor:
         """The nearest channel scales (in,) that fold without any rounding of the producer's stored weights.
 
-        Into a norm: s = w / round(w / s), with round() to the model's dtype. Into a linear: powers of two.
+        Into a norm: s = w / round(w / s), with round() to the model's dtype. Into a linear: powers of two. A
+        channel whose producer would over- or underflow keeps the scale 1.
         """
         rule = self.fold_rule
         assert rule is not None
         if rule.kind == "linear":
-            return torch.exp2(channel_scales.log2().round())
+            powers = torch.exp2(channel_scales.log2().round())
+            return torch.where(self.block.divides_exactly(rule.producer, powers), powers, 1.0)
         gain = self.block.value(f"{rule.producer}.weight").to(channel_scales.device).float() + rule.gain_offset
         stored = (gain / channel_scales - rule.gain_offset).to(self.scale_dtype).float() + rule.gain_offset
         scales = gain / stored
@@ -329,6 +331,18 @@ class Block:
             self._place(local, self.changed[name])
         for consumer in rule.consumers:
             self._divisors[consumer] = channel_scales
+
+    def divides_exactly(self, linear: str, divisors: Tensor) -> Tensor:
+        """bool (out,): the rows of a linear whose stored weights, or scales, can be divided without being rounded."""
+        name = self._weight_name(linear)
+        if name in self.quantized:
+            smaller = self.quantized[name].scales / divisors[:, None]
+            stored = round_scales(smaller, self.quantized[name].scale_dtype)
+        else:
+            value = self.value(f"{linear}.weight")
+            smaller = value.to(divisors.device).float() / divisors[:, None]
+            stored = smaller.to(value.dtype).float()
+        return (stored == smaller).all(1)
 
     def put(self, local: str, weight: QuantizedWeight, *, error: float) -> None:
         """The codes of a linear: recorded, and in the weight's place from here on."""

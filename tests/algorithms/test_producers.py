@@ -1,0 +1,34 @@
+"""Which channel scales a linear in front can take without rounding what it stores."""
+
+from types import SimpleNamespace
+
+import torch
+
+from vlmquant.algorithms import rtn
+from vlmquant.grid import SCALE_FLOOR
+from vlmquant.recipe import Scheme
+from vlmquant.stream import Block
+
+
+def block_with(quantized, value=None):
+    """A block of which only the producer `up` exists."""
+    block = Block.__new__(Block)
+    block.info, block.quantized, block.changed = SimpleNamespace(name="b"), quantized, {}
+    block.stream = SimpleNamespace(read=lambda name: value)
+    return block
+
+
+def test_a_quantized_producer_takes_powers_of_two_above_the_smallest_scale() -> None:
+    weight = torch.full((3, 16), 0.05)
+    weight[1] = SCALE_FLOOR * 7.5 * 4  # scale: four times the smallest
+    quantized = rtn.quantize_weight(weight, scheme=Scheme(bits=4, group_size=16), scale_dtype=torch.bfloat16)
+    block = block_with({"b.up.weight": quantized})
+    assert block.divides_exactly("up", torch.tensor([8.0, 8.0, 0.125])).tolist() == [True, False, True]
+    assert block.divides_exactly("up", torch.tensor([8.0, 4.0, 3.0])).tolist() == [True, True, False]
+
+
+def test_a_float16_producer_must_not_overflow() -> None:
+    value = torch.tensor([[1.0, -3.0], [40000.0, 1.0], [2.0**-24, 1.0]], dtype=torch.float16)
+    block = block_with({}, value)
+    assert block.divides_exactly("up", torch.full((3,), 0.5)).tolist() == [True, False, True]
+    assert block.divides_exactly("up", torch.full((3,), 2.0)).tolist() == [True, True, False]
