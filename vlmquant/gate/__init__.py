@@ -59,12 +59,12 @@ class _Evidence:
     bound: Callable[[Array], Bounds]
     """(clusters, features) -> bounds."""
     room: float = 0.0
-    """Loss of a corpus that changed altogether, for losses of which unchanged samples prove little; 0 for the others."""
+    """Loss of a corpus that changed altogether, where unchanged samples prove little; else 0."""
 
 
 @dataclass(frozen=True)
 class _Test:
-    """How one threshold is measured: gather(pairs, alpha, seed), raising _Unmeasured; the scale of the test and back."""
+    """How a threshold is measured: gather(pairs, alpha, seed) raises _Unmeasured; the scale of the test, and back."""
 
     gather: Callable[[list[Pair], float, int], _Evidence]
     to_scale: Callable[[float], float] = float
@@ -75,7 +75,9 @@ def judge(report: Report, spec: GateSpec, *, seed: int = SEED) -> list[Verdict]:
     """One verdict for every candidate and threshold. Raises UsageError where there is nothing to judge."""
     thresholds = {name: margin for name in TESTS if (margin := getattr(spec, name)) is not None}
     if not thresholds:
-        raise UsageError(f"gate: no threshold is set; give at least one of {', '.join(TESTS)} under `gate` in the recipe")
+        raise UsageError(
+            f"gate: no threshold is set; give at least one of {', '.join(TESTS)} under `gate` in the recipe"
+        )
     if not report.candidates:
         raise UsageError("gate: the report holds no candidate; evaluate a quantized model against its reference")
     return [
@@ -86,7 +88,7 @@ def judge(report: Report, spec: GateSpec, *, seed: int = SEED) -> list[Verdict]:
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """0 if all pass, 3 if any fails, 4 if any is inconclusive and none fails. Raises UsageError for no verdict at all."""
+    """0 if all pass, 3 if any fails, 4 if any is inconclusive and none fails. Raises UsageError for no verdict."""
     outcome = overall(verdicts)
     return {"pass": EXIT_OK, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_GATE_INCONCLUSIVE}[outcome]
 
@@ -111,19 +113,25 @@ def _judge_one(reference: Run, candidate: Run, name: str, margin: float, *, alph
             n=n,
             n_needed=math.ceil(n * MIN_CLUSTERS / len(clusters)),
             outcome="inconclusive",
-            reason=f"too few samples: no bound is trusted on fewer than {MIN_CLUSTERS} images, and these are {len(clusters)}",
+            reason=f"too few samples: {len(clusters)} images, and no bound is trusted below {MIN_CLUSTERS}",
         )
     bounds = evidence.bound(clusters)
     outcome: Outcome = "pass" if bounds.high <= limit else "fail" if bounds.low > limit else "inconclusive"
     return verdict(
         point=test.from_scale(bounds.point),
-        low=test.from_scale(bounds.low),
-        high=test.from_scale(bounds.high),
+        low=_bound(bounds.low, test),
+        high=_bound(bounds.high, test),
         n=n,
         n_needed=_needed(bounds, evidence, len(clusters), limit, alpha) if outcome == "inconclusive" else None,
         outcome=outcome,
         reason=REASONS[outcome],
     )
+
+
+def _bound(value: float, test: _Test) -> float | None:
+    """A bound in the threshold's unit; None where there is no finite one."""
+    shown = test.from_scale(value)
+    return shown if math.isfinite(shown) else None
 
 
 def _needed(bounds: Bounds, evidence: _Evidence, clusters: int, limit: float, alpha: float) -> int | None:

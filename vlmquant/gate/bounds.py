@@ -1,4 +1,4 @@
-"""One-sided bounds of a loss, from paired samples in clusters (samples that share an image): the statistics of the gate."""
+"""One-sided bounds of a loss from paired samples in clusters (samples that share an image): the gate's statistics."""
 
 import math
 from collections.abc import Callable
@@ -60,7 +60,8 @@ def _bleu_gradient(sums: Array) -> Array:
             np.where(short, score * reference / hypothesis**2, 0.0),
             np.where(short, -score / hypothesis, 0.0),
         ]
-    return np.nan_to_num(np.concatenate(parts, axis=-1), posinf=0.0, neginf=0.0)
+    gradient: Array = np.nan_to_num(np.concatenate(parts, axis=-1), posinf=0.0, neginf=0.0)
+    return gradient
 
 
 RATIO = Smooth(lambda sums: sums[..., 0] / sums[..., 1], _ratio_gradient)
@@ -116,7 +117,7 @@ def unseen_share(clusters: int, *, alpha: float) -> float:
 
 
 def with_unseen(bounds: Bounds, *, changed: int, clusters: int, scale: float, alpha: float) -> Bounds:
-    """Bounds that leave room for what so few changed clusters cannot show: an unseen share of them loses or gains `scale`."""
+    """Bounds with room for what few changed clusters cannot show: an unseen share of them loses or gains `scale`."""
     if changed >= FEW_CHANGED:
         return bounds
     room = scale * unseen_share(clusters, alpha=alpha)
@@ -148,8 +149,8 @@ def paired_bounds(worse: Array, better: Array, trials: Array, *, alpha: float) -
     """Bounds of (sum(worse) - sum(better)) / sum(trials), (clusters,) each: answers lost less answers gained.
 
     Tango's score interval for paired proportions (Statistics in Medicine 17, 1998), whose centre is McNemar's test,
-    with counts divided by the design effect. Without a lost answer the bound is at least the rule of three's, with a
-    cluster as the trial, and so is the lower one without a gained answer.
+    with counts divided by the design effect. Without any change the bounds are at least the rule of three's, with a
+    cluster as the trial.
     """
     n, lost, gained = float(trials.sum()), float(worse.sum()), float(better.sum())
     difference = (lost - gained) / n
@@ -158,9 +159,10 @@ def paired_bounds(worse: Array, better: Array, trials: Array, *, alpha: float) -
     effect = max(1.0, (error / plain) ** 2) if plain > 0 else n / len(trials)
     counts = (lost / effect, gained / effect, n / effect)
     z = NormalDist().inv_cdf(1 - alpha)
-    share = unseen_share(len(trials), alpha=alpha)
-    high = max(_tango(*counts, target=-z), share if lost == 0 else -1.0)
-    low = min(_tango(*counts, target=z), -share if gained == 0 else 1.0)
+    low, high = _tango(*counts, target=z), _tango(*counts, target=-z)
+    if not lost and not gained:
+        share = unseen_share(len(trials), alpha=alpha)
+        low, high = min(low, -share), max(high, share)
     return Bounds(difference, low, high, max(error, plain))
 
 
@@ -185,8 +187,7 @@ def _tango(lost: float, gained: float, n: float, *, target: float) -> float:
 
 
 def _clustered_error(residuals: Array, total: float) -> float:
-    clusters = len(residuals)
-    return math.sqrt(float((residuals**2).sum()) * clusters / (clusters - 1)) / total
+    return math.sqrt(float((residuals**2).sum())) / total
 
 
 def samples_needed(bounds: Bounds, *, margin: float, samples: int, alpha: float) -> int | None:

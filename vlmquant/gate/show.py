@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from vlmquant.report.data import Verdict
-from vlmquant.report.numbers import threshold_text
 from vlmquant.report.markdown import verdict_lines
+from vlmquant.report.numbers import bounds_text, threshold_text
 
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
@@ -46,7 +46,7 @@ def _sentence(verdict: Verdict) -> str:
     show = threshold_text(verdict.threshold)
     needed = f"; about {verdict.n_needed} samples would decide" if verdict.n_needed else ""
     return (
-        f"{verdict.reason}: {show(verdict.point)}, bounds {show(verdict.low)} to {show(verdict.high)}, "
+        f"{verdict.reason}: {show(verdict.point)}, bounds {bounds_text(verdict.threshold, verdict.low, verdict.high)}, "
         f"margin {show(verdict.margin)}, n {verdict.n}{needed}"
     )
 

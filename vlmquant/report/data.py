@@ -36,9 +36,9 @@ class Verdict:
     point: float | None
     """The loss observed, in the threshold's own unit; None where it could not be measured."""
     low: float | None
-    """Lower one-sided bound at 1 - alpha."""
+    """Lower one-sided bound at 1 - alpha; None where the samples give none."""
     high: float | None
-    """Upper one-sided bound at 1 - alpha."""
+    """Upper one-sided bound at 1 - alpha; None where the samples give none."""
     margin: float
     n: int
     """Samples compared."""
@@ -135,7 +135,9 @@ def read_json(path: Path) -> Report:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; give the report.json of `vlmquant eval`") from error
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; give the report.json of `vlmquant eval`"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; {remedy}") from error
     try:
@@ -167,7 +169,7 @@ def _adapter() -> TypeAdapter[Report]:
 def _check_whole(report: Report, *, where: str) -> None:
     if len(report.summaries) != len(report.runs):
         raise InputError(
-            f"{where}: {len(report.summaries)} summaries for {len(report.runs)} runs; write it anew with `vlmquant eval`"
+            f"{where}: {len(report.summaries)} summaries, {len(report.runs)} runs; write it anew with `vlmquant eval`"
         )
     _check_labels([run.label for run in report.runs], where=where)
     for run in report.runs:
@@ -195,4 +197,3 @@ def _spell(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-

@@ -55,7 +55,9 @@ def layer_errors(run: Run) -> list[LayerError]:
     """The errors of weights that lie in a numbered layer and have a positive error, in the manifest's order."""
     manifest = run.manifest or {}
     lines = _mapping(manifest.get("plan")).get("lines")
-    component = {line["name"]: line["component"] for line in lines if {"name", "component"} <= line.keys()} if lines else {}
+    component = (
+        {line["name"]: line["component"] for line in lines if {"name", "component"} <= line.keys()} if lines else {}
+    )
     found = []
     for name, error in _mapping(manifest.get("errors")).items():
         layer = LAYER.search(name)

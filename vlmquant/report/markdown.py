@@ -8,7 +8,15 @@ from vlmquant.evaluation.metrics import bleu_signature
 from vlmquant.evaluation.records import Run
 from vlmquant.report.data import Report, Verdict, overall
 from vlmquant.report.manifest import component_bytes, recipe_of, recipe_text
-from vlmquant.report.numbers import fixed, metric_text, metric_title, size_text, threshold_text, threshold_title
+from vlmquant.report.numbers import (
+    bounds_text,
+    fixed,
+    metric_text,
+    metric_title,
+    size_text,
+    threshold_text,
+    threshold_title,
+)
 from vlmquant.report.table import markdown_rows, markdown_table, markdown_text
 from vlmquant.report.worst import changed_answers
 
@@ -19,11 +27,15 @@ SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusi
 
 def to_markdown(report: Report, verdicts: Sequence[Verdict] = ()) -> str:
     """The whole report; with the gate's verdicts they come first."""
-    parts: list[list[str]] = [[f"# vlmquant report: {markdown_text(', '.join(run.label for run in report.candidates))}"]]
+    parts: list[list[str]] = [
+        [f"# vlmquant report: {markdown_text(', '.join(run.label for run in report.candidates))}"]
+    ]
     if verdicts:
         parts.append(verdict_lines(verdicts))
     parts.append(["## Comparison", "", *markdown_table(report)])
-    parts.append(["All samples; 95 % bootstrap intervals over images in brackets. KL and flips: against the reference."])
+    parts.append(
+        ["All samples; 95 % bootstrap intervals over images in brackets. KL and flips: against the reference."]
+    )
     parts.append(_strata(report))
     parts.append(_costs(report))
     for run in report.candidates:
@@ -44,7 +56,7 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
                 threshold_title(verdict.threshold),
                 SIGNS[verdict.outcome],
                 show(verdict.point),
-                f"{show(verdict.low)} to {show(verdict.high)}",
+                bounds_text(verdict.threshold, verdict.low, verdict.high),
                 show(verdict.margin),
                 str(verdict.n),
                 "" if verdict.n_needed is None else str(verdict.n_needed),
@@ -87,7 +99,16 @@ def _costs(report: Report) -> list[str]:
                 "–" if slowest is None else f"{speed(slowest)} to {speed(fastest)}",
             ]
         )
-    titles = ["method", "size", "peak memory", "peak after load", "load", "first token", "tokens/s", "slowest to fastest"]
+    titles = [
+        "method",
+        "size",
+        "peak memory",
+        "peak after load",
+        "load",
+        "first token",
+        "tokens/s",
+        "slowest to fastest",
+    ]
     return ["## Costs", "", *markdown_rows(titles, body)]
 
 
@@ -143,7 +164,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
     return [
         ("created", report.created),
         *([("sacrebleu signature", signature)] if signature else []),
-        *((f"sha256 of {key}", value) for key, value in report.hashes.items()),
+        *((f"sha256 of {key.replace('_', ' ')}", value) for key, value in report.hashes.items()),
     ]
 
 

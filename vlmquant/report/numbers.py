@@ -26,18 +26,14 @@ def fixed(decimals: int, *, scale: float = 1.0, unit: str = "", sign: bool = Fal
     return show
 
 
-BYTES_PER_STEP = 1024.0
-
-
 def size_text(value: float | None) -> str:
-    """Bytes as B, KiB, MiB or GiB with about four digits."""
+    """Bytes in powers of ten: 241.7 MB, 3.10 GB."""
     if value is None or not math.isfinite(value):
         return NOTHING
-    for unit in ("B", "KiB", "MiB"):
-        if abs(value) < BYTES_PER_STEP:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= BYTES_PER_STEP
-    return f"{value:.2f} GiB"
+    for unit, size, decimals in (("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if abs(value) >= size:
+            return f"{value / size:.{decimals}f} {unit}"
+    return f"{value:.0f} B"
 
 
 PERCENT = fixed(2, scale=100, unit=" %")
@@ -57,6 +53,15 @@ METRIC_TEXT: dict[str, Show] = {
     "exact_match_drop": fixed(1, sign=True),
 }
 """Metric of metrics.summarize -> its text."""
+
+SHORT_TITLE: dict[str, str] = {
+    "perplexity_increase": "perplexity",
+    "kl": "KL",
+    "flip_rate": "flips",
+    "bleu4_drop": "BLEU-4 drop",
+    "exact_match_drop": "exact match drop",
+}
+"""Titles of losses where there is little room."""
 
 METRIC_TITLE: dict[str, str] = {
     "perplexity": "perplexity",
@@ -96,6 +101,12 @@ def metric_text(metric: str, estimate: Estimate | None) -> str:
 
 def metric_title(metric: str) -> str:
     return METRIC_TITLE.get(metric, metric)
+
+
+def bounds_text(threshold: str, low: float | None, high: float | None) -> str:
+    """Both one-sided bounds of a verdict, the unit once: `0.72 to 1.30 %`."""
+    show = threshold_text(threshold)
+    return NOTHING if low is None and high is None else f"{show(low).split(' ')[0]} to {show(high)}"
 
 
 def threshold_title(threshold: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -50,14 +51,14 @@ COST_COLUMNS: dict[str, tuple[Callable[[Costs], float | None], Callable[[float |
 }
 
 METHOD = "method"
+METHOD_WIDTH = 10
+"""Letters of the method's name that stay on one line in a narrow terminal."""
 COLUMNS = (METHOD, *METRIC_COLUMNS, *COST_COLUMNS)
 
 
 def compare_table(report: Report) -> list[Row]:
-    """A row for the reference, then one for each candidate; numbers of all samples, with 95 % intervals where they exist."""
-    return [
-        _row(run, summary.get(EVERYTHING, {})) for run, summary in zip(report.runs, report.summaries, strict=True)
-    ]
+    """A row for the reference, then one for each candidate: numbers of all samples, intervals where they exist."""
+    return [_row(run, summary.get(EVERYTHING, {})) for run, summary in zip(report.runs, report.summaries, strict=True)]
 
 
 def _row(run: Run, metrics: Mapping[str, Estimate]) -> Row:
@@ -75,11 +76,11 @@ def _metric_cell(metric: str, estimate: Estimate | None) -> Cell:
 
 
 def terminal_table(report: Report) -> Table:
-    """For a terminal; intervals stand under their number."""
-    table = Table(header_style="bold", pad_edge=False)
-    table.add_column(METHOD, overflow="fold")
+    """For a terminal; intervals stand under their number, and fold rather than vanish where it is narrow."""
+    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(METHOD, overflow="fold", min_width=METHOD_WIDTH)
     for title in COLUMNS[1:]:
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", overflow="fold", no_wrap=title in COST_COLUMNS)
     for index, row in enumerate(compare_table(report)):
         texts = (Text(cell.text.replace(" [", "\n[")) for cell in row.cells.values())
         table.add_row(Text(row.method), *texts, end_section=index == 0)
