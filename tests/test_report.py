@@ -1,0 +1,387 @@
+import html
+import json
+import re
+from base64 import b64decode
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import BytesIO, StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from tests import fake_runs
+from vlmquant.calibration.samples import Sample
+from vlmquant.errors import InputError
+from vlmquant.evaluation.records import Estimate
+from vlmquant.gate import judge
+from vlmquant.recipe import GateSpec
+from vlmquant.report.data import REPORT_VERSION, Report, read_json, write_json, write_text
+from vlmquant.report.html import to_html
+from vlmquant.report.manifest import component_bytes, layer_errors
+from vlmquant.report.markdown import to_markdown
+from vlmquant.report.numbers import fixed, metric_text, size_text
+from vlmquant.report.table import COLUMNS, compare_rows, compare_table, markdown_text, terminal_table
+from vlmquant.report.worst import changed_answers, word_changes
+
+MALICE = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)> | `code` **bold** ]]>'
+
+LAYERS = "model.language_model.layers"
+MANIFEST: dict[str, Any] = {
+    "recipe": {"name": "mixed", "gate": {"max_kl": 0.1}},
+    "errors": {
+        f"{LAYERS}.0.mlp.down_proj.weight": 0.02,
+        f"{LAYERS}.11.self_attn.q_proj.weight": 0.0007,
+        "lm_head.weight": 0.1,  # in no layer: not plotted
+        f"{LAYERS}.1.mlp.down_proj.weight": 0.0,  # exact: no place on a logarithmic scale
+    },
+    "plan": {
+        "components": {
+            "vision_encoder": {"bytes_before": 60_000_000, "bytes_after": 30_000_000},
+            "language": {"bytes_before": 140_000_000, "bytes_after": 40_000_000},
+        },
+        "lines": [
+            {"name": f"{LAYERS}.{layer}.{kind}.weight", "component": "language"}
+            for layer in range(12)
+            for kind in ("mlp.down_proj", "self_attn.q_proj")
+        ],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    vqa = [fake_runs.sample(index, "vqa") for index in range(40)]
+    reference = [*vqa, *fake_runs.captions(40, seed=0)]
+    runs = []
+    for seed, label in enumerate(("gptq-int4", "rtn|int3")):
+        scored = fake_runs.degraded(reference, seed=seed, nll=0.01 + seed)
+        for index in range(3 + 5 * seed):
+            scored[index] = replace(scored[index], generated=f"{MALICE} {index}", exact=False)
+        runs.append(fake_runs.run(label, scored, manifest=MANIFEST))
+    return fake_runs.report(reference, *runs)
+
+
+@pytest.fixture(scope="module")
+def one(report: Report) -> Report:
+    return replace(report, candidates=report.candidates[:1], summaries=report.summaries[:2])
+
+
+# --- JSON
+
+
+def test_json_round_trip_keeps_everything(report: Report, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "report.json"
+    write_json(report, path)
+    assert read_json(path) == report
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_numbers_that_are_not_finite_survive_and_the_file_stays_json(one: Report, tmp_path: Path) -> None:
+    samples = list(one.candidates[0].samples)
+    samples[0] = replace(samples[0], nll=float("nan"), kl=float("inf"))
+    path = tmp_path / "report.json"
+    write_json(replace(one, candidates=(replace(one.candidates[0], samples=tuple(samples)),)), path)
+    json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    found = read_json(path).candidates[0].samples[0]
+    assert found.nll != found.nll
+    assert found.kl == float("inf")
+    (verdict,) = judge(read_json(path), GateSpec())
+    assert verdict.outcome == "fail"
+
+
+Damage = Callable[[dict[str, Any]], Any]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.pop("version"), "no version number"),
+        (lambda data: data.update(version=REPORT_VERSION + 1), "is newer than this vlmquant reads"),
+        (lambda data: data.update(version=REPORT_VERSION - 1), "is older than this vlmquant reads"),
+        (lambda data: data.pop("summaries"), "summaries: field required"),
+        (lambda data: data["summaries"].pop(), "2 summaries, 3 runs"),
+        (lambda data: data["reference"]["samples"][3].pop("nll"), r"reference.samples.3.nll: field required"),
+        (lambda data: data["candidates"][0]["samples"][3].update(tokens="many"), "should be a valid integer"),
+        (lambda data: data["candidates"][0]["samples"][3].update(kl=[1]), "should be a valid number"),
+        (lambda data: data["candidates"][0]["samples"].append(data["candidates"][0]["samples"][0]), "a sample twice"),
+        (lambda data: data["candidates"][0].update(label="bf16"), "two runs are called 'bf16'"),
+        (lambda data: data["reference"]["samples"][0].update(nll=float("nan")), "NaN is not JSON"),
+    ],
+)
+def test_a_report_changed_by_hand_is_one_line_of_error(
+    report: Report, tmp_path: Path, damage: Damage, message: str
+) -> None:
+    path = tmp_path / "report.json"
+    write_json(report, path)
+    data = json.loads(path.read_text())
+    damage(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=message) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_report_cut_short_or_overwritten_is_an_input_error(report: Report, data: st.DataObject) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "report.json")
+        write_json(report, path)
+        whole = path.read_bytes()
+        path.write_bytes(
+            whole[: data.draw(st.integers(0, len(whole) - 2))]
+            + data.draw(st.sampled_from([b"", b"\xff\xfe", b"[" * 9]))
+        )
+        with pytest.raises(InputError, match="vlmquant eval"):
+            read_json(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", '"report"', "null", "[" * 100_000])
+def test_other_files_are_no_reports(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"report\.json: "):
+        read_json(path)
+
+
+def test_a_missing_report_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nothing\.json: cannot be read: No such file"):
+        read_json(tmp_path / "nothing.json")
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        read_json(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.md"
+    write_text(path, "old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    reference = [fake_runs.sample(index, "vqa") for index in range(3)]
+    twins = [fake_runs.run("int4", fake_runs.degraded(reference, seed=seed)) for seed in (0, 1)]
+    with pytest.raises(InputError, match="two runs are called 'int4'"):
+        fake_runs.report(reference, *twins)
+
+
+# --- the table
+
+
+def test_the_table_has_the_reference_first_and_a_number_in_each_cell(report: Report) -> None:
+    rows = compare_table(report)
+    assert [row.method for row in rows] == ["bf16", "gptq-int4", "rtn|int3"]
+    assert COLUMNS == ("method", "perplexity", "BLEU-4", "exact match", "KL", "flips", "tokens/s", "memory", "size")
+    texts = {title: cell.text for title, cell in rows[0].cells.items()}
+    assert re.fullmatch(r"7\.39 \[7\.39, 7\.39\]", texts["perplexity"])  # exp(20 nats / 10 tokens)
+    assert texts["exact match"] == "100.0 % [100.0, 100.0]"
+    assert (texts["KL"], texts["flips"]) == ("–", "–")
+    assert (texts["tokens/s"], texts["memory"], texts["size"]) == ("21.5", "1.40 GB", "243.0 MB")
+    assert rows[1].cells["KL"].value == report.summaries[1]["all"]["kl"].point
+
+
+def test_rows_for_machines_are_plain_json(report: Report) -> None:
+    rows = json.loads(json.dumps(compare_rows(report), allow_nan=False))
+    assert list(rows[0]) == list(COLUMNS)
+    assert rows[0]["KL"] == {"point": None, "low": None, "high": None, "n": None}
+    assert rows[1]["size"] == 243_000_000
+    kl = report.summaries[1]["all"]["kl"]
+    assert rows[1]["KL"] == {"point": kl.point, "low": kl.low, "high": kl.high, "n": 80}
+
+
+@pytest.mark.parametrize("width", [90, 200])
+def test_no_number_is_lost_in_a_terminal(report: Report, width: int) -> None:
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(terminal_table(report))
+    words = console.export_text()
+    for row in compare_table(report):
+        for cell in row.cells.values():
+            assert cell.text.split(" ")[0] in words
+
+
+# --- Markdown and HTML
+
+
+class Page(HTMLParser):
+    """The text of a page, its tags, and every address in it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(page)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_markdown_and_html_show_every_number_of_the_table(report: Report) -> None:
+    markdown, page = to_markdown(report), Page(to_html(report)).text
+    for row in compare_table(report):
+        assert row.method in page
+        for cell in row.cells.values():
+            assert cell.text in markdown
+            assert cell.text in page
+
+
+def test_the_verdict_comes_first(one: Report) -> None:
+    verdicts = judge(one, GateSpec(max_perplexity_increase=0.5, max_kl=0.001))
+    assert to_markdown(one, verdicts).splitlines()[2] == "**Gate: ❌ fail**"
+    text = Page(to_html(one, verdicts)).text
+    assert 0 < text.index("Fail") < text.index("1 passed") < text.index("Comparison")
+    assert "Not judged" not in text
+    assert "Not judged" in Page(to_html(one)).text
+
+
+def test_markdown_tables_are_whole_whatever_a_model_says(report: Report) -> None:
+    markdown = to_markdown(report, judge(report, GateSpec()))
+    assert "<script" not in markdown
+    assert "<img" not in markdown
+    for table in re.findall(r"(?:^\|.*\n)+", markdown, re.M):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(widths) == 1, table
+
+
+@given(st.text())
+def test_markdown_text_is_one_harmless_line(text: str) -> None:
+    shown = markdown_text(text)
+    assert len(shown.splitlines()) <= 1
+    assert "<" not in shown
+    assert not re.search(r"(?<!\\)(\\\\)*\|", shown)
+
+
+def test_the_page_needs_no_network_and_runs_nothing(report: Report, tmp_path: Path) -> None:
+    image = tmp_path / "red.png"
+    Image.new("RGB", (1600, 900), "red").save(image)
+    samples = [Sample(score.id, score.task, MALICE, score.references, (image,)) for score in report.reference.samples]
+    page = to_html(report, judge(report, GateSpec()), samples)
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert {"link", "iframe", "object", "base"}.isdisjoint(parsed.tags)
+    assert parsed.links
+    assert all(link.startswith("data:image/jpeg;base64,") for link in parsed.links)
+    styles = "".join(re.findall(r"<style>.*?</style>", page, re.S))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    assert html.escape(MALICE, quote=False)[:20] in page  # shown as text, not dropped
+    assert len(page) < 2_000_000
+
+
+def test_worst_images_are_shrunk(one: Report, tmp_path: Path) -> None:
+    image = tmp_path / "wide.png"
+    Image.new("RGBA", (1600, 400), (0, 0, 255, 128)).save(image)
+    sample = Sample("vqa-0001", "vqa", "What colour?", ("blue",), (image,))
+    (link,) = Page(to_html(one, samples=[sample])).links
+    assert Image.open(BytesIO(b64decode(link.split(",")[1]))).size == (360, 90)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n cut"])
+def test_an_image_that_cannot_be_read_is_said_to_be_missing(one: Report, tmp_path: Path, content: bytes) -> None:
+    image = tmp_path / "broken.png"
+    image.write_bytes(content)
+    page = Page(to_html(one, samples=[Sample("vqa-0001", "vqa", "What?", ("blue",), (image, tmp_path / "none.jpg"))]))
+    assert page.links == []
+    assert "image is not at hand" in page.text
+
+
+def test_details_repeat_the_run(one: Report) -> None:
+    for text in (to_markdown(one), Page(to_html(one)).text):
+        assert "vlmquant eval out/int4 --data 'my data'" in text
+        assert "ab" * 32 in text
+        assert "sacrebleu signature" in text
+        assert "nrefs:3" in text
+        assert "name: mixed" in text
+        assert "2.13.0" in text
+        assert "60.0 MB" in text
+
+
+def test_a_report_of_models_without_a_manifest_is_shown(report: Report) -> None:
+    bare = replace(report, candidates=tuple(replace(run, manifest=None) for run in report.candidates))
+    assert "Bytes by component" not in to_html(bare)
+    assert "Error by layer" not in to_html(bare)
+    assert "gptq-int4" in to_markdown(bare)
+
+
+def test_a_report_without_candidates_is_shown(report: Report) -> None:
+    alone = replace(report, candidates=(), summaries=report.summaries[:1])
+    assert "bf16" in to_html(alone)
+    assert "bf16" in to_markdown(alone)
+
+
+def test_estimates_that_are_not_finite_are_shown(one: Report) -> None:
+    nan = float("nan")
+    broken = {"all": {"perplexity": Estimate(nan, nan, nan, 3), "kl": Estimate(float("inf"), nan, float("inf"), 3)}}
+    page = to_html(replace(one, summaries=(one.summaries[0], broken)))
+    assert "not a number" in page
+    assert "∞" in page
+
+
+def test_the_manifest_gives_bytes_and_layer_errors(one: Report) -> None:
+    run = one.candidates[0]
+    assert [(part.component, part.before, part.after) for part in component_bytes(run)] == [
+        ("vision_encoder", 60_000_000, 30_000_000),
+        ("language", 140_000_000, 40_000_000),
+    ]
+    assert [(error.layer, error.kind, error.error) for error in layer_errors(run)] == [
+        (0, "down_proj", 0.02),
+        (11, "q_proj", 0.0007),
+    ]
+    page = to_html(one)
+    assert page.count('class="mark series-') == 2 + 2  # two points, two keys of the legend
+    assert "200.0 MB" in page
+    assert "70.0 MB" in page
+
+
+def test_answers_that_became_wrong_come_first(one: Report) -> None:
+    changed = changed_answers(one.reference, one.candidates[0])
+    assert [answer.after.id for answer in changed if answer.kind == "right, now wrong"] == [
+        answer.after.id for answer in changed
+    ]
+    assert {answer.after.id for answer in changed} == {"vqa-0000", "vqa-0001", "vqa-0002"}
+    distances = [answer.kl_per_token for answer in changed]
+    assert distances == sorted(distances, reverse=True)
+
+
+def test_changed_words_are_marked() -> None:
+    assert word_changes("a red dog runs", "a blue dog runs home") == [
+        ("a", False),
+        ("blue", True),
+        ("dog runs", False),
+        ("home", True),
+    ]
+
+
+def test_numbers_are_written_one_way() -> None:
+    assert [size_text(size) for size in (999, 1_500, 241_700_000, 3_100_000_000, None)] == [
+        "999 B",
+        "1.5 kB",
+        "241.7 MB",
+        "3.10 GB",
+        "–",
+    ]
+    assert fixed(1)(-0.04) == "0.0"
+    assert fixed(2, scale=100, unit=" %", sign=True)(0.0123) == "+1.23 %"
+    assert metric_text("flip_rate", Estimate(0.095, 0.088, 0.101, 9)) == "9.5 % [8.8, 10.1]"
+    assert metric_text("kl", Estimate(0.068, 0.06, 0.076, 9)) == "0.0680 [0.0600, 0.0760]"
