@@ -9,10 +9,8 @@ stage one picture is shown once and several questions about it follow, each seei
 """
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import random
 import re
 import shutil
@@ -20,17 +18,17 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 import torch
 import transformers
+from PIL import ImageFont
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from PIL import ImageFont
 from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import write_set
 from vlmquant.demo import scenes
@@ -239,7 +237,9 @@ def train_vision(model: nn.Module, settings: Settings, held_out: set[bytes]) -> 
             right = (guess_label.argmax(-1) == label)[shown].float().mean()
             tint = (guess_colour.argmax(-1) == colour)[shown].float().mean()
             seconds = time.monotonic() - began
-            print(f"vision {step + 1} loss {loss:.3f} labels {right:.3f} colours {tint:.3f} {seconds:.0f} s", flush=True)
+            print(
+                f"vision {step + 1} loss {loss:.3f} labels {right:.3f} colours {tint:.3f} {seconds:.0f} s", flush=True
+            )
 
 
 # ---- stage two: answers ------------------------------------------------------------------------------------------------
@@ -385,7 +385,13 @@ def save_set(name: str, seed: int) -> None:
                 scenes.draw(scene).save(images[0], optimize=True)
             samples.append(Sample(sample_id, question.task, question.text, answers, images))
         strata = [
-            {"task": task, "asked": n, "got": n, "with_image": 0 if task == "text" else n, "text_only": n if task == "text" else 0}
+            {
+                "task": task,
+                "asked": n,
+                "got": n,
+                "with_image": 0 if task == "text" else n,
+                "text_only": n if task == "text" else 0,
+            }
             for task, n in COUNTS[name].items()
         ]
         manifest = {
@@ -400,7 +406,9 @@ def save_set(name: str, seed: int) -> None:
 
 
 def held_out_pictures(seed: int) -> set[bytes]:
-    return {scenes.draw(scene).tobytes() for name in COUNTS for scene, _, _ in draw_set(name, seed) if scene is not None}
+    return {
+        scenes.draw(scene).tobytes() for name in COUNTS for scene, _, _ in draw_set(name, seed) if scene is not None
+    }
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------------
@@ -425,7 +433,9 @@ def save_model(model: nn.Module, tokenizer: tokenizers.Tokenizer, out: Path) -> 
     """Everything a transformers model directory holds, weights in bfloat16."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    weights = {disk_name(name): value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    weights = {
+        disk_name(name): value.detach().to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()
+    }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     size = (out / "model.safetensors").stat().st_size
     assert size <= MODEL_FILE_LIMIT, f"{size} bytes of weights"

@@ -34,7 +34,12 @@ TEXT_HEIGHTS = (14, 33)
 """How far down the middle of a sign's word and of its number stand."""
 WORDS = ("stop", "open", "exit", "sale", "taxi", "cafe", "milk", "park", "home", "west")
 NUMBERS = ("no", "one", "two", "three", "four")
-PLACES = ("in the top left corner", "in the top right corner", "in the bottom left corner", "in the bottom right corner")
+PLACES = (
+    "in the top left corner",
+    "in the top right corner",
+    "in the bottom left corner",
+    "in the bottom right corner",
+)
 
 
 @dataclass(frozen=True)
@@ -242,7 +247,11 @@ def captions(scene: Scene) -> list[str]:
             ]
         case Objects(things=(one, two)):
             return [
-                *(f"{a(p.name)} {relation} {a(q.name)}." for p, q in ((one, two), (two, one)) for relation in relations(p, q)),
+                *(
+                    f"{a(p.name)} {relation} {a(q.name)}."
+                    for p, q in ((one, two), (two, one))
+                    for relation in relations(p, q)
+                ),
                 f"{listed([one.name, two.name])} on a {scene.background} background.",
                 f"there are two shapes: {listed([one.name, two.name])}.",
             ]
@@ -313,7 +322,9 @@ def object_questions(scene: Objects) -> list[Question]:
         if colours.count(thing.colour) == 1:
             asked.append(Question("vqa", f"What shape is {thing.colour}?", thing.shape))
         asked.append(Question("reasoning", f"Where is the {thing.name}?", PLACES[thing.cell]))
-        absent = next(colour for colour in turned(COLOURS, thing.colour) if f"{colour} {thing.shape}" not in names(things))
+        absent = next(
+            colour for colour in turned(COLOURS, thing.colour) if f"{colour} {thing.shape}" not in names(things)
+        )
         asked.append(Question("vqa", f"Is there {a(thing.name)}?", "yes"))
         asked.append(Question("vqa", f"Is there {a(f'{absent} {thing.shape}')}?", "no"))
     for one, two in permutations(things, 2):
@@ -334,7 +345,11 @@ def bar_questions(scene: Bars) -> list[Question]:
         Question("chart", "What color is the bar on the right?", colours[-1]),
     ]
     asked += [
-        Question("chart", f"Is the {one} bar taller than the {two} bar?", "yes" if ranked.index(one) < ranked.index(two) else "no")
+        Question(
+            "chart",
+            f"Is the {one} bar taller than the {two} bar?",
+            "yes" if ranked.index(one) < ranked.index(two) else "no",
+        )
         for one, two in permutations(colours, 2)
     ]
     return asked
@@ -359,7 +374,10 @@ def sums(rng: random.Random) -> Question:
     """A text-only question."""
     one, two = rng.randint(0, 9), rng.randint(0, 9)
     ask: Callable[[int, int], tuple[str, int]] = rng.choice(
-        [lambda p, q: (f"What is {p} plus {q}?", p + q), lambda p, q: (f"What is {max(p, q)} minus {min(p, q)}?", abs(p - q))]
+        [
+            lambda p, q: (f"What is {p} plus {q}?", p + q),
+            lambda p, q: (f"What is {max(p, q)} minus {min(p, q)}?", abs(p - q)),
+        ]
     )
     text, answer = ask(one, two)
     return Question("text", text, str(answer))
