@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vlmquant import __version__
+import vlmquant
 from vlmquant.algorithms import ALGORITHMS, rtn
 from vlmquant.calibration.encode import Batch, BatchReport, make_batches
 from vlmquant.calibration.processor import load_processor
@@ -306,7 +306,7 @@ def _fingerprint(
         "calibration": selection.sha256 if selection else "none",
         "compute_dtype": _dtype_name(dtype),
         "threads": str(torch.get_num_threads()),
-        "vlmquant": __version__,
+        "vlmquant": vlmquant.__version__,
         "torch": version("torch"),
         "transformers": version("transformers"),
     }

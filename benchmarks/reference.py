@@ -1,0 +1,138 @@
+"""Every shipped recipe on one model: quantize, score against the unquantized model, one table.
+
+    python benchmarks/reference.py MODEL --calibration SET --test SET [--recipes mixed rtn-w4 ...] [--work DIR]
+
+Each recipe is quantized by the `vlmquant quantize` command in a process of its own, so CPU time and peak memory are
+that run's; then one `vlmquant compare` scores them all on the same samples. Writes
+benchmarks/results/reference.{json,md,html} and prints the table. Outputs in the work folder are used again if they
+are complete, so the script may be stopped and restarted.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vlmquant.calibration.sets import load_set
+from vlmquant.evaluation.environment import environment
+from vlmquant.evaluation.settings import Settings
+from vlmquant.pipeline import evaluate
+from vlmquant.recipe import shipped
+from vlmquant.report.data import write_json
+from vlmquant.report.html import to_html
+from vlmquant.report.table import compare_rows, markdown_table
+
+RESULTS = Path(__file__).parent / "results"
+SHOWN = ("vlmquant", "torch", "transformers")
+CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
+TEST_STRATA = {"caption": 80, "vqa": 60, "object": 60}
+
+
+def quantize(model: Path, recipe: str, calibration: Path, out: Path, *, strata: str) -> dict[str, Any]:
+    """Run the command; what it says of itself, as data."""
+    log = out.with_suffix(".quantize.json")
+    if not (out / "vlmquant.json").is_file() or not log.is_file():
+        words = ["quantize", str(model), "--recipe", recipe, "--calibration", str(calibration), "--samples", strata]
+        done = subprocess.run(
+            [sys.executable, "-m", "vlmquant", *words, "--out", str(out), "--force", "--json"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        log.write_text(done.stdout)
+    result: dict[str, Any] = json.loads(log.read_text())
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in shipped("recipes").glob("*.yaml")))
+    parser.add_argument("--calibration-strata", default=CALIBRATION_STRATA)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vlmquant-reference")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, default=RESULTS / "reference")
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    outputs, runs = [], {}
+    for recipe in arguments.recipes:
+        out = arguments.work / recipe
+        done = quantize(arguments.model, recipe, arguments.calibration, out, strata=arguments.calibration_strata)
+        runs[recipe] = {
+            key: done[key]
+            for key in ("user_cpu_seconds", "seconds", "peak_bytes", "bytes_after", "bits_per_weight", "compute_dtype")
+        }
+        outputs.append(out)
+        print(recipe, runs[recipe], file=sys.stderr, flush=True)
+    strata = {task: n for task, n in TEST_STRATA.items() if task in {s.task for s in load_set(arguments.test).samples}}
+    command = ("python", "benchmarks/reference.py", *(_plain(word) for word in sys.argv[1:]))
+    report = evaluate(
+        arguments.model,
+        outputs,
+        arguments.test,
+        strata=strata or None,
+        settings=Settings(dtype=arguments.dtype, wrong_image=True),
+        command=command,
+    )
+    work = arguments.work / "report.json"
+    write_json(report, work)
+    arguments.work.joinpath("report.html").write_text(to_html(report), encoding="utf-8")
+    result = {
+        "command": " ".join(command),
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in SHOWN},
+        "python": platform.python_version(),
+        "environment": environment(),
+        "cores": os.cpu_count(),
+        "calibration_strata": arguments.calibration_strata,
+        "test_strata": strata,
+        "evaluation_sha256": report.hashes,
+        "quantize": runs,
+        "rows": compare_rows(report),
+        "strata": {
+            run.label: {
+                stratum: {metric: _estimate(value) for metric, value in metrics.items()}
+                for stratum, metrics in summary.items()
+            }
+            for run, summary in zip(report.runs, report.summaries, strict=True)
+        },
+    }
+    arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        f"Measured {result['date']} by `{result['command']}`; "
+        + ", ".join(f"{name} {number}" for name, number in result["versions"].items()),
+        "",
+        *markdown_table(report),
+        "",
+        "| recipe | quantize, user CPU s | wall s | peak MiB | bits per weight |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {recipe} | {run['user_cpu_seconds']} | {run['seconds']} | {run['peak_bytes'] / 2**20:.0f} "
+            f"| {run['bits_per_weight']:.2f} |"
+            for recipe, run in runs.items()
+        ),
+    ]
+    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _plain(word: str) -> str:
+    """A word of the command without this machine's folders."""
+    return Path(word).name if os.sep in word else word
+
+
+def _estimate(value: Any) -> list[float]:
+    return [round(number, 6) for number in (value.point, value.low, value.high)] + [value.n]
+
+
+if __name__ == "__main__":
+    main()
