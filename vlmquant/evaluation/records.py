@@ -14,7 +14,7 @@ class SampleScore:
     id: str
     task: str
     images: tuple[str, ...]
-    """sha256 of each image file; samples that share one are resampled together."""
+    """sha256 of each image's pixels (calibration.images.pixel_sha256); samples that share one are resampled together."""
     tokens: int
     """Answer tokens, end token included."""
     nll: float

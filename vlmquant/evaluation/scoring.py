@@ -140,6 +140,9 @@ def score_here(
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     dtype = _dtype(settings)
+    images = [
+        tuple(pixel_sha256(path) for path in sample.images) for sample in samples
+    ]  # all readable, before any work
     encoder = Encoder(load_processor(model_dir), tidy_captions=settings.tidy_captions)
     start = time.perf_counter()
     model = load_model(model_dir, dtype=dtype, device=settings.device).eval()
@@ -159,7 +162,7 @@ def score_here(
             SampleScore(
                 id=sample.id,
                 task=sample.task,
-                images=tuple(pixel_sha256(path) for path in sample.images),
+                images=images[index],
                 generated=text,
                 references=references,
                 exact=is_exact(text, references) if short and text is not None else None,
