@@ -1,0 +1,149 @@
+"""Where the CPU seconds of GPTQ and AWQ go, shape by shape, and what the blocked column loop gains over the plain one.
+
+    python benchmarks/quantize_layer.py [--threads N] [--repeats N] [--tokens N] [--out FILE]
+
+Weights and inputs are synthetic (seeded, correlated), in the shapes of a 768 wide language model. Times
+are medians of user CPU seconds, so that other work on the machine counts little.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import shlex
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlmquant.algorithms import awq, gptq
+from vlmquant.algorithms.scales import search_scales
+from vlmquant.recipe import AwqOptions, GptqOptions, Scheme
+
+SHAPES = {"q,k,v": (1152, 768), "o": (768, 768), "gate,up": (3072, 768), "down": (768, 1536)}
+"""Rows of linears that share an input, and inputs."""
+SCHEME, OPTIONS, SCALE_DTYPE = Scheme(bits=4, group_size=128), GptqOptions(), torch.bfloat16
+
+
+def plain_columns(weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
+    """The column loop as the GPTQ paper writes it: after each column all later ones are updated."""
+    columns = weight.shape[1]
+    damped = hessian.double()
+    order = torch.argsort(damped.diagonal(), descending=True, stable=True)
+    damped.diagonal().add_(OPTIONS.damping * damped.diagonal().mean())
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True).float()
+    rest, codes = weight[:, order].clone(), torch.empty_like(weight, dtype=torch.uint8)
+    for i in range(columns):
+        scale = scales[:, order[i] // 128]
+        code = (rest[:, i] / scale).round().add(8).clamp(0, 15)
+        codes[:, order[i]] = code.to(torch.uint8)
+        error = (rest[:, i] - (code - 8) * scale) / upper[i, i]
+        rest[:, i:] -= torch.outer(error, upper[i, i:])
+    return codes
+
+
+def median_user_seconds(run: Callable[[], object], repeats: int) -> float:
+    run()
+    times = []
+    for _ in range(repeats):
+        start = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+        run()
+        times.append(resource.getrusage(resource.RUSAGE_SELF).ru_utime - start)
+    return statistics.median(times)
+
+
+def measure(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, float]:
+    random = torch.Generator().manual_seed(rows + columns)
+    mixing = torch.randn(columns, columns, generator=random) / columns**0.5 + 0.5 * torch.eye(columns)
+    inputs = torch.randn(tokens, columns, generator=random) @ mixing
+    inputs *= torch.exp(torch.randn(columns, generator=random))
+    weight = torch.randn(rows, columns, generator=random) * 0.05
+    hessian = inputs.T @ inputs / tokens
+    factor = gptq.factorize(hessian, OPTIONS)
+
+    def grid() -> Tensor:
+        return search_scales(
+            weight,
+            hessian.diagonal(),
+            bits=4,
+            group_size=128,
+            symmetric=True,
+            search="weighted",
+            scale_dtype=SCALE_DTYPE,
+        )[0]
+
+    def whole() -> Tensor:
+        found = gptq.factorize(hessian, OPTIONS)
+        return gptq.quantize_weight(
+            weight, hessian, found, scheme=SCHEME, options=OPTIONS, scale_dtype=SCALE_DTYPE
+        ).codes
+
+    def loop() -> Tensor:
+        return gptq.round_columns(weight, scales, None, factor, bits=4, group_size=128)
+
+    def channel_scales() -> Tensor:
+        return awq.search_channel_scales(
+            weight,
+            inputs.abs().mean(0),
+            hessian,
+            lambda scales: scales,
+            scheme=SCHEME,
+            options=AwqOptions(),
+            scale_dtype=SCALE_DTYPE,
+        )
+
+    def clip() -> Tensor:
+        return awq.quantize_clipped(weight, hessian, scheme=SCHEME, clip=True, scale_dtype=SCALE_DTYPE).codes
+
+    scales = grid()
+    seconds = {
+        "gram": median_user_seconds(lambda: inputs.T @ inputs, repeats),
+        "factorize": median_user_seconds(lambda: gptq.factorize(hessian, OPTIONS), repeats),
+        "scale_search": median_user_seconds(grid, repeats),
+        "columns": median_user_seconds(loop, repeats),
+        "gptq": median_user_seconds(whole, repeats),
+        "plain_columns": median_user_seconds(lambda: plain_columns(weight, scales, hessian), repeats),
+        "awq_scales": median_user_seconds(channel_scales, repeats),
+        "awq_clip": median_user_seconds(clip, repeats),
+    }
+    seconds["columns_speedup"] = seconds["plain_columns"] / (seconds["factorize"] + seconds["columns"])
+    seconds["equal_codes"] = (plain_columns(weight, scales, hessian) == loop()).float().mean().item()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=22_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quantize_layer.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    layers = {}
+    for name, (rows, columns) in SHAPES.items():
+        layers[name] = measure(rows, columns, arguments.tokens, arguments.repeats)
+        if name == "q,k,v":
+            print(f"{'linears':10}" + "".join(f"{key:>16}" for key in layers[name]))
+        print(f"{name:10}" + "".join(f"{value:16.4f}" for value in layers[name].values()), flush=True)
+    result = {
+        "command": shlex.join(["python", "benchmarks/quantize_layer.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+        "tokens": arguments.tokens,
+        "unit": "median user CPU seconds; columns_speedup: plain_columns / (factorize + columns)",
+        "shapes": SHAPES,
+        "layers": layers,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
