@@ -136,7 +136,7 @@ def test_run_records_what_was_done(tiny_llava: Path, samples: list[Sample]) -> N
     assert run.costs.weight_bytes == (tiny_llava / "model.safetensors").stat().st_size
     assert run.costs.tokens_per_second is not None
     assert run.costs.tokens_per_second > 0
-    assert run.costs.peak_bytes >= (run.costs.load_peak_bytes or 0) > 0
+    assert run.costs.peak_bytes >= (run.costs.load_peak_bytes or 0) >= (run.costs.baseline_bytes or 0) > 0
     assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
 
 

@@ -14,7 +14,7 @@ class SampleScore:
     id: str
     task: str
     images: tuple[str, ...]
-    """sha256 of each image's pixels (calibration.images.pixel_sha256); samples that share one are resampled together."""
+    """sha256 of each image's pixels (images.pixel_sha256); samples that share one are resampled together."""
     tokens: int
     """Answer tokens, end token included."""
     nll: float
@@ -43,7 +43,7 @@ class Costs:
     """Bytes of the model's safetensors files."""
     load_seconds: float
     peak_bytes: int
-    """Peak resident memory of the process that loaded and scored the model."""
+    """Peak resident memory of loading the model and answering at batch size 1; scoring in batches comes after."""
     tokens_per_second: float | None
     """Median over prompts of greedy decoding at batch size 1, prefill excluded; None when not measured."""
     prefill_seconds: float | None
@@ -52,6 +52,8 @@ class Costs:
     """Slowest and fastest prompt."""
     load_peak_bytes: int | None = None
     """Peak resident memory right after loading."""
+    baseline_bytes: int | None = None
+    """Peak resident memory before loading: Python, torch and transformers themselves."""
 
 
 @dataclass(frozen=True)

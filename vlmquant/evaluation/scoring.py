@@ -144,11 +144,20 @@ def score_here(
         tuple(pixel_sha256(path) for path in sample.images) for sample in samples
     ]  # all readable, before any work
     encoder = Encoder(load_processor(model_dir), tidy_captions=settings.tidy_captions)
-    start = time.perf_counter()
+    baseline, start = peak_resident_bytes(), time.perf_counter()
     model = load_model(model_dir, dtype=dtype, device=settings.device).eval()
     load_seconds, load_peak = time.perf_counter() - start, peak_resident_bytes()
-    costs = _measure_costs(model, encoder, samples, settings, load_seconds=load_seconds, load_peak=load_peak)
-    costs = replace(costs, weight_bytes=sum(file.stat().st_size for file in model_dir.glob("*.safetensors")))
+    prefill_seconds, speeds = _measure_speed(model, encoder, samples, settings)
+    costs = Costs(
+        weight_bytes=sum(file.stat().st_size for file in model_dir.glob("*.safetensors")),
+        load_seconds=load_seconds,
+        peak_bytes=peak_resident_bytes(),
+        tokens_per_second=statistics.median(speeds),
+        prefill_seconds=statistics.median(prefill_seconds),
+        tokens_per_second_range=(min(speeds), max(speeds)),
+        load_peak_bytes=load_peak,
+        baseline_bytes=baseline,
+    )
     answers = [_scored_answers(sample, settings) for sample in samples]
     sums = _score_answers(model, encoder, samples, answers, settings, reference=reference, record=record)
     wrong = _score_wrong_images(model, encoder, samples, answers, settings) if settings.wrong_image else {}
@@ -190,27 +199,22 @@ def _name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
 
 
-def _measure_costs(
-    model: Any, encoder: Encoder, samples: Sequence[Sample], settings: Settings, *, load_seconds: float, load_peak: int
-) -> Costs:
-    """Speed at batch size 1 on samples spread over the set; one uncounted run first, in which kernels are chosen."""
+def _measure_speed(
+    model: Any, encoder: Encoder, samples: Sequence[Sample], settings: Settings
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Prefill seconds and decoded tokens a second at batch size 1, on samples spread over the set.
+
+    One uncounted run comes first, in which kernels are chosen.
+    """
     step = max(1, len(samples) // settings.speed_prompts)
     chosen = samples[::step][: settings.speed_prompts]
+    times = []
     with bar("speed", total=len(chosen) + 1) as progress:
-        times = []
         for sample in [chosen[0], *chosen]:
             times.append(time_decoding(model, encoder, sample, tokens=settings.speed_tokens))
             progress.step()
-    prefill, speed = zip(*times[1:], strict=True)
-    return Costs(
-        weight_bytes=0,
-        load_seconds=load_seconds,
-        peak_bytes=peak_resident_bytes(),
-        tokens_per_second=statistics.median(speed),
-        prefill_seconds=statistics.median(prefill),
-        tokens_per_second_range=(min(speed), max(speed)),
-        load_peak_bytes=load_peak,
-    )
+    prefill_seconds, speeds = zip(*times[1:], strict=True)
+    return prefill_seconds, speeds
 
 
 def _scored_answers(sample: Sample, settings: Settings) -> tuple[str, ...]:
