@@ -1,0 +1,235 @@
+"""The command line: what each command prints, where, with which exit code; a user's mistake never gives a traceback."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.small_set import write_small_set
+from vlmquant import cli
+from vlmquant.errors import UsageError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("plan", model, ...) -> exit code, stdout, stderr of the command, in this process."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmquant", *map(str, words)])
+        monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = end.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_set(tmp_path_factory.mktemp("set") / "set")
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    script = (
+        "import sys; sys.argv = ['vlmquant', '--help']\n"
+        "from vlmquant import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("inspect", "plan", "calibrate", "quantize", "eval", "compare", "gate", "verify", "demo"):
+        assert command in done.stdout
+
+
+def test_inspect_prints_a_map_whose_bytes_add_up(run: Run, tiny_llava: Path) -> None:
+    code, out, _ = run("inspect", tiny_llava, "--json")
+    summary = json.loads(out)
+    assert code == 0
+    assert sum(part["bytes"] for part in summary["components"].values()) == summary["bytes"]
+    code, out, _ = run("inspect", tiny_llava)
+    assert code == 0
+    assert "vision_encoder" in out
+
+
+def test_plan_prints_every_weight(run: Run, tiny_llava: Path) -> None:
+    code, out, _ = run("plan", tiny_llava, "--recipe", "mixed", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert sum(line["bytes_after"] for line in plan["lines"]) == plan["bytes_after"]
+    code, out, _ = run("plan", tiny_llava, "--recipe", "mixed", "--all")
+    assert code == 0
+    assert out.count("down_proj") == sum("down_proj" in line["name"] for line in plan["lines"])
+
+
+def test_quantize_verify_eval_gate(run: Run, tiny_llava: Path, small_set: Path, tmp_path: Path) -> None:
+    out_dir, report = tmp_path / "out", tmp_path / "report.json"
+    code, out, _ = run("quantize", tiny_llava, "-r", "mixed", "--calibration", small_set, "-o", out_dir, "--json")
+    done = json.loads(out)
+    assert code == 0
+    assert done["bytes_after"] < done["bytes_before"]
+    assert done["peak_bytes"] > 0
+    assert run("verify", out_dir)[0] == 0
+    data = write_small_set(tmp_path / "data", offset=50)
+    words = ("eval", out_dir, "--reference", tiny_llava, "--data", data, "-o", report, "--no-generate")
+    code, out, err = run(*words, "--html", tmp_path / "report.html")
+    assert code == 0, err
+    assert "perplexity" in out
+    assert "<html" in (tmp_path / "report.html").read_text()
+    code, out, _ = run("gate", report, "--junit", tmp_path / "junit.xml")
+    assert code == 4
+    assert "inconclusive" in out
+    assert "<testsuite" in (tmp_path / "junit.xml").read_text()
+
+
+def test_verify_finds_a_flipped_bit(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    assert run("quantize", tiny_llava, "-r", "rtn-w4", "-o", tmp_path / "out")[0] == 0
+    shard = next((tmp_path / "out").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-100] ^= 1
+    shard.write_bytes(content)
+    code, out, _ = run("verify", tmp_path / "out")
+    assert code == 1
+    assert shard.name in out
+
+
+def test_calibrate_draws_from_ones_own_data(run: Run, small_set: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "mine"
+    code, out, _ = run("calibrate", "--source", small_set, "-o", out_dir, "--samples", 5, "--json")
+    built = json.loads(out)
+    assert code == 0
+    assert built["samples"] == 5
+    assert sum(row["got"] for row in built["strata"]) == 5
+    assert (out_dir / "manifest.yaml").is_file()
+
+
+def copy_of(model: Path, target: Path) -> Path:
+    return Path(shutil.copytree(model, target))
+
+
+def damaged(model: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """A copy of a one-shard model with its tensors changed."""
+    copy = copy_of(model, target)
+    shard = next(copy.glob("*.safetensors"))
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    return copy
+
+
+def refused(run: Run, out: Path, *words: object, code: int, message: str) -> None:
+    """The command ends with this code and one message that says this; nothing is left behind."""
+    before = sorted(path.name for path in out.parent.iterdir())
+    got, stdout, stderr = run(*words)
+    assert got == code, stderr
+    assert not stdout
+    assert "Traceback" not in stderr
+    text = " ".join(line for line in stderr.splitlines() if line.startswith("vlmquant: "))
+    assert message in text, stderr
+    assert sorted(path.name for path in out.parent.iterdir()) == before
+
+
+def test_unknown_recipe_key(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\ncomponents:\n  language: {shceme: w4a16}\n")
+    words = ("quantize", tiny_llava, "-r", recipe, "-o", tmp_path / "out")
+    message = "r.yaml:3:14: components.language: unknown key 'shceme', did you mean 'scheme'?"
+    refused(run, tmp_path / "out", *words, code=2, message=message)
+
+
+def test_missing_model_directory(run: Run, tmp_path: Path) -> None:
+    words = ("quantize", tmp_path / "nowhere", "-r", "mixed", "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=1, message="nowhere: no such directory")
+
+
+def test_missing_shard(run: Run, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    model = copy_of(tiny("llava", shards=2), tmp_path / "model")
+    gone = sorted(model.glob("*.safetensors"))[1]
+    gone.unlink()
+    words = ("quantize", model, "-r", "rtn-w4", "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=1, message=gone.name)
+
+
+def test_nan_weight(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        next(value for name, value in tensors.items() if name.endswith("layers.1.mlp.up_proj.weight"))[3, 5] = torch.nan
+
+    model = damaged(tiny_llava, tmp_path / "model", spoil)
+    words = ("quantize", model, "-r", "rtn-w4", "-o", tmp_path / "out")
+    code, _, stderr = run(*words)
+    assert code == 1
+    assert "layers.1.mlp.up_proj.weight holds 1 NaN" in stderr
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_indivisible_shape(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "name: r\ncomponents:\n  language: {scheme: {bits: 4, group_size: 100}, method: rtn}\n"
+        "fallback: {when_indivisible: []}\n"
+    )
+    words = ("quantize", tiny_llava, "-r", recipe, "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=1, message="100")
+
+
+def test_corrupt_image(run: Run, tiny_llava: Path, small_set: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(small_set, tmp_path / "set"))
+    image = next((broken / "images").iterdir())
+    image.write_bytes(image.read_bytes()[:60])
+    words = ("quantize", tiny_llava, "-r", "mixed", "--calibration", broken, "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=1, message=image.name)
+
+
+def test_empty_calibration_set(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "samples.jsonl").write_text("\n")
+    words = ("quantize", tiny_llava, "-r", "mixed", "--calibration", tmp_path / "set", "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=1, message="the set is empty")
+
+
+def test_existing_output(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    words = ("quantize", tiny_llava, "-r", "rtn-w4", "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=2, message="exists and is not empty")
+    refused(run, tmp_path / "out", *words, "--force", code=2, message="did not write")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_no_image_tokens_in_the_prompt(run: Run, tiny_llava: Path, small_set: Path, tmp_path: Path) -> None:
+    model = copy_of(tiny_llava, tmp_path / "model")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'][-1]['text'] }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    words = ("quantize", model, "-r", "mixed", "--calibration", small_set, "-o", tmp_path / "out")
+    refused(run, tmp_path / "out", *words, code=5, message="no image token")
+
+
+def test_already_quantized_model(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    assert run("quantize", tiny_llava, "-r", "rtn-w4", "-o", tmp_path / "once")[0] == 0
+    words = ("quantize", tmp_path / "once", "-r", "rtn-w4", "-o", tmp_path / "twice")
+    refused(run, tmp_path / "twice", *words, code=1, message="already quantized")
+
+
+def test_damaged_report(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text('{"version": 1, "refer')
+    refused(run, tmp_path / "out", "gate", tmp_path / "report.json", code=1, message="damaged")
+
+
+def test_sample_counts() -> None:
+    assert cli.parse_counts("caption=80, vqa=60") == {"caption": 80, "vqa": 60}
+    for text in ("", "caption", "caption=", "caption=0", "caption=1,caption=2", "=3"):
+        with pytest.raises(UsageError, match="--samples: expected"):
+            cli.parse_counts(text)
