@@ -27,7 +27,7 @@ from vlmquant.gate.bounds import (
     rate_bounds,
     samples_needed,
     samples_to_see_nothing,
-    with_unseen,
+    sparse_bounds,
 )
 from vlmquant.gate.show import to_junit, to_step_summary
 from vlmquant.recipe import GateSpec
@@ -236,7 +236,7 @@ def _bleu_drop(pairs: list[Pair], alpha: float, seed: int) -> _Evidence:
     def bound(clusters: Array) -> Bounds:
         found = bootstrap_bounds(clusters[:, : 2 * STATISTICS], BLEU_DROP, alpha=alpha, seed=seed)
         seen = int((clusters[:, -1] > 0).sum())
-        return with_unseen(found, changed=seen, clusters=len(clusters), scale=whole, alpha=alpha)
+        return found if seen >= FEW_CHANGED else sparse_bounds(found, clusters=len(clusters), scale=whole, alpha=alpha)
 
     point = float(BLEU_DROP.value(features[:, : 2 * STATISTICS].sum(axis=0)))
     return _Evidence(samples, features, point, bound, room=whole if changed.sum() < FEW_CHANGED else 0.0)

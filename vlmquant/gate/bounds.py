@@ -18,6 +18,9 @@ CHUNK = 500
 FEW_CHANGED = 10
 """Below so many clusters with any change a bootstrap has not seen the tail of the loss."""
 
+TINY = 1e-9
+"""A difference this small beside what it is measured by is rounding."""
+
 Array = NDArray[np.float64]
 
 
@@ -91,10 +94,10 @@ def bootstrap_bounds(clusters: Array, loss: Smooth, *, alpha: float, seed: int) 
         counts = random.multinomial(len(clusters), even, size=min(CHUNK, RESAMPLES - start)).astype(np.float64)
         values, errors = _measure(counts, clusters, loss)
         with np.errstate(divide="ignore", invalid="ignore"):
-            pivot = (values - point) / errors
-        pivots.append(np.where(np.isclose(values, point, rtol=1e-12, atol=1e-12) & (errors <= 1e-12), 0.0, pivot))
+            pivot = (values - point) / np.where(errors > TINY * error, errors, 0.0)
+        pivots.append(np.where(np.abs(values - point) <= TINY * error, 0.0, pivot))
     ordered = np.sort(np.nan_to_num(np.concatenate(pivots), nan=-np.inf, posinf=np.inf, neginf=-np.inf))
-    if error <= 1e-12:  # every cluster lost the same
+    if error <= TINY * max(1.0, abs(point)):  # every cluster lost the same
         return Bounds(point, point, point, 0.0)
     last = len(ordered) - 1
     lowest, highest = ordered[math.floor(alpha * last)], ordered[math.ceil((1 - alpha) * last)]
@@ -116,14 +119,13 @@ def unseen_share(clusters: int, *, alpha: float) -> float:
     return float(1 - alpha ** (1 / clusters))
 
 
-def with_unseen(bounds: Bounds, *, changed: int, clusters: int, scale: float, alpha: float) -> Bounds:
-    """Bounds with room for what few changed clusters cannot show: an unseen share of them loses or gains `scale`."""
-    if changed >= FEW_CHANGED:
-        return bounds
-    room = scale * unseen_share(clusters, alpha=alpha)
-    return Bounds(
-        bounds.point, min(bounds.low, bounds.point - room), max(bounds.high, bounds.point + room), bounds.error
-    )
+def sparse_bounds(bounds: Bounds, *, clusters: int, scale: float, alpha: float) -> Bounds:
+    """Bounds where so few clusters changed that resampling them says nothing: normal ones, and an unseen share on top.
+
+    scale: what the loss would be if every cluster changed altogether. The point and its error are those given.
+    """
+    room = NormalDist().inv_cdf(1 - alpha) * bounds.error + scale * unseen_share(clusters, alpha=alpha)
+    return Bounds(bounds.point, bounds.point - room, bounds.point + room, bounds.error)
 
 
 def rate_bounds(events: Array, trials: Array, *, alpha: float) -> Bounds:

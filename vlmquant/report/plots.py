@@ -131,6 +131,9 @@ def mark(x: float, y: float, series: int, hint: str) -> Markup:
     return template.format(series % SERIES, x, y, SHAPES[series % len(SHAPES)], title)
 
 
+LABEL_WIDTH, LABEL_HEIGHT = 140.0, 15.0
+
+
 @dataclass(frozen=True)
 class Tradeoff:
     """A candidate's place: its size in bytes against its distance from the reference."""
@@ -144,7 +147,7 @@ class Tradeoff:
 
 def tradeoff_plot(points: Sequence[Tradeoff]) -> Markup:
     """Size across, KL up (logarithmic), with intervals: the lower left corner is the best one."""
-    width, height, left, bottom, top, right = 1040.0, 300.0, 62.0, 44.0, 14.0, 150.0
+    width, height, left, bottom, top, right = 1040.0, 320.0, 62.0, 44.0, 22.0, 150.0
     positive = [value for point in points for value in (point.kl, point.low, point.high) if value > 0]
     low = 10.0 ** math.floor(math.log10(min(positive)))
     high = 10.0 ** math.ceil(math.log10(max(positive)) + 1e-9)
@@ -160,13 +163,24 @@ def tradeoff_plot(points: Sequence[Tradeoff]) -> Markup:
     for size in (min(sizes), max(sizes)) if max(sizes) > min(sizes) else (max(sizes),):
         parts.append(_text(across.at(size), height - bottom + 18, size_text(size), "middle"))
     parts.append(_text((left + width - right) / 2, height - 6, "size on disk", "middle"))
-    parts.append(_text(left, top - 3, "KL to the reference, nats per token", "start"))
+    parts.append(_text(left, top - 9, "KL to the reference, nats per token", "start"))
+    label_at = _apart([(across.at(point.size), up.at(max(point.kl, up.low))) for point in points])
     for index, point in enumerate(points):
         x, y = across.at(point.size), up.at(max(point.kl, up.low))
         parts.append(_line(x, up.at(max(point.low, up.low)), x, up.at(min(max(point.high, up.low), up.high)), "reach"))
         parts.append(mark(x, y, index, f"{point.label}: {size_text(point.size)}, KL {point.kl:.4g}"))
-        parts.append(_text(x + 10, y + 4, point.label, "start", css="strong"))
+        parts.append(_text(x + 10, label_at[index] + 4, point.label, "start", css="strong"))
     return _svg(width, height, parts, label="size against KL")
+
+
+def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
+    """Heights of the labels beside these places, moved down where two would lie on each other."""
+    heights = [y for _, y in places]
+    order = sorted(range(len(places)), key=lambda index: heights[index])
+    for position, index in enumerate(order):
+        near = [heights[other] for other in order[:position] if abs(places[other][0] - places[index][0]) < LABEL_WIDTH]
+        heights[index] = max([heights[index], *(height + LABEL_HEIGHT for height in near)])
+    return heights
 
 
 def _svg(width: float, height: float, parts: Sequence[Markup], *, css: str = "plot", label: str) -> Markup:
