@@ -4,13 +4,15 @@
 
 writes vlmquant/demo/{model,calibration,test} and benchmarks/results/demo_model.json, and prints the table of that file.
 
-The vision tower first learns to say what each of its patches shows; then the whole model learns to answer. In the second
-stage one picture is shown once and several questions about it follow, each seeing the picture and itself alone.
+The vision tower first learns to say what each of its patches shows; then the whole model learns to answer. In this
+second stage a picture is shown once and several questions about it follow, each seeing the picture and itself alone.
 """
 
 import argparse
+import datetime
 import json
 import math
+import platform
 import random
 import re
 import shutil
@@ -18,7 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +76,11 @@ class Settings:
     autocast: bool
 
 
-# ---- model and tokenizer -----------------------------------------------------------------------------------------------
+# ---- model and tokenizer ---------------------------------------------------------------------------------------------
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE of VOCABULARY tokens, learned from the scenes' own language; it spells any other text in bytes."""
+    """A byte-level BPE of VOCABULARY tokens, learned from the scenes' language; other text is spelled in bytes."""
     rng = random.Random(0)
     texts = []
     for _ in range(4000):
@@ -141,7 +143,7 @@ def build_config(tokenizer: tokenizers.Tokenizer) -> transformers.LlavaConfig:
     )
 
 
-# ---- stage one: what does each patch show? -----------------------------------------------------------------------------
+# ---- stage one: what does each patch show? ---------------------------------------------------------------------------
 
 
 def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -242,7 +244,7 @@ def train_vision(model: nn.Module, settings: Settings, held_out: set[bytes]) -> 
             )
 
 
-# ---- stage two: answers ------------------------------------------------------------------------------------------------
+# ---- stage two: answers ----------------------------------------------------------------------------------------------
 
 
 def conversation(scene: Scene, rng: random.Random) -> list[tuple[Question, bool]]:
@@ -337,7 +339,7 @@ def train_answers(model: nn.Module, packer: Packer, settings: Settings, held_out
             print(f"answers {step + 1} loss {sum(losses[-100:]) / 100:.4f} {seconds:.0f} s", flush=True)
 
 
-# ---- the small sets ----------------------------------------------------------------------------------------------------
+# ---- the small sets --------------------------------------------------------------------------------------------------
 
 COUNTS = {
     "calibration": {"caption": 32, "vqa": 24, "reasoning": 16, "chart": 12, "document": 8, "text": 4},
@@ -411,7 +413,7 @@ def held_out_pictures(seed: int) -> set[bytes]:
     }
 
 
-# ---- saving ------------------------------------------------------------------------------------------------------------
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
 MODEL_FILE_LIMIT = 5_000_000  # bytes
 
@@ -509,6 +511,126 @@ def train(settings: Settings) -> float:
     train_answers(model, Packer(tokenizer), settings, held_out)
     save_model(model, tokenizer, DEMO / "model")
     return time.monotonic() - began
+
+
+# ---- measuring what was saved ----------------------------------------------------------------------------------------
+
+ANSWER_TOKENS = 48  # at most, when generating
+
+
+def load_saved() -> tuple[nn.Module, transformers.ProcessorMixin]:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(DEMO / "model", dtype=torch.float32).eval()
+    return model, transformers.AutoProcessor.from_pretrained(DEMO / "model")
+
+
+def prompt(processor: transformers.ProcessorMixin, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    text: str = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return text
+
+
+@torch.no_grad()
+def answer_log_probs(
+    model: nn.Module, processor: transformers.ProcessorMixin, scene: Scene, question: str, answer: str
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (answer tokens, vocabulary) where the answer is predicted, and the answer's tokens."""
+    before, image = prompt(processor, question), scenes.draw(scene)
+    inputs = processor(text=before + answer + END, images=image, return_tensors="pt")
+    length = processor(text=before, images=image, return_tensors="pt").input_ids.shape[1]
+    logits = model(**inputs).logits[0, length - 1 : -1]
+    return logits.float().log_softmax(-1), inputs.input_ids[0, length:]
+
+
+@torch.no_grad()
+def generate(model: nn.Module, processor: transformers.ProcessorMixin, scene: Scene, question: str) -> str:
+    inputs = processor(text=prompt(processor, question), images=scenes.draw(scene), return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    text: str = processor.tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def round_language(model: nn.Module, bits: int) -> None:
+    """Round the decoder's linear weights to the nearest of a symmetric grid, GROUP_SIZE inputs to a scale, in place."""
+    for module in model.model.language_model.modules():
+        if isinstance(module, nn.Linear):
+            groups = module.weight.data.unflatten(1, (-1, GROUP_SIZE))
+            top = 2 ** (bits - 1) - 1
+            scales = groups.abs().amax(-1, keepdim=True) / top
+            module.weight.data = ((groups / scales).round().clamp(-top - 1, top) * scales).flatten(1)
+
+
+def report(settings: Settings, seconds: float | None) -> None:
+    """Measure the saved model on the test set, print the table, write RESULTS."""
+    torch.set_num_threads(settings.threads)
+    model, processor = load_saved()
+    samples = [(scene, question, answers) for scene, question, answers in draw_set("test", settings.seed) if scene]
+    pictures = [scene for scene, question, _ in samples if question.task == "caption"]
+    elsewhere = pictures[1:] + pictures[:1]
+    right: dict[str, list[bool]] = defaultdict(list)
+    for scene, question, answers in samples:
+        said = generate(model, processor, scene, question.text)
+        right[question.task].append(said in (scenes.captions(scene) if question.task == "caption" else answers))
+    reference = [
+        [answer_log_probs(model, processor, scene, q.text, answer) for answer in answers]
+        for scene, q, answers in samples
+    ]
+
+    def perplexity(scored: list[tuple[Tensor, Tensor]]) -> float:
+        nll = sum(-log_probs.gather(1, tokens[:, None]).sum().item() for log_probs, tokens in scored)
+        return math.exp(nll / sum(len(tokens) for _, tokens in scored))
+
+    captions = [
+        pair for (_, q, _), pairs in zip(samples, reference, strict=True) if q.task == "caption" for pair in pairs
+    ]
+    wrong = [
+        answer_log_probs(model, processor, picture, question.text, answer)
+        for picture, (_, question, answers) in zip(elsewhere, samples, strict=False)
+        for answer in answers
+    ]
+    flat = [pair for pairs in reference for pair in pairs]
+    short = [hit for task, hits in right.items() if task != "caption" for hit in hits]
+    figures: dict[str, object] = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "weight_file_bytes": (DEMO / "model" / "model.safetensors").stat().st_size,
+        "samples": {task: len(hits) for task, hits in right.items()},
+        "right_percent": {task: round(100 * sum(hits) / len(hits), 1) for task, hits in right.items()},
+        "exact_match_percent": round(100 * sum(short) / len(short), 1),
+        "caption_perplexity": round(perplexity(captions), 3),
+        "caption_perplexity_wrong_image": round(perplexity(wrong), 3),
+        "perplexity": round(perplexity(flat), 3),
+    }
+    for bits in (4, 3):
+        rounded, _ = load_saved()
+        round_language(rounded, bits)
+        scored = [
+            answer_log_probs(rounded, processor, scene, question.text, answer)
+            for scene, question, answers in samples
+            for answer in answers
+        ]
+        kl = sum((p.exp() * (p - q)).sum().item() for (p, _), (q, _) in zip(flat, scored, strict=True))
+        tokens = sum(len(ids) for _, ids in flat)
+        figures[f"rtn_w{bits}_g{GROUP_SIZE}"] = {
+            "perplexity": round(perplexity(scored), 3),
+            "kl_nats": round(kl / tokens, 4),
+        }
+    previous = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    content = {
+        "command": "python benchmarks/train_demo_model.py",
+        "settings": asdict(settings) if seconds is not None else previous.get("settings"),
+        "training_seconds": round(seconds) if seconds is not None else previous.get("training_seconds"),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "figures": figures,
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    save_json(RESULTS, content)
+    for name, value in figures.items():
+        print(f"{name:32} {value}")
 
 
 def main() -> None:

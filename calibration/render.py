@@ -9,6 +9,7 @@ the same values, so an answer cannot disagree with its picture. Equal arguments 
 import argparse
 import datetime
 import io
+import json
 import random
 import tempfile
 from collections.abc import Callable
@@ -38,10 +39,67 @@ BUILT_IN = None
 """Stands for Pillow's own font (Aileron, CC0)."""
 
 Colour = tuple[int, int, int]
-NUMBER_WORDS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-NAMES = ["Amara", "Ben", "Chiara", "David", "Elena", "Farid", "Grace", "Hiro", "Ines", "Jonas", "Kofi", "Lena", "Mateo", "Nadia", "Omar", "Priya"]
-SURNAMES = ["Adeyemi", "Berg", "Castillo", "Dubois", "Evans", "Fischer", "Gupta", "Hansen", "Ito", "Jensen", "Kowalski", "Lopez", "Moreau", "Novak"]
-TOWNS = ["Ashford", "Brookfield", "Calder", "Dunmore", "Eastbury", "Fairview", "Glenrock", "Harlow", "Millbrook", "Norwick"]
+NUMBER_WORDS = (
+    "no",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
+NAMES = (
+    "Amara",
+    "Ben",
+    "Chiara",
+    "David",
+    "Elena",
+    "Farid",
+    "Grace",
+    "Hiro",
+    "Ines",
+    "Jonas",
+    "Kofi",
+    "Lena",
+    "Mateo",
+    "Nadia",
+    "Omar",
+    "Priya",
+)
+SURNAMES = (
+    "Adeyemi",
+    "Berg",
+    "Castillo",
+    "Dubois",
+    "Evans",
+    "Fischer",
+    "Gupta",
+    "Hansen",
+    "Ito",
+    "Jensen",
+    "Kowalski",
+    "Lopez",
+    "Moreau",
+    "Novak",
+)
+TOWNS = (
+    "Ashford",
+    "Brookfield",
+    "Calder",
+    "Dunmore",
+    "Eastbury",
+    "Fairview",
+    "Glenrock",
+    "Harlow",
+    "Millbrook",
+    "Norwick",
+)
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 
 
@@ -62,7 +120,7 @@ class Maker:
     fonts: tuple[str | None, ...]
 
 
-# ---- tools -------------------------------------------------------------------------------------------------------------
+# ---- tools -----------------------------------------------------------------------------------------------------------
 
 
 def pick_face(make: Maker) -> Callable[[float], ImageFont.FreeTypeFont]:
@@ -98,7 +156,7 @@ def money(cents: int, sign: str = "$") -> str:
     return f"{sign}{cents // 100}.{cents % 100:02d}"
 
 
-# ---- landscapes --------------------------------------------------------------------------------------------------------
+# ---- landscapes ------------------------------------------------------------------------------------------------------
 
 SKIES: dict[str, Colour] = {
     "blue": (135, 196, 240),
@@ -267,7 +325,7 @@ def question_about_landscape(make: Maker) -> Made:
     return Made(draw_landscape(make, scene), question, (answer,))
 
 
-# ---- documents ---------------------------------------------------------------------------------------------------------
+# ---- documents -------------------------------------------------------------------------------------------------------
 
 GOODS = {
     "Bread": 249, "Milk": 119, "Eggs": 329, "Apples": 275, "Coffee": 649, "Rice": 189, "Cheese": 455, "Tea": 299,
@@ -449,8 +507,9 @@ def table(make: Maker) -> Made:
 
 
 SIGNS = (
-    "NO PARKING", "EXIT", "ROAD WORK AHEAD", "OPEN DAILY 9 TO 5", "PLEASE KNOCK", "WET FLOOR", "SPEED LIMIT 30", "BUS STOP",
-    "FRESH FISH", "KEEP OFF THE GRASS", "NO SWIMMING", "TICKETS HERE", "PUSH", "FIRE DOOR KEEP SHUT", "PARKING 2 HOURS",
+    "NO PARKING", "EXIT", "ROAD WORK AHEAD", "OPEN DAILY 9 TO 5", "PLEASE KNOCK", "WET FLOOR", "SPEED LIMIT 30",
+    "BUS STOP", "FRESH FISH", "KEEP OFF THE GRASS", "NO SWIMMING", "TICKETS HERE", "PUSH", "FIRE DOOR KEEP SHUT",
+    "PARKING 2 HOURS",
 )  # fmt: skip
 
 
@@ -475,7 +534,7 @@ def sign(make: Maker) -> Made:
     return Made(image.crop((0, 0, width + 40, height + 70)), question, (answer,))
 
 
-# ---- charts ------------------------------------------------------------------------------------------------------------
+# ---- charts ----------------------------------------------------------------------------------------------------------
 
 TOPICS = (
     ("Fruit sold", "kilograms", ("Apples", "Pears", "Plums", "Grapes", "Cherries", "Lemons")),
@@ -628,7 +687,7 @@ def pie_chart(make: Maker) -> Made:
     return Made(image, question, (answer,))
 
 
-# ---- counting and space ------------------------------------------------------------------------------------------------
+# ---- counting and space ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -718,7 +777,8 @@ def caption_of_board(make: Maker) -> Made:
     wordings = (
         sentence(f"{NUMBER_WORDS[len(named)]} colored shapes: {counted}"),
         f"The image shows {listed(named)}.",
-        f"There are {NUMBER_WORDS[len(named)]} shapes on a plain background, among them {a(named[0])} and {a(named[-1])}.",
+        f"There are {NUMBER_WORDS[len(named)]} shapes on a plain background, "
+        f"among them {listed([named[0], named[-1]])}.",
     )
     return Made(draw_board(make, board), "Describe the image.", wordings)
 
@@ -737,37 +797,10 @@ def document_caption(make: Maker) -> Made:
     return Made(made.image, "Describe the image in one sentence.", answers)
 
 
-# ---- text only ---------------------------------------------------------------------------------------------------------
+# ---- the set ---------------------------------------------------------------------------------------------------------
 
-TEXTS = (
-    ("What is the capital of France?", "Paris."),
-    ("Explain in two sentences why the sky is blue.", "Sunlight is scattered by the molecules of the air. Short waves are scattered most, so blue light reaches us from all sides."),
-    ("Write a short poem about rain.", "Rain taps the roof with careful hands,\nand writes in rings on puddled lands;\nthe garden drinks, the gutters sing,\nand leaves hold drops like silver rings."),
-    ("A shirt costs 40 dollars and is reduced by a quarter. What does it cost now?", "A quarter of 40 is 10, so the shirt now costs 30 dollars."),
-    ("Write a Python function that returns the largest of three numbers.", "```python\ndef largest(a, b, c):\n    return max(a, b, c)\n```"),
-    ("Translate into German: The train leaves at eight o'clock.", "Der Zug fährt um acht Uhr ab."),
-    ("Traduis en anglais : Le chat dort sur la chaise.", "The cat is sleeping on the chair."),
-    ("¿Cuántos días tiene una semana?", "Una semana tiene siete días."),
-    ("请用一句话介绍长城。", "长城是中国古代修建的伟大防御工程。"),
-    ("日本の首都はどこですか。", "日本の首都は東京です。"),
-    ("Give three tips for writing a clear email.", "1. Put the request in the first sentence.\n2. Keep one topic per message.\n3. Close with what should happen next, and by when."),
-    ("Put the verb into the past tense: They go home.", "They went home."),
-    ("What does this loop print? for i in range(3): print(i * i)", "It prints 0, 1 and 4, each on its own line."),
-    ("Summarize: The shop opens at nine. On Sundays it stays closed. In summer it opens an hour earlier.", "The shop opens at nine, or at eight in summer, and is closed on Sundays."),
-    ("Why do we have leap years?", "The Earth needs about 365.24 days to go round the Sun. An extra day nearly every four years keeps the calendar in step with the seasons."),
-    ("Is 91 a prime number?", "No, 91 is 7 times 13."),
-    ("Turn this list into JSON: name Ada, age 36.", '{"name": "Ada", "age": 36}'),
-    ("Name four planets.", "Mercury, Venus, Mars and Jupiter."),
-    ("Quale fiume attraversa Roma?", "Il Tevere."),
-    ("Write one SQL query that counts the rows of the table orders.", "SELECT COUNT(*) FROM orders;"),
-    ("A train goes 180 kilometres in two hours. How fast is it on average?", "180 / 2 = 90, so it goes 90 kilometres per hour on average."),
-    ("How do I boil an egg?", "Bring water to a boil, lower the egg in gently, and wait six minutes for a soft yolk or ten for a hard one. Then cool it in cold water."),
-    ("Correct the sentence: He don't like apples.", "He doesn't like apples."),
-    ("ما هي عاصمة مصر؟", "القاهرة."),
-)  # fmt: skip
-
-
-# ---- the set -----------------------------------------------------------------------------------------------------------
+TEXTS = Path(__file__).with_name("texts.jsonl")
+"""Text-only questions and answers, one JSON object a line."""
 
 MAKERS: dict[str, tuple[Callable[[Maker], Made], ...]] = {
     "caption": (caption_of_landscape, caption_of_landscape, caption_of_board, document_caption),
@@ -802,6 +835,13 @@ def make_pairs(pairs: int, seed: int, fonts: tuple[str | None, ...]) -> list[tup
     return made
 
 
+def read_texts(texts: int) -> list[Made]:
+    """The first `texts` of TEXTS."""
+    records = [json.loads(line) for line in TEXTS.read_text(encoding="utf-8").splitlines()]
+    assert texts <= len(records), f"{TEXTS} has {len(records)} texts"
+    return [Made(None, record["question"], (record["answer"],)) for record in records[:texts]]
+
+
 def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.quantize(PALETTE_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
@@ -821,12 +861,12 @@ def fonts_here() -> tuple[str | None, ...]:
 
 
 def render(out: Path, *, pairs: int, texts: int, seed: int, fonts: tuple[str | None, ...]) -> SampleSet:
-    """Write the set to `out`; texts at most len(TEXTS)."""
+    """Write the set to `out`; `texts` at most as many as TEXTS holds."""
     samples, numbers = [], dict.fromkeys([*SHARES, "text"], 0)
     with tempfile.TemporaryDirectory() as folder:
         everything = [
             *make_pairs(pairs, seed, fonts),
-            *(("text", Made(None, q, (answer,))) for q, answer in TEXTS[:texts]),
+            *(("text", made) for made in read_texts(texts)),
         ]
         for task, made in everything:
             sample_id = f"{task}-{numbers[task]:03d}"
@@ -865,7 +905,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--pairs", type=int, default=128, help="pairs with a picture")
-    parser.add_argument("--texts", type=int, default=len(TEXTS), help=f"text-only samples, at most {len(TEXTS)}")
+    parser.add_argument("--texts", type=int, default=24, help="text-only samples, at most 24")
     parser.add_argument("--seed", type=int, default=7)
     chosen = parser.parse_args()
     made = render(chosen.out, pairs=chosen.pairs, texts=chosen.texts, seed=chosen.seed, fonts=fonts_here())

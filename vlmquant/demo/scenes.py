@@ -111,12 +111,13 @@ class Question:
     answer: str
 
 
-# ---- making ------------------------------------------------------------------------------------------------------------
+# ---- making ----------------------------------------------------------------------------------------------------------
 
 
 def random_scene(rng: random.Random) -> Scene:
     """Objects in two of three draws, else a chart or a sign."""
-    return rng.choices([random_objects, random_bars, random_sign], [4, 1, 1])[0](rng)
+    makers: list[Callable[[random.Random], Scene]] = [random_objects, random_bars, random_sign]
+    return rng.choices(makers, [4, 1, 1])[0](rng)
 
 
 def random_objects(rng: random.Random) -> Objects:
@@ -147,7 +148,7 @@ def random_sign(rng: random.Random) -> Sign:
     return Sign(background, board, rng.choice(WORDS), rng.randint(1, 9), rng.randint(-1, 1), rng.randint(-1, 1), 17)
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------------------
+# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -223,7 +224,7 @@ def draw_sign(canvas: ImageDraw.ImageDraw, scene: Sign) -> None:
         canvas.text(((SIZE // 2 + scene.dx) * scale, (y + scene.dy) * scale), text, ink(board), font, "mm")
 
 
-# ---- telling -----------------------------------------------------------------------------------------------------------
+# ---- telling ---------------------------------------------------------------------------------------------------------
 
 
 def a(name: str) -> str:
@@ -290,7 +291,7 @@ def ranking(scene: Bars) -> list[str]:
 
 
 def questions(scene: Scene) -> list[Question]:
-    """Every question that has exactly one right answer in the scene, "yes" and "no" equally often where they are asked."""
+    """Every question that has exactly one right answer in the scene; "yes" is right as often as "no"."""
     match scene:
         case Objects():
             return object_questions(scene)
