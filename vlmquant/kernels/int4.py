@@ -4,7 +4,7 @@ One layout serves both ways to multiply. `_weight_int4pack_mm_for_cpu` is severa
 tokens, and several times slower for hundreds; for those, and for float32 inputs, tiles are dequantized some at a time.
 
 A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and each byte holds the codes of two rows in
-one column. Which two depends on the CPU's vector length, so `_tile_rows` asks torch, by packing row numbers.
+one column. Which two depends on the CPU's vector length, so `_tile_shape` asks torch, by packing row numbers.
 """
 
 import functools
@@ -30,7 +30,7 @@ def fits(weight: QuantizedWeight) -> bool:
         weight.bits <= 4
         and weight.codes.device.type == "cpu"
         and _op_group(weight.group_size, weight.shape[1]) is not None
-        and _tile_rows() is not None
+        and _tile_shape() is not None
     )
 
 
@@ -60,7 +60,7 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     out = form.shape[0]
-    codes = _codes(held["tiles"])[..., _tile_places()].transpose(1, 2).flatten(0, 1)
+    codes = _codes(held["tiles"]).transpose(1, 2).flatten(0, 1)
     zeros = held["zeros"].T[:out].contiguous() if "zeros" in held else None
     return QuantizedWeight(
         codes[:out].contiguous(),
@@ -95,16 +95,17 @@ def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
 def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     tiles, scales = held["tiles"], _by_tile(_scales(held)).to(inputs.dtype)
     zeros = _by_tile(held["zeros"]).view(torch.int8) if "zeros" in held else mid_code(form.bits)
-    groups, width = scales.shape[1], _width()
-    outputs = inputs.new_empty(len(inputs), len(tiles), width)
-    for start in range(0, len(tiles), ROWS_AT_ONCE // width):
-        part = slice(start, start + ROWS_AT_ONCE // width)
-        codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, tiles.shape[1] // groups, width)
+    columns, groups, width = tiles.shape[1], scales.shape[1], _width()
+    outputs = inputs.new_empty(len(inputs), len(tiles) * width)
+    at_once = ROWS_AT_ONCE // width
+    for start in range(0, len(tiles), at_once):
+        part = slice(start, start + at_once)
+        codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, columns // groups, width)
         codes -= zeros[part] if isinstance(zeros, Tensor) else zeros
         weights = torch.empty(codes.shape, dtype=inputs.dtype, device=inputs.device).copy_(codes).mul_(scales[part])
-        product = torch.matmul(inputs, weights.flatten(1, 2))
-        outputs[:, part] = product.transpose(0, 1)[..., _tile_places()]
-    return outputs.flatten(1)
+        weights = weights.view(-1, columns, width).transpose(0, 1).reshape(columns, -1)
+        outputs[:, start * width : start * width + weights.shape[1]] = inputs @ weights
+    return outputs
 
 
 def _scales(held: dict[str, Tensor]) -> Tensor:
@@ -113,14 +114,21 @@ def _scales(held: dict[str, Tensor]) -> Tensor:
 
 
 def _by_tile(values: Tensor) -> Tensor:
-    """(groups, rows) -> (tiles, groups, 1, width), rows in the order in which tiles hold them."""
-    tiles = values.reshape(len(values), -1, _width())[..., _known_rows()]
-    return tiles.transpose(0, 1)[:, :, None].contiguous()
+    """(groups, rows) -> (tiles, groups, 1, width)."""
+    return values.reshape(len(values), -1, 1, _width()).transpose(0, 1).contiguous()
 
 
 def _codes(tiles: Tensor) -> Tensor:
-    """(tiles, columns, width / 2) bytes -> (tiles, columns, width) uint8 codes, rows in the order of the tile."""
-    return torch.cat((tiles & 15, tiles >> 4), dim=-1)
+    """(tiles, columns, width / 2) bytes -> (tiles, columns, width) uint8 codes, rows in order."""
+    shape = _tile_shape()
+    assert shape is not None, "a weight is held in tiles only where there are tiles"
+    return _split(tiles, run=shape[1])
+
+
+def _split(tiles: Tensor, *, run: int) -> Tensor:
+    """Bytes -> codes, where `run` rows in low nibbles come before as many in the high nibbles of the same bytes."""
+    octets = tiles.view(*tiles.shape[:-1], -1, run)
+    return torch.stack((octets & 15, octets >> 4), dim=-2).flatten(-3)
 
 
 def _convert(codes: Tensor) -> Tensor:
@@ -136,8 +144,8 @@ def _op_group(group_size: int, columns: int) -> int | None:
 
 
 @functools.cache
-def _tile_rows() -> Tensor | None:
-    """(width,) int64: the row of the tile that each place of `_codes` holds; None if this CPU has no tiles."""
+def _tile_shape() -> tuple[int, int] | None:
+    """The width of a tile, and the run of `_split` that puts its rows in order; None if this CPU has no such tiles."""
     columns = 32
     rows = torch.arange(ROWS, dtype=torch.uint8)[:, None].expand(ROWS, columns).contiguous()
     try:
@@ -145,28 +153,18 @@ def _tile_rows() -> Tensor | None:
     except (AttributeError, NotImplementedError, RuntimeError):
         return None
     for width in (64, 32, 16):
-        found = _codes(low.view(-1, columns, width // 2)) | _codes(high.view(-1, columns, width // 2)) << 4
-        order = found[0, 0].long()
-        expected = order + width * torch.arange(ROWS // width)[:, None, None]
-        if sorted(order.tolist()) == list(range(width)) and torch.equal(found.long(), expected.expand_as(found)):
-            return order
+        for run in (run for run in (32, 16, 8, 1) if run <= width // 2):
+            parts = (_split(packed.view(-1, columns, width // 2), run=run) for packed in (low, high))
+            found = next(parts) | next(parts) << 4
+            if torch.equal(found.transpose(1, 2).reshape(ROWS, columns), rows):
+                return width, run
     return None
 
 
-def _known_rows() -> Tensor:
-    order = _tile_rows()
-    assert order is not None, "a weight is held in tiles only where there are tiles"
-    return order
-
-
 def _width() -> int:
-    return len(_known_rows())
-
-
-@functools.cache
-def _tile_places() -> Tensor:
-    """(width,) int64: the place of each row; the inverse of `_tile_rows`."""
-    return _known_rows().argsort()
+    shape = _tile_shape()
+    assert shape is not None
+    return shape[0]
 
 
 @functools.cache

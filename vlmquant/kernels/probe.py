@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-ROUNDS = 3
+ROUNDS = 5
 """Timings of each candidate after one warm-up; the fastest counts, since others only add disturbance."""
 MATMUL_SHAPE = (128, 512, 512)
 """Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
