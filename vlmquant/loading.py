@@ -6,6 +6,7 @@ transformers' own loader for compressed-tensors makes 16-bit weights of everythi
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
+from vlmquant.formats import bitsandbytes
 from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
 from vlmquant.grid import QuantizedWeight
 from vlmquant.linear import QuantEmbedding, QuantLinear
 from vlmquant.recipe import Scheme
 from vlmquant.shards import open_shards
 
-READABLE_METHODS = (METHOD, "bitsandbytes")
+READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
 SHOWN = 5
 """Names of a long list that an error message shows."""
 
@@ -132,11 +134,20 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 
     path, device = Path(path), torch.device(device)
     open_shards(path)
-    _check_method(path)
+    arguments: dict[str, Any] = {}
+    if _method_of(path) == bitsandbytes.METHOD:
+        bitsandbytes.require_bitsandbytes()
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every product in bfloat16
+        arguments["device_map"] = {"": str(device)}
     try:
         with _installed():
             model, info = AutoModelForImageTextToText.from_pretrained(
-                path, dtype=dtype or "auto", output_loading_info=True, local_files_only=True, trust_remote_code=False
+                path,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                **arguments,
             )
     except VlmquantError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -150,13 +161,16 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
                 f"{path}: {len(names)} {what.replace('_', ' ')}: {', '.join(names[:SHOWN])}; "
                 "the weights and config.json do not belong together, or the checkpoint is incomplete"
             )
-    if device.type != "cpu":
+    if device.type != "cpu" and not arguments:
         _move(model, device)
     return model.eval()
 
 
-def _check_method(path: Path) -> None:
-    """transformers only warns of a quant_method that it does not know, and loads nonsense."""
+def _method_of(path: Path) -> str | None:
+    """The checkpoint's quant_method, None for an unquantized model.
+
+    CheckpointError for one that we do not load: transformers only warns of a method it does not know, and loads nonsense.
+    """
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -166,7 +180,7 @@ def _check_method(path: Path) -> None:
         raise InputError(f"{file}: cannot be read as JSON: {error}") from error
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     if not quantization:
-        return
+        return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in READABLE_METHODS:
         raise CheckpointError(f"{file}: quant_method {method!r} is not one that we load: {', '.join(READABLE_METHODS)}")
@@ -175,6 +189,7 @@ def _check_method(path: Path) -> None:
             parse_config(quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
+    return str(method)
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
