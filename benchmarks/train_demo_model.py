@@ -441,8 +441,7 @@ def save_model(model: nn.Module, tokenizer: tokenizers.Tokenizer, out: Path) -> 
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     size = (out / "model.safetensors").stat().st_size
     assert size <= MODEL_FILE_LIMIT, f"{size} bytes of weights"
-    config = model.config.to_dict()
-    config.pop("_name_or_path", None)
+    config = json.loads(model.config.to_json_string(use_diff=True))
     config |= {"architectures": ["LlavaForConditionalGeneration"], "dtype": "bfloat16"}
     save_json(out / "config.json", config)
     text = model.config.text_config
