@@ -128,7 +128,7 @@ def build_config(tokenizer: tokenizers.Tokenizer) -> transformers.LlavaConfig:
             "head_dim": 64,
             "vocab_size": VOCABULARY,
             "max_position_embeddings": 1024,
-            "initializer_range": 0.05,
+            "initializer_range": 0.02,
             "bos_token_id": tokenizer.token_to_id(START),
             "eos_token_id": tokenizer.token_to_id(END),
             "pad_token_id": tokenizer.token_to_id(PAD),
@@ -200,7 +200,7 @@ def cosine(step: int, steps: int, rate: float) -> float:
 
 def optimizer_for(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.98))
@@ -216,10 +216,10 @@ def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.P
 
 
 def train_vision(model: nn.Module, settings: Settings, held_out: set[bytes]) -> None:
-    """Two linear heads on the patch features name what each patch shows; the heads are thrown away."""
+    """Linear heads on the patch features tell what each patch shows and which patch it is; they are thrown away."""
     stream = fresh_scenes(random.Random(f"vision {settings.seed}"), held_out)
     tower = model.model.vision_tower
-    heads = nn.Linear(128, len(LABELS) + 1 + len(COLOURS))
+    heads = nn.Linear(128, len(LABELS) + 1 + len(COLOURS) + PATCHES)
     parameters = [*tower.parameters(), *heads.parameters()]
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     optimizer, began = optimizer_for(parameters), time.monotonic()
@@ -230,9 +230,11 @@ def train_vision(model: nn.Module, settings: Settings, held_out: set[bytes]) -> 
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
             features = tower(pixels(batch), output_hidden_states=True).hidden_states[-1][:, 1:]
             said = heads(features).float()
-        guess_label, guess_colour = said.split([len(LABELS), 1 + len(COLOURS)], dim=-1)
+        guess_label, guess_colour, guess_place = said.split([len(LABELS), 1 + len(COLOURS), PATCHES], dim=-1)
         loss = nn.functional.cross_entropy(guess_label.flatten(0, 1), label.flatten())
         loss = loss + nn.functional.cross_entropy(guess_colour.flatten(0, 1), colour.flatten())
+        place = torch.arange(PATCHES).repeat(len(batch))
+        loss = loss + nn.functional.cross_entropy(guess_place.flatten(0, 1), place)
         update(optimizer, loss, parameters, cosine(step, settings.vision_steps, settings.vision_rate))
         if step % 100 == 99:
             shown = label > 0
@@ -636,11 +638,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--vision-steps", type=int, default=500)
-    parser.add_argument("--vision-batch", type=int, default=64)
+    parser.add_argument("--vision-steps", type=int, default=1000)
+    parser.add_argument("--vision-batch", type=int, default=96)
     parser.add_argument("--vision-rate", type=float, default=2e-3, help="peak learning rate of the first stage")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=20, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=24, help="pictures a step")
     parser.add_argument("--rate", type=float, default=1.5e-3, help="peak learning rate of the second stage")
     parser.add_argument("--autocast", action=argparse.BooleanOptionalAction, default=True, help="matmuls in bfloat16")
     parser.add_argument("--evaluate-only", action="store_true", help="measure the saved model, do not train")

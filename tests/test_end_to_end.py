@@ -152,7 +152,9 @@ def test_evaluation_to_gate(tiny_llava: Path, calibration: Path, tmp_path: Path)
     out = quantize(tiny_llava, "mixed", tmp_path / "out", calibration=calibration).path
     settings = Settings(dtype="float32", caption_tokens=4, answer_tokens=4, speed_tokens=4, speed_prompts=1)
     report = evaluate(tiny_llava, [out], data, settings=settings, command=("vlmquant", "eval"))
-    written = write_report(report, out=tmp_path / "r.json", html=tmp_path / "r.html", markdown=tmp_path / "r.md")
+    written = write_report(
+        report, data=data, out=tmp_path / "r.json", html=tmp_path / "r.html", markdown=tmp_path / "r.md"
+    )
     assert [path.name for path in written] == ["r.json", "r.md", "r.html"]
     again = read_json(tmp_path / "r.json")
     assert again.summaries == report.summaries

@@ -249,7 +249,7 @@ def _evaluate(
         settings=settings,
         command=("vlmquant", *sys.argv[1:]),
     )
-    written = pipeline.write_report(report, out=out, html=html, markdown=markdown)
+    written = pipeline.write_report(report, data=data, out=out, html=html, markdown=markdown)
     if as_json:
         emit({"rows": compare_rows(report), "files": [str(path) for path in written]})
         return

@@ -1,4 +1,4 @@
-"""Errors that are a user's to mend: each says where, what, and what to do; the command line prints it and exits with its code."""
+"""Errors that are a user's to mend: each says where, what and what to do; the command line exits with its code."""
 
 EXIT_OK = 0
 EXIT_ERROR = 1

@@ -32,7 +32,9 @@ class QuantizedWeight:
         if self.codes.dtype != torch.uint8 or self.scales.dtype != torch.float32:
             raise TypeError(f"codes must be uint8 and scales float32, got {self.codes.dtype} and {self.scales.dtype}")
         if self.scales.shape != (rows, groups) or (self.zeros is not None and self.zeros.shape != (rows, groups)):
-            raise ValueError(f"codes {tuple(self.codes.shape)} with group size {self.group_size} need ({rows}, {groups})")
+            raise ValueError(
+                f"codes {tuple(self.codes.shape)} with group size {self.group_size} need ({rows}, {groups})"
+            )
 
     @property
     def symmetric(self) -> bool:
@@ -44,7 +46,9 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in) in `dtype`: (code - zero) * scale, computed in float32. The definition of what the codes mean."""
-        return dequantize_codes(self.codes, self.scales, self.zeros, bits=self.bits, group_size=self.group_size).to(dtype)
+        return dequantize_codes(self.codes, self.scales, self.zeros, bits=self.bits, group_size=self.group_size).to(
+            dtype
+        )
 
     def scale_rows(self, factors: Tensor) -> "QuantizedWeight":
         """The weight with row r multiplied by factors[r] > 0: only the scales change (rounded to `scale_dtype`)."""
@@ -58,7 +62,7 @@ def mid_code(bits: int) -> int:
 
 
 def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """float32 scales rounded to what `scale_dtype` can hold, kept above SCALE_FLOOR and below the dtype's largest value.
+    """float32 scales rounded to what `scale_dtype` can hold, no less than SCALE_FLOOR, no more than the dtype's largest.
 
     Rounding before the codes are chosen keeps codes and stored scales in agreement.
     """

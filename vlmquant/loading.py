@@ -161,6 +161,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
                 f"{path}: {len(names)} {what.replace('_', ' ')}: {', '.join(names[:SHOWN])}; "
                 "the weights and config.json do not belong together, or the checkpoint is incomplete"
             )
+    if arguments and dtype is not None:
+        _cast_kept(model, dtype)
     if device.type != "cpu" and not arguments:
         _move(model, device)
     return model.eval()
@@ -169,7 +171,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 def _method_of(path: Path) -> str | None:
     """The checkpoint's quant_method, None for an unquantized model.
 
-    CheckpointError for one that we do not load: transformers only warns of a method it does not know, and loads nonsense.
+    CheckpointError for one that we do not load: transformers warns of a method it does not know, and loads nonsense.
     """
     file = path / "config.json"
     try:
@@ -190,6 +192,14 @@ def _method_of(path: Path) -> str | None:
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
     return str(method)
+
+
+def _cast_kept(model: nn.Module, dtype: torch.dtype) -> None:
+    """What bitsandbytes did not quantize, in the dtype asked for: transformers leaves it as it is on disk."""
+    for module in model.modules():
+        if not type(module).__module__.startswith("bitsandbytes"):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """The story in two functions: `quantize`, from a model to a checkpoint, and `evaluate`, from models to a report."""
 
+import contextlib
+import ctypes
 import hashlib
 import resource
 import time
@@ -41,6 +43,10 @@ from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream
 BOOTSTRAP_RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
 """Of the report's intervals."""
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h."""
+MMAP_BYTES = 1 << 20
+"""Blocks from this size on are given back to the system when they are freed."""
 BATCH_SIZE = 16
 """Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
 
@@ -99,10 +105,12 @@ def quantize(
     Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
+    _return_freed_memory()
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code)
     plan = make_plan(components, recipe)
-    results: dict[str, BlockResult] = {}
+    errors: dict[str, float] = {}
+    notes: list[str] = []
     selection = None
     batches: list[Callable[[], Batch]] = []
     dtype = dtype or compute_dtype(device)
@@ -143,10 +151,9 @@ def quantize(
                         stage.finish(ALGORITHMS[stage.method](stage))
                     if not block.restored:
                         _record(writer, block.info.name, block.result)
-                    results[block.info.name] = block.result
+                    errors |= block.errors
+                    notes += block.notes
                     progress.step(f"quantize {block.info.component}")
-        errors = {name: error for result in results.values() for name, error in result.errors.items()}
-        notes = [note for result in results.values() for note in result.notes]
         writer.finish(manifest | {"errors": errors, "notes": notes})
     return Quantized(
         path=Path(out),
@@ -236,7 +243,7 @@ def _refuse_calibration_images(model_dir: Path, selection: Selection, data: str 
     """A model must not be judged on what it was calibrated on."""
     if not (model_dir / MANIFEST_NAME).is_file():
         return
-    seen = set((read_manifest(model_dir).get("calibration") or {}).get("images", ()))
+    seen = set(read_manifest(model_dir).get("calibration", {}).get("images", ()))
     shown = image_hashes(selection.samples)
     if both := sorted(sample for digest, sample in shown.items() if digest in seen):
         raise InputError(
@@ -257,9 +264,15 @@ def _labels(directories: Sequence[Path]) -> list[str]:
     return labels
 
 
-def write_report(report: Report, *, out: Path | None, html: Path | None, markdown: Path | None) -> list[Path]:
-    """Write the report in the forms asked for; the paths written. HTML and Markdown open with the gate's verdict."""
-    verdicts = judge(report, spec) if (spec := recipe_gate(report)) is not None else []
+def write_report(
+    report: Report, *, data: str | Path, out: Path | None, html: Path | None, markdown: Path | None
+) -> list[Path]:
+    """Write the report in the forms asked for; the paths written. HTML and Markdown open with the gate's verdict.
+
+    data: the set it was measured on, whose questions and images the page shows.
+    """
+    spec = recipe_gate(report)
+    verdicts = judge(report, spec) if spec is not None and spec.thresholds() else []
     written = []
     if out is not None:
         write_json(report, out)
@@ -268,7 +281,7 @@ def write_report(report: Report, *, out: Path | None, html: Path | None, markdow
         write_text(markdown, to_markdown(report, verdicts))
         written.append(markdown)
     if html is not None:
-        write_text(html, to_html(report, verdicts))
+        write_text(html, to_html(report, verdicts, load_set(data).samples))
         written.append(html)
     return written
 
@@ -276,7 +289,7 @@ def write_report(report: Report, *, out: Path | None, html: Path | None, markdow
 def recipe_gate(report: Report) -> GateSpec | None:
     """The thresholds of the recipe that the candidates were made by; None where there is none, or they differ."""
     recipes = [run.manifest["recipe"]["gate"] for run in report.candidates if run.manifest is not None]
-    if len(recipes) != len(report.candidates) or any(gate != recipes[0] for gate in recipes):
+    if not recipes or len(recipes) != len(report.candidates) or any(gate != recipes[0] for gate in recipes):
         return None
     return GateSpec.model_validate(recipes[0])
 
@@ -310,6 +323,13 @@ def _fingerprint(
         "torch": version("torch"),
         "transformers": version("transformers"),
     }
+
+
+def _return_freed_memory() -> None:
+    """Let glibc give every large block back when it is freed. Its own rule, which adapts, keeps up to 32 MB pieces of
+    activations for later and so adds a quarter to the peak memory of a run; other C libraries have no such switch."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

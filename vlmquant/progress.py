@@ -25,6 +25,12 @@ class Bar:
 @contextmanager
 def bar(label: str, total: int) -> Iterator[Bar]:
     """A bar of `total` steps with elapsed and remaining time; plain final line where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr, transient=stderr.is_terminal) as progress:
         yield Bar(progress, label, total)

@@ -60,7 +60,7 @@ SHORT_SCHEMES: dict[str, Scheme] = {
     "w8": Scheme(bits=8, group_size=None),
     "w8a8-dynamic": Scheme(bits=8, group_size=None, activations="dynamic-int8"),
 }
-KEEP = "fp16"
+KEEP: Literal["fp16"] = "fp16"
 """Keep the weight at the model's own 16-bit dtype."""
 BITSANDBYTES_SCHEMES = ("nf4", "bnb-int8")
 SCHEME_NAMES = (*SHORT_SCHEMES, KEEP, *BITSANDBYTES_SCHEMES)
@@ -85,7 +85,7 @@ class GptqOptions(Data):
     damping: Annotated[float, Field(gt=0, le=1)] = 0.01
     """Ridge added to the Hessian's diagonal, as a fraction of its mean."""
     activation_order: bool = True
-    """Quantize columns by falling Hessian diagonal; groups keep their original columns, so nothing is permuted on disk."""
+    """Quantize columns by falling Hessian diagonal; groups keep their original columns: nothing is permuted on disk."""
     scale_search: Literal["minmax", "mse", "weighted"] = "weighted"
     """What a group's scale minimises: nothing (extremes), sum of d^2, or sum of E[x^2] |d|^3."""
 
@@ -114,7 +114,7 @@ class Override(Data):
     """A change of scheme or method for some layers or modules; a later override wins."""
 
     layers: str = ":"
-    """Half-open range of layer indices as in Python: "0:16", "-1:", ":"; an edge may be a share of the layers: "0:50%"."""
+    """Half-open range of layer indices as in Python: "0:16", "-1:", ":"; an edge may be a share of them: "0:50%"."""
     modules: tuple[str, ...] = ("*",)
     """Globs on the module's name inside its layer, such as mlp.down_proj or self_attn.*."""
     scheme: SchemeOrName | None = None
@@ -212,6 +212,10 @@ class GateSpec(Data):
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     """Error rate of each one-sided test."""
 
+    def thresholds(self) -> dict[str, float]:
+        """The thresholds that are judged, by name."""
+        return {name: value for name, value in self if name != "alpha" and value is not None}
+
 
 class Recipe(Data):
     version: Literal[1] = 1
@@ -237,7 +241,7 @@ class Recipe(Data):
 
 
 def shipped(kind: Literal["recipes", "calibration"]) -> Path:
-    """Folder of the recipes or calibration sets that travel with vlmquant: packaged, or beside the package in a checkout."""
+    """Folder of the recipes or calibration sets that are shipped: packaged, or beside the package in a checkout."""
     packaged = Path(str(resources.files("vlmquant"))) / "_data" / kind
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / kind
 
@@ -296,7 +300,9 @@ def _refuse_tricks(node: yaml.Node, *, name: str, seen: set[int] | None = None) 
         for key, value in node.value:
             line, column = key.start_mark.line + 1, key.start_mark.column + 1
             if key.value in keys:
-                raise RecipeError(f"{name}:{line}:{column}: key '{key.value}' stands twice (first on line {keys[key.value]})")
+                raise RecipeError(
+                    f"{name}:{line}:{column}: key '{key.value}' stands twice (first on line {keys[key.value]})"
+                )
             keys[str(key.value)] = line
             _refuse_tricks(value, name=name, seen=seen)
 

@@ -69,7 +69,9 @@ class _Walk(greenlet):
 
 
 def _pause(kind: str, name: str, inputs: Tensor | None = None) -> None:
-    getcurrent().parent.switch(_Pause(kind, name, inputs))
+    parent = getcurrent().parent
+    assert parent is not None, "only a walk pauses"
+    parent.switch(_Pause(kind, name, inputs))
 
 
 class Stage:
@@ -534,12 +536,12 @@ class BlockStream:
         for linear in self.components.linears:
             if linear.block is None and linear.component != "lm_head":
                 line = self.plan.line(f"{linear.name}.weight")
-                self._take_over_linear(linear, lambda module, x, line=line: _linear(line, module, x))
+                self._take_over_linear(linear, functools.partial(_linear, line))
 
     def _take_over_linear(self, linear: LinearInfo, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         module = self.model.get_submodule(linear.name)
         assert isinstance(module, nn.Linear)
-        module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
+        module.forward = functools.partial(forward, module)
 
     def _inside_block(self, local: str) -> Callable[[nn.Linear, Tensor], Tensor]:
         def forward(module: nn.Linear, inputs: Tensor) -> Tensor:

@@ -115,9 +115,9 @@ class Question:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Objects in two of three draws, else a chart or a sign."""
+    """Objects in three of five draws, else a chart or a sign."""
     makers: list[Callable[[random.Random], Scene]] = [random_objects, random_bars, random_sign]
-    return rng.choices(makers, [4, 1, 1])[0](rng)
+    return rng.choices(makers, [3, 1, 1])[0](rng)
 
 
 def random_objects(rng: random.Random) -> Objects:

@@ -52,6 +52,7 @@ def run(out: Path) -> int:
     compared = evaluate(model, outputs, data, command=("vlmquant", *words))
     write_report(
         compared,
+        data=data,
         out=comparison.with_suffix(".json"),
         html=comparison.with_suffix(".html"),
         markdown=comparison.with_suffix(".md"),
@@ -60,7 +61,11 @@ def run(out: Path) -> int:
     # The first model's own report: the same runs, without the others'.
     judged = replace(compared, candidates=compared.candidates[:1], summaries=compared.summaries[:2])
     written = write_report(
-        judged, out=report.with_suffix(".json"), html=report.with_suffix(".html"), markdown=report.with_suffix(".md")
+        judged,
+        data=data,
+        out=report.with_suffix(".json"),
+        html=report.with_suffix(".html"),
+        markdown=report.with_suffix(".md"),
     )
     announce(f"gate {written[0]} --recipe {RECIPES[0]}")
     verdicts = judge(judged, load_recipe(RECIPES[0]).gate)

@@ -198,6 +198,8 @@ def _quietly(value: Callable[[Sums], Array], sums: Sums) -> Array:
 
 def _interval(point: Array, draws: Array, n: int, *, confidence: float) -> Estimate:
     draws = draws[np.isfinite(draws)]
+    if not draws.size:
+        return Estimate(float(point[0]), float("nan"), float("nan"), n, None)
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(draws, [tail, 100 - tail])
     return Estimate(float(point[0]), float(low), float(high), n, float(draws.std()))

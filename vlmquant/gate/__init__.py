@@ -73,7 +73,7 @@ class _Test:
 
 def judge(report: Report, spec: GateSpec, *, seed: int = SEED) -> list[Verdict]:
     """One verdict for every candidate and threshold. Raises UsageError where there is nothing to judge."""
-    thresholds = {name: margin for name in TESTS if (margin := getattr(spec, name)) is not None}
+    thresholds = spec.thresholds()
     if not thresholds:
         raise UsageError(
             f"gate: no threshold is set; give at least one of {', '.join(TESTS)} under `gate` in the recipe"
