@@ -65,6 +65,10 @@ def test_unpack_inverts_pack(rows: int, columns: int, bits: int, seed: int) -> N
     assert torch.equal(unpack_codes(packed, bits, columns), codes)
 
 
-def test_a_view_packs_like_its_copy() -> None:
-    codes = random_codes(12, 6, 4).T
-    assert torch.equal(pack_codes(codes, 4), pack_codes(codes.contiguous(), 4))
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [1, 6])
+def test_a_view_packs_like_its_copy(bits: int, columns: int) -> None:
+    codes = random_codes(16, columns, bits).T
+    copy = torch.tensor(codes.tolist(), dtype=torch.uint8)
+    assert torch.equal(pack_codes(codes, bits), pack_codes(copy, bits))
+    assert torch.equal(unpack_codes(pack_codes(codes, bits).T.contiguous().T, bits, 16), copy)

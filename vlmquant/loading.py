@@ -66,7 +66,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
         for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear | nn.Embedding):
+            # Not a subclass of Embedding: those scale or mask what they look up.
+            if isinstance(module, nn.Linear) or type(module) is nn.Embedding:
                 scheme = scheme_for(name, type(module).__name__, self.groups, self.ignored)
                 if scheme is not None:
                     model.set_submodule(name, _Arriving(module, scheme))

@@ -49,4 +49,7 @@ def _pair_nibbles(codes: Tensor) -> Tensor:
 
 def _pack_bytes(octets: Tensor) -> Tensor:
     """(rows, n) uint8 -> (rows, ceil(n / 4)) int32."""
-    return torch.nn.functional.pad(octets, (0, -octets.shape[1] % 4)).contiguous().view(torch.int32)
+    rows, count = octets.shape
+    # Flattened first: a single row may have any stride, which `view` to another dtype refuses.
+    flat = torch.nn.functional.pad(octets, (0, -count % 4)).reshape(-1)
+    return flat.view(torch.int32).view(rows, -1)

@@ -1,0 +1,38 @@
+"""The probe picks what is faster, and asks once."""
+
+import time
+
+import pytest
+import torch
+
+from vlmquant.kernels import probe
+
+
+@pytest.mark.parametrize("slow", [torch.float32, torch.bfloat16], ids=str)
+def test_the_faster_dtype_wins_and_is_remembered(slow: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def linear(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(inputs.dtype)
+        time.sleep(0.005 if inputs.dtype == slow else 0.0)
+        return inputs
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    probe._compute_dtype.cache_clear()
+    try:
+        other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[slow]
+        assert probe.compute_dtype("cpu") == other
+        count = len(calls)
+        assert probe.compute_dtype(torch.device("cpu")) == other
+        assert len(calls) == count
+    finally:
+        probe._compute_dtype.cache_clear()
+
+
+def test_most_tokens_stops_where_the_other_is_faster() -> None:
+    def costs(seconds: dict[int, float]):
+        return lambda count: time.sleep(seconds[count])
+
+    fast, other = costs({1: 0.0, 4: 0.0, 16: 0.01}), costs({1: 0.005, 4: 0.005, 16: 0.005})
+    assert probe.most_tokens(fast, other, (1, 4, 16)) == 4
+    assert probe.most_tokens(other, fast, (1, 4)) == 0
