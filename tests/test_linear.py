@@ -55,8 +55,9 @@ def test_no_copy_of_the_weight_is_a_parameter() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_embedding_reads_rows(dtype: torch.dtype) -> None:
-    scheme = SHORT_SCHEMES["w8"]
+@pytest.mark.parametrize("name", ["w8", "w4a16-asym"])
+def test_embedding_reads_rows(name: str, dtype: torch.dtype) -> None:
+    scheme = SHORT_SCHEMES[name]
     weight = round_to(scheme, 50, 64)
     indices = torch.tensor([[0, 7, 7], [49, 1, 0]])
     embedding = QuantEmbedding(weight, scheme, dtype=dtype)

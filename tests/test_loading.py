@@ -165,7 +165,9 @@ def test_scales_stay_as_stored_whatever_the_dtype(checkpoint: Callable[[str, str
     for dtype in (torch.float16, torch.float32):
         model = load_model(path, dtype=dtype)
         for name, weight in codes.items():
-            assert torch.equal(model.get_submodule(name.removesuffix(".weight")).to_weight().scales, weight.scales)
+            loaded = model.get_submodule(name.removesuffix(".weight")).to_weight()
+            assert torch.equal(loaded.scales, weight.scales)
+            assert loaded.scale_dtype == torch.bfloat16
 
 
 def test_dequantizing_on_request_is_left_to_transformers(
