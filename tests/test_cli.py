@@ -205,7 +205,7 @@ def test_existing_output(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "mine.txt").write_text("precious")
     words = ("quantize", tiny_llava, "-r", "rtn-w4", "-o", tmp_path / "out")
     refused(run, tmp_path / "out", *words, code=2, message="exists and is not empty")
-    refused(run, tmp_path / "out", *words, "--force", code=2, message="did not write")
+    refused(run, tmp_path / "out", *words, "--force", code=2, message="replaces only what vlmquant wrote")
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
 
 

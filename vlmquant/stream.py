@@ -530,7 +530,7 @@ class BlockStream:
         """Put ourselves between the model and its blocks, the blocks and their linears."""
         for info in self.components.blocks:
             module = self.model.get_submodule(info.name)
-            module.forward = self._block_forward(info.name, module.forward)  # type: ignore[method-assign]
+            module.forward = self._block_forward(info.name, module.forward)
             for linear in info.linears:
                 self._take_over_linear(linear, self._inside_block(linear.local))
         for linear in self.components.linears:
@@ -541,7 +541,7 @@ class BlockStream:
     def _take_over_linear(self, linear: LinearInfo, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         module = self.model.get_submodule(linear.name)
         assert isinstance(module, nn.Linear)
-        module.forward = functools.partial(forward, module)
+        module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
 
     def _inside_block(self, local: str) -> Callable[[nn.Linear, Tensor], Tensor]:
         def forward(module: nn.Linear, inputs: Tensor) -> Tensor:
