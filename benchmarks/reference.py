@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmquant.calibration.sets import load_set
+from vlmquant.cli import parse_counts
 from vlmquant.evaluation.environment import environment
 from vlmquant.evaluation.settings import Settings
 from vlmquant.pipeline import evaluate
@@ -32,7 +33,7 @@ from vlmquant.report.table import compare_rows, markdown_table
 RESULTS = Path(__file__).parent / "results"
 SHOWN = ("vlmquant", "torch", "transformers")
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
-TEST_STRATA = {"caption": 80, "vqa": 60, "object": 60}
+TEST_STRATA = "caption=80,vqa=60,object=60"
 
 
 def quantize(model: Path, recipe: str, calibration: Path, out: Path, *, strata: str) -> dict[str, Any]:
@@ -58,6 +59,8 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in shipped("recipes").glob("*.yaml")))
     parser.add_argument("--calibration-strata", default=CALIBRATION_STRATA)
+    parser.add_argument("--test-strata", default=TEST_STRATA)
+    parser.add_argument("--wrong-image", action="store_true", help="also score with other samples' images")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vlmquant-reference")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS / "reference")
@@ -73,19 +76,21 @@ def main() -> None:
         }
         outputs.append(out)
         print(recipe, runs[recipe], file=sys.stderr, flush=True)
-    strata = {task: n for task, n in TEST_STRATA.items() if task in {s.task for s in load_set(arguments.test).samples}}
+    strata = parse_counts(arguments.test_strata)
     command = ("python", "benchmarks/reference.py", *(_plain(word) for word in sys.argv[1:]))
     report = evaluate(
         arguments.model,
         outputs,
         arguments.test,
-        strata=strata or None,
-        settings=Settings(dtype=arguments.dtype, wrong_image=True),
+        strata=strata,
+        settings=Settings(dtype=arguments.dtype, wrong_image=arguments.wrong_image),
         command=command,
     )
     work = arguments.work / "report.json"
     write_json(report, work)
-    arguments.work.joinpath("report.html").write_text(to_html(report), encoding="utf-8")
+    arguments.work.joinpath("report.html").write_text(
+        to_html(report, samples=load_set(arguments.test).samples), encoding="utf-8"
+    )
     result = {
         "command": " ".join(command),
         "date": date.today().isoformat(),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from vlmquant.calibration.encode import Encoder, batch_pairs, collate, make_batches, tidy_caption
+from vlmquant.calibration.encode import Encoder, are_tokenized, batch_pairs, collate, make_batches, tidy_caption
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
 from vlmquant.errors import InputError, SentinelError
@@ -147,10 +147,19 @@ def test_templates_that_want_plain_text_are_understood(tiny_llava: Path) -> None
 )
 def test_captions_are_tidied(given: str, tidy: str, encoder: Encoder) -> None:
     assert tidy_caption(given) == tidy
-    assert encoder.answer_text(Sample("x", "caption", "?", (given,)), given) == tidy
-    assert encoder.answer_text(Sample("x", "vqa", "?", (given,)), given) == given
-    plain = Encoder(encoder.processor, tidy_captions=False)
-    assert plain.answer_text(Sample("x", "caption", "?", (given,)), given) == given
+    tidying = Encoder(encoder.processor, tidy_captions=True)
+    assert tidying.answer_text(Sample("x", "caption", "?", (given,)), given) == tidy
+    assert tidying.answer_text(Sample("x", "vqa", "?", (given,)), given) == given
+    assert encoder.answer_text(Sample("x", "caption", "?", (given,)), given) == given
+
+
+def test_only_sets_of_captions_split_into_words_are_tidied() -> None:
+    def caption(text: str, task: str = "caption") -> Sample:
+        return Sample("x", task, "?", (text,))
+
+    assert are_tokenized([caption("a red disc"), caption("A dog runs .")])
+    assert not are_tokenized([caption("a red disc"), caption("A dog runs.")])
+    assert not are_tokenized([caption("yes .", task="vqa")])
 
 
 # Prompts
@@ -304,7 +313,7 @@ def test_batches_are_by_images_then_length_and_deterministic(tiny_llava: Path, s
 
 def test_long_samples_are_left_out_whole_and_counted(tiny_llava: Path, samples: list[Sample]) -> None:
     processor = load_processor(tiny_llava)
-    encoder = Encoder(processor)
+    encoder = Encoder(processor, tidy_captions=are_tokenized(samples))
     lengths = {sample.id: encoder.encode(sample, sample.answers[0]).tokens for sample in samples}
     limit = sorted(lengths.values())[2]
     batches, report = make_batches(samples, processor, max_tokens=limit, batch_size=8)
@@ -326,7 +335,7 @@ def test_several_references_of_a_sample_are_pairs(encoder: Encoder, samples: lis
         encoder.tokenizer.decode(ids[mask])
         for ids, mask in zip(batch.inputs["input_ids"], batch.answer_mask, strict=True)
     ]
-    assert sorted(texts) == ["A dog.</s>", "A small dog runs.</s>"]
+    assert sorted(texts) == ["a dog</s>", "a small dog runs .</s>"]
 
 
 # Processors

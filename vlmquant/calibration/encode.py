@@ -1,6 +1,6 @@
 """Samples -> model inputs, by the model's own processor and chat template, answers marked; batches by length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ from vlmquant.calibration.processor import chat_template
 from vlmquant.calibration.samples import Sample
 from vlmquant.errors import InputError, SentinelError
 
-TIDY_CAPTIONS = True
-"""Whether captions are tidied (`tidy_caption`) before they are scored or calibrated on; both must agree."""
+DETACHED_STOP = " ."
+"""How captions end that were split into words before they were stored, as those of Flickr8k and others."""
 
 TOKEN_ALIGNED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
 """Inputs whose dimension 1 counts tokens. All others are images' and are joined along dimension 0."""
@@ -65,10 +65,16 @@ def tidy_caption(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
+def are_tokenized(samples: Iterable[Sample]) -> bool:
+    """Whether a set's captions were split into words: if any ends in a detached full stop, all are to be tidied."""
+    answers = (answer for sample in samples if sample.task == "caption" for answer in sample.answers)
+    return any(answer.rstrip().endswith(DETACHED_STOP) for answer in answers)
+
+
 class Encoder:
     """Turns samples into inputs with one model's processor. `prompt_style` says how: "chat template" or "plain"."""
 
-    def __init__(self, processor: Any, *, tidy_captions: bool = TIDY_CAPTIONS) -> None:
+    def __init__(self, processor: Any, *, tidy_captions: bool = False) -> None:
         self.processor, self.tokenizer, self.tidy_captions = processor, processor.tokenizer, tidy_captions
         self.image_token: str | None = getattr(processor, "image_token", None)
         # Gemma 3's processor calls the token that opens an image its image token; the tokenizer's is the feature's.
@@ -317,11 +323,11 @@ class BatchReport:
 
 
 def make_batches(
-    samples: Sequence[Sample], processor: Any, *, max_tokens: int, batch_size: int, tidy_captions: bool = TIDY_CAPTIONS
+    samples: Sequence[Sample], processor: Any, *, max_tokens: int, batch_size: int
 ) -> tuple[list[Callable[[], Batch]], BatchReport]:
     """Calibration batches: every sample with its first answer, padded on the right; see `batch_pairs`."""
     pairs = [(sample, sample.answers[0]) for sample in samples]
-    encoder = Encoder(processor, tidy_captions=tidy_captions)
+    encoder = Encoder(processor, tidy_captions=are_tokenized(samples))
     return batch_pairs(pairs, encoder, max_tokens=max_tokens, batch_size=batch_size, pad_side="right")
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmquant import errors
-from vlmquant.calibration.encode import Encoder
+from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.images import pixel_sha256
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
@@ -143,7 +143,8 @@ def score_here(
     images = [
         tuple(pixel_sha256(path) for path in sample.images) for sample in samples
     ]  # all readable, before any work
-    encoder = Encoder(load_processor(model_dir), tidy_captions=settings.tidy_captions)
+    tidy = are_tokenized(samples) if settings.tidy_captions is None else settings.tidy_captions
+    encoder = Encoder(load_processor(model_dir), tidy_captions=tidy)
     baseline, start = peak_resident_bytes(), time.perf_counter()
     model = load_model(model_dir, dtype=dtype, device=settings.device).eval()
     load_seconds, load_peak = time.perf_counter() - start, peak_resident_bytes()

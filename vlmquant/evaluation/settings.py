@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmquant.calibration.encode import TIDY_CAPTIONS
 from vlmquant.errors import UsageError
 
 
@@ -13,8 +12,8 @@ class Settings:
 
     references_per_caption: int = 2
     """A caption's first so many references are scored by likelihood; BLEU-4 uses all. Other tasks: the first answer."""
-    tidy_captions: bool = TIDY_CAPTIONS
-    """Score captions in one spelling (calibration.encode.tidy_caption)."""
+    tidy_captions: bool | None = None
+    """Score captions in one spelling (calibration.encode.tidy_caption); None: where the set's were split into words."""
     batch_size: int = 16
     """Sequences in one forward pass."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
