@@ -7,13 +7,17 @@ from collections.abc import Callable
 import torch
 
 ROUNDS = 5
-"""Timings of each candidate after one warm-up; the fastest counts, since others only add disturbance."""
+"""Timings of each candidate, at least, after one warm-up; the fastest counts, since others only add disturbance."""
+LEAST_SECONDS = 0.01
+"""Timings of a candidate go on for this long: another process may hold a core for several milliseconds at a time."""
+TURNS = 4
+"""Times that each candidate for the compute dtype is timed; they take turns, so that no disturbance meets one alone."""
 MATMUL_SHAPE = (128, 512, 512)
 """Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
 
 
 def seconds(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Seconds of the fastest of a few runs, after a warm-up."""
+    """Seconds of the fastest of several runs, after a warm-up."""
     device = torch.device(device)
 
     def once() -> float:
@@ -24,7 +28,10 @@ def seconds(run: Callable[[], object], device: torch.device | str = "cpu") -> fl
         return time.perf_counter() - start
 
     once()
-    return min(once() for _ in range(ROUNDS))
+    taken: list[float] = []
+    while len(taken) < ROUNDS or sum(taken) < LEAST_SECONDS:
+        taken.append(once())
+    return min(taken)
 
 
 def most_tokens(fast: Callable[[int], object], other: Callable[[int], object], counts: tuple[int, ...]) -> int:
@@ -52,4 +59,6 @@ def _compute_dtype(device: torch.device, threads: int) -> torch.dtype:
         with torch.no_grad():
             return seconds(lambda: torch.nn.functional.linear(left, right), device)
 
-    return min((torch.float32, torch.bfloat16), key=cost)
+    dtypes = (torch.float32, torch.bfloat16)
+    costs = [[cost(dtype) for dtype in dtypes] for _ in range(TURNS)]
+    return min(zip(map(min, *costs), dtypes, strict=True), key=lambda pair: pair[0])[1]
