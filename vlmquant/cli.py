@@ -136,6 +136,7 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a model by a recipe."""
+    wait_without_spinning()
     from vlmquant import pipeline
     from vlmquant.recipe import load_recipe
     from vlmquant.tables import plan_table
@@ -341,6 +342,15 @@ def parse_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
+
+
+def wait_without_spinning() -> None:
+    """Let torch's threads sleep while they wait for each other; to be called before torch is imported.
+
+    Quantizing is a long row of short parallel steps. Threads that spin between them, OpenMP's default, burn as much CPU
+    time again, and where other work holds a core they make every step wait for it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def set_threads(threads: int | None) -> None:
