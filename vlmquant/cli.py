@@ -136,7 +136,6 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a model by a recipe."""
-    wait_without_spinning()
     from vlmquant import pipeline
     from vlmquant.recipe import load_recipe
     from vlmquant.tables import plan_table
@@ -344,15 +343,6 @@ def parse_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def wait_without_spinning() -> None:
-    """Let torch's threads sleep while they wait for each other; to be called before torch is imported.
-
-    Quantizing is a long row of short parallel steps. Threads that spin between them, OpenMP's default, burn as much CPU
-    time again, and where other work holds a core they make every step wait for it.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def set_threads(threads: int | None) -> None:
     """Let torch use this many CPU threads."""
     if threads is not None:
@@ -373,6 +363,7 @@ def show(table: Any) -> None:
 
 def main() -> None:
     """Entry point: turns our errors into one message and an exit code; bugs keep their traceback."""
+    wait_without_spinning()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
@@ -386,6 +377,15 @@ def main() -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror or error}", InputError.exit_code)
+
+
+def wait_without_spinning() -> None:
+    """Let torch's threads sleep while they wait for each other; to be called before torch is imported.
+
+    All our work is long rows of short parallel steps. Threads that spin between them, OpenMP's default, burn as much
+    CPU time again, and where other work holds a core they make every step wait for it.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def fail(message: str, code: int) -> None:
