@@ -23,10 +23,11 @@ from typing import Any
 from vlmquant.calibration.sets import load_set
 from vlmquant.cli import parse_counts
 from vlmquant.evaluation.environment import environment
+from vlmquant.evaluation.metrics import kl_difference
 from vlmquant.evaluation.settings import Settings
-from vlmquant.pipeline import evaluate
+from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate
 from vlmquant.recipe import shipped
-from vlmquant.report.data import write_json
+from vlmquant.report.data import Report, write_json
 from vlmquant.report.html import to_html
 from vlmquant.report.table import compare_rows, markdown_table
 
@@ -34,6 +35,8 @@ RESULTS = Path(__file__).parent / "results"
 SHOWN = ("vlmquant", "torch", "transformers")
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
 TEST_STRATA = "caption=80,vqa=60,object=60"
+PAIRS = (("gptq-w4", "rtn-w4"), ("awq-w4", "rtn-w4"), ("w3", "rtn-w3"), ("awq-w3", "rtn-w3"), ("mixed", "gptq-w4"))
+"""Recipes whose KL is compared sample by sample."""
 
 
 def quantize(model: Path, recipe: str, calibration: Path, out: Path, *, strata: str) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def main() -> None:
         "evaluation_sha256": report.hashes,
         "quantize": runs,
         "rows": compare_rows(report),
+        "kl_differences": kl_differences(report),
         "strata": {
             run.label: {
                 stratum: {metric: _estimate(value) for metric, value in metrics.items()}
@@ -125,9 +129,33 @@ def main() -> None:
             f"| {run['bits_per_weight']:.2f} |"
             for recipe, run in runs.items()
         ),
+        "",
+        "| KL of | less that of | difference, nats a token (paired 95 % interval) |",
+        "|---|---|---:|",
+        *(
+            f"| {pair['of']} | {pair['less']} | {point:.4f} ({low:.4f} to {high:.4f}) |"
+            for pair in result["kl_differences"]
+            for point, low, high, _ in [pair["difference"]]
+        ),
     ]
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def kl_differences(report: Report) -> list[dict[str, Any]]:
+    """The KL of one recipe less that of another, with a paired interval, for every one of PAIRS that was measured."""
+    runs = {run.label: run for run in report.candidates}
+    return [
+        {
+            "of": one,
+            "less": other,
+            "difference": _estimate(
+                kl_difference(runs[one], runs[other], seed=BOOTSTRAP_SEED, resamples=BOOTSTRAP_RESAMPLES)
+            ),
+        }
+        for one, other in PAIRS
+        if one in runs and other in runs
+    ]
 
 
 def _plain(word: str) -> str:

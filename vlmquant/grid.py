@@ -62,7 +62,7 @@ def mid_code(bits: int) -> int:
 
 
 def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """float32 scales rounded to what `scale_dtype` can hold, no less than SCALE_FLOOR, no more than the dtype's largest.
+    """float32 scales rounded to what `scale_dtype` can hold, from SCALE_FLOOR up to the dtype's largest value.
 
     Rounding before the codes are chosen keeps codes and stored scales in agreement.
     """

@@ -14,6 +14,7 @@ from vlmquant.evaluation.metrics import (
     is_caption,
     is_exact,
     is_short_answer,
+    kl_difference,
     summarize,
 )
 from vlmquant.evaluation.records import Costs, Run, SampleScore
@@ -145,6 +146,23 @@ def test_paired_interval_is_narrower_than_the_unpaired() -> None:
     assert paired.point == pytest.approx(math.exp(0.02) - 1, abs=0.005)
     assert paired.low > 0  # certain, although the perplexity itself is known to some percent only
     assert paired.high - paired.low < 0.1 * (alone.high - alone.low) / alone.point
+
+
+def test_kl_difference_is_paired() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.exponential(1.0, 200)  # what the two models share: some samples are hard for both
+    better, worse = (
+        run_of(*(replace(BLANK, images=(str(i),), kl=float(h + extra)) for i, h in enumerate(hard)), label=name)
+        for name, extra in (("better", 0.0), ("worse", 0.05))
+    )
+    found = kl_difference(better, worse, seed=0, resamples=500)
+    assert found.point == pytest.approx(-0.05)
+    assert found.low == pytest.approx(found.high)  # what they share is gone
+    assert found.n == 200
+    unpaired = summarize(better, better, seed=0, resamples=500)["all"]["kl"]
+    assert unpaired.high - unpaired.low > 0.1
+    with pytest.raises(InputError, match="without a reference"):
+        kl_difference(better, run_of(*(replace(s, kl=None) for s in better.samples)), seed=0, resamples=5)
 
 
 def test_same_seed_same_interval() -> None:

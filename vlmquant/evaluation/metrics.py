@@ -100,6 +100,27 @@ def summarize(
     return summary
 
 
+def kl_difference(run: Run, other: Run, *, seed: int, resamples: int, confidence: float = CONFIDENCE) -> Estimate:
+    """KL of `run` minus that of `other`, nats a token, both from the same reference and resampled alike over images.
+
+    Below zero, `run` is the nearer to the reference. Raises InputError where the two were not scored on the same
+    samples, or one of them without a reference.
+    """
+    check_paired(run, other)
+    parts = [statistics(found.samples) for found in (run, other)]
+    for found, part in zip((run, other), parts, strict=True):
+        if not part["compared_tokens"].any():
+            raise InputError(f"{found.label}: was scored without a reference; it has no KL to compare")
+    (needed, value), clusters = METRICS["kl"], image_clusters(run.samples)
+    counts = _resample_counts(int(clusters.max()) + 1, seed=seed, resamples=resamples)
+    points = [value({name: part[name].sum(axis=0, keepdims=True) for name in ("kl", needed)}) for part in parts]
+    draws = [
+        _quietly(value, {name: counts @ _by_cluster(part[name], clusters) for name in ("kl", needed)}) for part in parts
+    ]
+    n = int((parts[0][needed] > 0).sum())
+    return _interval(points[0] - points[1], draws[0] - draws[1], n, confidence=confidence)
+
+
 def check_paired(run: Run, reference: Run) -> None:
     """Raise InputError unless both runs scored the same answer tokens of the same samples in the same order."""
     if len(run.samples) != len(reference.samples):
