@@ -217,6 +217,20 @@ def test_no_image_tokens_in_the_prompt(run: Run, tiny_llava: Path, small_set: Pa
     refused(run, tmp_path / "out", *words, code=5, message="no image token")
 
 
+def test_a_device_that_is_not_there(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", ("quantize", tiny_llava, "--recipe", "rtn-w4", "--out", tmp_path / "out")
+    refused(run, out, *words, "--device", "abacus", code=2, message="device abacus: cannot be used here")
+
+
+def test_too_few_samples_are_told(run: Run, tiny_llava: Path, small_set: Path, tmp_path: Path) -> None:
+    words = ("quantize", tiny_llava, "--recipe", "mixed", "--calibration", small_set, "--samples", "caption=9999")
+    code, out, _ = run(*words, "--out", tmp_path / "out")
+    assert code == 0
+    assert "though 9999 were asked for" in out
+    words = ("eval", tmp_path / "out", "--reference", tiny_llava, "--data", small_set, "--samples", "caption=9999")
+    refused(run, tmp_path / "report.json", *words, code=1, message="caption samples fewer than were asked for")
+
+
 def test_already_quantized_model(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
     assert run("quantize", tiny_llava, "-r", "rtn-w4", "-o", tmp_path / "once")[0] == 0
     words = ("quantize", tmp_path / "once", "-r", "rtn-w4", "-o", tmp_path / "twice")

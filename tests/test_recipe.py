@@ -133,3 +133,10 @@ def test_percentages_and_shares_are_the_same_threshold() -> None:
     by_percent = parse_recipe(GOOD + "gate: {max_perplexity_increase: 2.5%}\n", name="a")
     by_share = parse_recipe(GOOD + "gate: {max_perplexity_increase: 0.025}\n", name="b")
     assert by_percent.gate == by_share.gate
+
+
+def test_a_scheme_written_out_is_judged_as_one() -> None:
+    text = "version: 1\nname: x\ncomponents:\n  language: {scheme: {bits: 5}, method: gptq}\n"
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(text, name="r.yaml")
+    assert str(error.value) == "r.yaml:4:29: components.language.scheme.bits: input should be 3, 4 or 8 (got 5)"

@@ -23,7 +23,7 @@ from vlmquant.calibration.sets import SampleSet, image_hashes, load_set
 from vlmquant.checkpoint import CheckpointWriter, read_manifest
 from vlmquant.checkpoint.reader import MANIFEST_NAME
 from vlmquant.components import ComponentMap, locate_model, resolve_components
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, UsageError
 from vlmquant.evaluation.environment import peak_resident_bytes
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.scoring import score_model
@@ -47,6 +47,8 @@ M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
 MMAP_BYTES = 1 << 20
 """Blocks from this size on are given back to the system when they are freed."""
+SHOWN = 5
+"""Names of a long list that a note shows."""
 BATCH_SIZE = 16
 """Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
 
@@ -106,6 +108,7 @@ def quantize(
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
     _return_freed_memory()
+    _check_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code)
     plan = make_plan(components, recipe)
@@ -126,6 +129,7 @@ def quantize(
             selection.samples, load_processor(components.model_dir), max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE
         )
         manifest["calibration"] = _calibration_record(selection, made, set_name=chosen.set)
+        notes += _calibration_notes(selection, made, chosen)
     fingerprint = _fingerprint(components, recipe, selection, dtype)
     with CheckpointWriter(
         Path(out), components, recipe, plan, fingerprint=fingerprint, resume=resume, force=force
@@ -166,6 +170,15 @@ def quantize(
         peak_bytes=peak_resident_bytes(),
         compute_dtype=_dtype_name(dtype),
     )
+
+
+def _check_device(device: str) -> None:
+    """UsageError for a device that torch does not know or cannot reach."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"device {device}: cannot be used here ({reason}); leave it out to use the CPU") from error
 
 
 def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult) -> None:
@@ -211,6 +224,8 @@ def evaluate(
     settings = settings or Settings()
     sample_set = load_set(data)
     selection = choose_samples(sample_set, _evaluation_spec(sample_set, limit, strata))
+    for task, missing in selection.shortfall.items():
+        raise InputError(f"{data}: has {missing} {task} samples fewer than were asked for; ask for fewer")
     directories = [locate_model(model) for model in (reference, *models)]
     for model_dir in directories[1:]:
         _refuse_calibration_images(model_dir, selection, data)
@@ -303,6 +318,21 @@ def _calibration_record(selection: Selection, made: BatchReport, *, set_name: st
         **asdict(made),
         "images": sorted(image_hashes(selection.samples)),
     }
+
+
+def _calibration_notes(selection: Selection, made: BatchReport, spec: CalibrationSpec) -> list[str]:
+    """What of the calibration is not as it was asked for."""
+    notes = [
+        f"calibration: {row.got} {row.task} samples, though {row.asked} were asked for: the set {spec.set} has no more"
+        for row in selection.strata
+        if row.got < row.asked
+    ]
+    if made.too_long:
+        notes.append(
+            f"calibration: {len(made.too_long)} samples longer than max_tokens ({spec.max_tokens}) were left out: "
+            f"{', '.join(sorted(made.too_long)[:SHOWN])}{', ...' if len(made.too_long) > SHOWN else ''}"
+        )
+    return notes
 
 
 def _fingerprint(

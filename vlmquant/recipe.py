@@ -282,7 +282,15 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
     try:
         return Recipe.model_validate(yaml.safe_load(text))
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(item, root, name=name) for item in error.errors())) from error
+        raise RecipeError("\n".join(_explain(item, root, name=name) for item in _told(error))) from error
+
+
+def _told(error: ValidationError) -> list[Any]:
+    """The errors worth telling: a scheme written as a mapping is judged as one, not as a name that it is not either."""
+    found: list[Any] = error.errors()
+    return [
+        item for item in found if not (item["type"] == "literal_error" and isinstance(item["input"], dict))
+    ] or found
 
 
 def _refuse_tricks(node: yaml.Node, *, name: str, seen: set[int] | None = None) -> None:
