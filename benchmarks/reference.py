@@ -31,10 +31,12 @@ from vlmquant.report.data import Report, write_json
 from vlmquant.report.html import to_html
 from vlmquant.report.table import compare_rows, markdown_table
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 SHOWN = ("vlmquant", "torch", "transformers")
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
 TEST_STRATA = "caption=80,vqa=60,object=60"
+RECIPES = [*sorted(path.stem for path in shipped("recipes").glob("*.yaml")), str(HERE / "int8-vision.yaml")]
 PAIRS = (("gptq-w4", "rtn-w4"), ("awq-w4", "rtn-w4"), ("w3", "rtn-w3"), ("awq-w3", "rtn-w3"), ("mixed", "gptq-w4"))
 """Recipes whose KL is compared sample by sample."""
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--recipes", nargs="+", default=sorted(path.stem for path in shipped("recipes").glob("*.yaml")))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="names of shipped recipes, or files")
     parser.add_argument("--calibration-strata", default=CALIBRATION_STRATA)
     parser.add_argument("--test-strata", default=TEST_STRATA)
     parser.add_argument("--wrong-image", action="store_true", help="also score with other samples' images")
@@ -70,9 +72,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     outputs, runs = [], {}
-    for recipe in arguments.recipes:
+    for given in arguments.recipes:
+        recipe = Path(given).stem
         out = arguments.work / recipe
-        done = quantize(arguments.model, recipe, arguments.calibration, out, strata=arguments.calibration_strata)
+        done = quantize(arguments.model, given, arguments.calibration, out, strata=arguments.calibration_strata)
         runs[recipe] = {
             key: done[key]
             for key in ("user_cpu_seconds", "seconds", "peak_bytes", "bytes_after", "bits_per_weight", "compute_dtype")

@@ -32,6 +32,7 @@ ROOMS = [
     "grid",
     "recipe",
     "progress",
+    "threads",
     "errors",
 ]
 # The package's face and its `python -m` entry: they import lazily, from anywhere.

@@ -1,6 +1,7 @@
 """The command line: what each command prints, where, with which exit code; a user's mistake never gives a traceback."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,15 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
     for command in ("inspect", "plan", "calibrate", "quantize", "eval", "compare", "gate", "verify", "demo"):
         assert command in done.stdout
+
+
+def test_threads_wait_without_spinning_unless_told(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    run("--help")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    run("--help")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
 def test_inspect_prints_a_map_whose_bytes_add_up(run: Run, tiny_llava: Path) -> None:

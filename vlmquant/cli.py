@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from vlmquant.errors import EXIT_OK, InputError, UsageError, VlmquantError
+from vlmquant.threads import set_threads, wait_without_spinning
 
 app = typer.Typer(
     name="vlmquant",
@@ -343,14 +344,6 @@ def parse_dtype(name: str) -> Any:
     return getattr(torch, name)
 
 
-def set_threads(threads: int | None) -> None:
-    """Let torch use this many CPU threads."""
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def show(table: Any) -> None:
     """Print a table on stdout, as wide as it needs to be where stdout is no terminal."""
     from rich.console import Console
@@ -377,15 +370,6 @@ def main() -> None:
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror or error}", InputError.exit_code)
-
-
-def wait_without_spinning() -> None:
-    """Let torch's threads sleep while they wait for each other; to be called before torch is imported.
-
-    All our work is long rows of short parallel steps. Threads that spin between them, OpenMP's default, burn as much
-    CPU time again, and where other work holds a core they make every step wait for it.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def fail(message: str, code: int) -> None:

@@ -34,6 +34,7 @@ from vlmquant.evaluation.settings import Settings
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.loading import load_model
 from vlmquant.progress import bar
+from vlmquant.threads import QUIET_WAIT
 
 WORKER = "vlmquant.evaluation.worker"
 MANIFEST = "vlmquant.json"
@@ -76,7 +77,7 @@ def score_model(
         )
         command = [sys.executable, "-P", "-m", WORKER, str(request), str(result)]
         path = os.pathsep.join(filter(None, sys.path))  # the same modules as here, wherever we were started
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, check=False)
+        done = subprocess.run(command, env=QUIET_WAIT | os.environ | {"PYTHONPATH": path}, check=False)
         answer = json.loads(result.read_text()) if result.is_file() else {}
     if "error" in answer:
         raise getattr(errors, answer["error"]["kind"])(answer["error"]["message"])
