@@ -3,7 +3,7 @@
 import os
 
 QUIET_WAIT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment of a process whose threads sleep while they wait, where the user's own environment does not say otherwise.
+"""Environment of a process whose threads sleep while they wait; a user's own setting goes before it.
 
 All our work is long rows of short parallel steps. Threads that spin between them, OpenMP's default, burn as much CPU
 time again, and where other work holds a core they make every step wait for it.
