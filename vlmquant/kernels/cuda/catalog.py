@@ -1,0 +1,174 @@
+"""Every CUDA kernel as data: where its source is, how it is instantiated, which problems it takes, what it is passed.
+
+A source in `sources/` ends with a macro that makes an entry point of a name and template arguments. An `Entry` holds
+that call, so any selection of kernels is one short program: see `program`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "sources"
+PORTABLE = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_120", "sm_120a")
+"""Architectures that the portable kernels are compiled for; their PTX serves later ones."""
+HOPPER = ("sm_90a",)
+"""The only architecture with wgmma: its code runs on no later one."""
+DTYPES = ("f16", "bf16")
+SKINNY_TOKENS = 32
+"""Most tokens of the skinny kernels."""
+
+STRIP_ROWS = 64
+"""Rows, and columns, of a tile of packed codes (see vlmquant.packing)."""
+STAGE_COLUMNS = 128
+"""Columns that one stage of a Hopper ring holds: two tiles."""
+BARRIER_BYTES = 1024
+"""Barriers before the ring; and as much again, since dynamic shared memory need not begin at a multiple of 1024."""
+RING_STAGES = 32
+"""Most stages of a ring: the barriers have room for no more."""
+
+WEIGHT = (("codes", "pointer"), ("scales", "pointer"), ("zeros", "pointer"))
+SHAPE = (("tokens", "int"), ("rows", "int"), ("columns", "int"), ("group_size", "int"))
+PARTIAL = (("workspace", "pointer"), ("semaphores", "pointer"))
+
+ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "skinny": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE),
+    "skinny_hopper": (("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE, ("stages", "int")),
+    "gemm": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *SHAPE),
+    "gemm_hopper": (
+        *(("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE),
+        *(("stages", "int"), ("sweep_tiles", "int")),
+    ),
+    "dequantize": (*WEIGHT, ("dense", "pointer"), *SHAPE[1:], ("first_strip", "int")),
+}
+"""Name and kind of each argument, in order. A tensor map is the 128 bytes themselves; what each means is said in the
+source. Semaphores are zero before and after a launch; the workspace may hold anything."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel. Fields that a family has no use for are 0."""
+
+    name: str
+    family: str
+    """Its source without the ending, and its key in ARGUMENTS."""
+    instance: str
+    """The macro call that makes it."""
+    archs: tuple[str, ...]
+    dtype: str
+    """f16 or bf16: of inputs, outputs and scales."""
+    symmetric: bool
+    threads: int
+    """Of a block."""
+    token_tile: int = 0
+    """Tokens of a tile; for the skinny kernels the most tokens of a launch."""
+    row_tile: int = STRIP_ROWS
+    """Rows of a tile. Only `gemm` needs the weight's rows to be a multiple of it."""
+    groups: tuple[int, ...] = (32, 64, 128)
+    """The kinds of group that it takes, see `group_kind`."""
+
+    @property
+    def source(self) -> Path:
+        return SOURCES / f"{self.family}.cu"
+
+    @property
+    def arguments(self) -> tuple[tuple[str, str], ...]:
+        return ARGUMENTS[self.family]
+
+
+def group_kind(group_size: int, columns: int) -> int | None:
+    """32 and 64 for these sizes, 128 for a multiple of 128 or one group for all (packed) columns; None: no kernel."""
+    if group_size in (32, 64):
+        return group_size
+    return 128 if group_size % 128 == 0 or group_size == columns else None
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _suffix(symmetric: bool) -> str:
+    return "" if symmetric else "_asym"
+
+
+def _skinny(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry:
+    name = f"w4_skinny_{dtype}_m{tiles}_g{group}{_suffix(symmetric)}"
+    instance = f"VQ_SKINNY({name}, vq::{dtype}, {tiles}, {group}, {_flag(not symmetric)})"
+    return Entry(name, "skinny", instance, PORTABLE, dtype, symmetric, 256, 8 * tiles, 64, (group,))
+
+
+def _skinny_hopper(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry:
+    name = f"w4_skinny_hopper_{dtype}_m{tiles}_g{group}{_suffix(symmetric)}"
+    instance = f"VQ_SKINNY_HOPPER({name}, vq::{dtype}, {tiles}, {group}, {_flag(not symmetric)})"
+    return Entry(name, "skinny_hopper", instance, HOPPER, dtype, symmetric, 288, 8 * tiles, 256, (group,))
+
+
+def _gemm(dtype: str, symmetric: bool) -> Entry:
+    name = f"w4_gemm_{dtype}_m64{_suffix(symmetric)}"
+    instance = f"VQ_GEMM({name}, vq::{dtype}, {_flag(not symmetric)})"
+    return Entry(name, "gemm", instance, PORTABLE, dtype, symmetric, 256, 64, 128, (64, 128))
+
+
+def _gemm_hopper(dtype: str, tokens: int, warpgroups: int, group: int, symmetric: bool) -> Entry:
+    name = f"w4_gemm_hopper_{dtype}_n{tokens}_c{warpgroups}{'_g32' if group == 32 else ''}{_suffix(symmetric)}"
+    instance = (
+        f"VQ_GEMM_HOPPER({name}, vq::{dtype}, {tokens}, {warpgroups}, {_flag(group == 32)}, {_flag(not symmetric)})"
+    )
+    threads, groups = 128 * (warpgroups + 1), (32,) if group == 32 else (64, 128)
+    return Entry(name, "gemm_hopper", instance, HOPPER, dtype, symmetric, threads, tokens, 64 * warpgroups, groups)
+
+
+def _dequantize(dtype: str, symmetric: bool) -> Entry:
+    name = f"w4_dequantize_{dtype}{_suffix(symmetric)}"
+    instance = f"VQ_DEQUANTIZE({name}, vq::{dtype}, {_flag(not symmetric)})"
+    return Entry(name, "dequantize", instance, PORTABLE, dtype, symmetric, 256)
+
+
+def _all() -> Iterable[Entry]:
+    for dtype in DTYPES:
+        for symmetric in (True, False):
+            for group in (32, 64, 128):
+                for tiles in (1, 2, 4):
+                    yield _skinny(dtype, tiles, group, symmetric)
+                for tiles in (1, 2, 3, 4):
+                    yield _skinny_hopper(dtype, tiles, group, symmetric)
+            yield _gemm(dtype, symmetric)
+            for group in (32, 64):
+                for tokens, warpgroups in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2)):
+                    yield _gemm_hopper(dtype, tokens, warpgroups, group, symmetric)
+            yield _dequantize(dtype, symmetric)
+
+
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _all()}
+
+
+def program(entries: Iterable[Entry]) -> str:
+    """CUDA C++ text that defines these kernels, all of one family; SOURCES is its include directory."""
+    chosen = list(entries)
+    (family,) = {entry.family for entry in chosen}
+    return "\n".join([f'#include "{family}.cu"', *(entry.instance for entry in chosen), ""])
+
+
+def stage_bytes(entry: Entry, group_size: int) -> int:
+    """Bytes of one stage of a Hopper kernel's ring: inputs, codes, scales and zeros of STAGE_COLUMNS columns."""
+    strips = entry.row_tile // STRIP_ROWS
+    groups = 1 if group_size >= STAGE_COLUMNS else STAGE_COLUMNS // group_size
+    used = 2 * 128 * entry.token_tile + strips * (2 * 2048 + groups * (128 if entry.symmetric else 192))
+    return -(-used // 1024) * 1024
+
+
+def shared_bytes(
+    entry: Entry, *, tokens: int = 0, columns: int = 0, splits: int = 1, group_size: int = 0, stages: int = 0
+) -> int:
+    """Dynamic shared memory of a launch.
+
+    skinny: tokens, columns and splits (blocks that share a strip). Hopper kernels: group_size and stages.
+    """
+    if entry.family == "skinny":
+        units = -(-columns // STAGE_COLUMNS)
+        row = -(-units // splits) * STAGE_COLUMNS + 8  # a token's slice; 8 more keep rows off each other's banks
+        return max(tokens * row * 2, 2 * STRIP_ROWS * entry.token_tile * 4)
+    if entry.family == "gemm":
+        return 4 * (entry.token_tile * 128 + 2 * 2048)
+    if entry.family == "dequantize":
+        return 8 * 16 * 144
+    return 2 * BARRIER_BYTES + stages * stage_bytes(entry, group_size)
