@@ -28,12 +28,15 @@ constexpr uint32_t F16_MINUS_64 = 0xd400d400;     // -64 twice; one unit in the 
 constexpr int AND_OR = 0xea;                      // lop3: (a & b) | c
 
 // The codes of a word as biased numbers: bf16 128 + n; fp16 1024 + n on top and 1024 + 16 n at the bottom.
+template <int I> VQ_DEVICE uint32_t biased_bf16(uint32_t word) {
+  return lop3<AND_OR>(I == 0 ? word : word >> (4 * I), CODE_MASK, BF16_128);
+}
 template <class T> VQ_DEVICE void biased_codes(uint32_t word, uint32_t (&a)[4]) {
   if (T::is_bf16) {
-    a[0] = lop3<AND_OR>(word, CODE_MASK, BF16_128);
-    a[1] = lop3<AND_OR>(word >> 4, CODE_MASK, BF16_128);
-    a[2] = lop3<AND_OR>(word >> 8, CODE_MASK, BF16_128);
-    a[3] = lop3<AND_OR>(word >> 12, CODE_MASK, BF16_128);
+    a[0] = biased_bf16<0>(word);
+    a[1] = biased_bf16<1>(word);
+    a[2] = biased_bf16<2>(word);
+    a[3] = biased_bf16<3>(word);
   } else {
     const uint32_t word_8 = word >> 8;
     a[0] = lop3<AND_OR>(word, CODE_MASK, F16_1024);
@@ -43,14 +46,14 @@ template <class T> VQ_DEVICE void biased_codes(uint32_t word, uint32_t (&a)[4]) 
   }
 }
 
-// The codes of a word minus their zeros, exactly.
+// The codes of a word minus their zeros, exactly. (The order of the lines matters: ptxas schedules by it.)
 template <class T>
 VQ_DEVICE void codes_minus_zeros(uint32_t word, uint32_t zero_top, uint32_t zero_bottom, uint32_t (&a)[4]) {
   if (T::is_bf16) {
-    a[0] = subtract2<T>(lop3<AND_OR>(word, CODE_MASK, BF16_128), zero_top);
-    a[1] = subtract2<T>(lop3<AND_OR>(word >> 4, CODE_MASK, BF16_128), zero_bottom);
-    a[2] = subtract2<T>(lop3<AND_OR>(word >> 8, CODE_MASK, BF16_128), zero_top);
-    a[3] = subtract2<T>(lop3<AND_OR>(word >> 12, CODE_MASK, BF16_128), zero_bottom);
+    a[0] = subtract2<T>(biased_bf16<0>(word), zero_top);
+    a[1] = subtract2<T>(biased_bf16<1>(word), zero_bottom);
+    a[2] = subtract2<T>(biased_bf16<2>(word), zero_top);
+    a[3] = subtract2<T>(biased_bf16<3>(word), zero_bottom);
   } else {
     uint32_t biased[4];
     biased_codes<T>(word, biased);
