@@ -39,6 +39,8 @@ SEMAPHORES = 1 << 17
 MAX_GRID_Y = 65535
 SKINNY_SHARED = 96 << 10
 """Most shared memory of a skinny block: what every architecture has (99 KiB on 8.6, 8.9 and 12.0)."""
+SKINNY_EDGES = (8, 16, 24, 32)
+"""Most tokens of each kind of skinny kernel."""
 SKINNY_BLOCKS_PER_SM = 4
 SKINNY_UNITS = 8
 """A part of fewer units than this (STAGE_COLUMNS columns each) costs more than it hides."""
@@ -146,6 +148,14 @@ def choose(problem: Problem, gpu: Gpu) -> Plan:
             warn_once(f"a weight of {problem.rows}x{problem.columns} is expanded at every call; {why}")
         return found
     raise KernelError(f"{problem}: {found}; hold this weight in another layout")
+
+
+def entries_for(rows: int, columns: int, group_size: int, symmetric: bool, dtype: str, gpu: Gpu) -> set[str]:
+    """Every entry that `choose` may name for a weight, however many tokens come."""
+    lines = (*overrides(gpu.name), *table(_table_name(gpu)))
+    edges = {row.tokens for row in lines if row.tokens is not None} | set(SKINNY_EDGES)
+    counts = {1, *edges, *(edge + 1 for edge in edges)}
+    return {choose(Problem(tokens, rows, columns, group_size, symmetric, dtype), gpu).entry for tokens in counts}
 
 
 def plan(problem: Problem, gpu: Gpu, choice: Choice, *, why: str = "asked for") -> Plan | str:
@@ -318,26 +328,28 @@ def provenance(name: str) -> str:
 
 def parse_row(data: dict[str, Any]) -> Row:
     """KernelError for a key, kernel or value that means nothing."""
-    data = dict(data)
-    limits = {key: data.pop(key) for key in ("tokens", "weights", "shape") if key in data}
-    if "shape" in limits:
-        limits["shape"] = tuple(limits["shape"])
+    if not isinstance(data, dict) or "kernel" not in data:
+        raise KernelError(f"a row of a dispatch table names no kernel: {data}")
+    numbers = {key: value for key, value in data.items() if key not in ("kernel", "grid", "shape")}
+    shape = data.get("shape")
+    values = [*numbers.values(), *(shape if isinstance(shape, list) else [])]
+    if not all(type(value) is int and value > 0 for value in values) or (shape is not None and len(shape) != 2):
+        raise KernelError(f"a row of a dispatch table has impossible numbers: {data}")
+    limits = {key: data[key] for key in ("tokens", "weights") if key in data}
     try:
-        choice = Choice(**data)
+        choice = Choice(**{key: value for key, value in data.items() if key not in (*limits, "shape")})
     except TypeError as error:
-        raise KernelError(f"a row of a dispatch table has unknown or missing keys: {error}") from error
-    numbers = (choice.blocks_per_sm, choice.ring_kib, choice.tile_tokens, choice.warpgroups)
+        raise KernelError(f"a row of a dispatch table has unknown keys: {data}") from error
     if choice.kernel not in PLANNERS or choice.grid not in ("sms", "even"):
         raise KernelError(f"a row of a dispatch table asks for {choice.kernel!r} on grid {choice.grid!r}")
-    if not all(isinstance(number, int) and 0 <= number <= 4096 for number in numbers) or choice.blocks_per_sm < 1:
-        raise KernelError(f"a row of a dispatch table has impossible numbers: {data}")
-    return Row(choice, **limits)
+    return Row(choice, shape=None if shape is None else (shape[0], shape[1]), **limits)
 
 
 def write_row(row: Row) -> dict[str, Any]:
     """The inverse of `parse_row`."""
     limits = {"tokens": row.tokens, "weights": row.weights, "shape": row.shape}
-    return {key: value for key, value in limits.items() if value is not None} | asdict(row.choice)
+    found = limits | asdict(row.choice)
+    return {key: list(value) if key == "shape" else value for key, value in found.items() if value}
 
 
 def override_path(gpu_name: str) -> Path:

@@ -55,6 +55,9 @@ class Arguments:
         self.addresses = (ctypes.c_void_p * len(self.cells))(*map(ctypes.addressof, self.cells))
         self.places = {name: index for index, name in enumerate(self.names)}
 
+    def takes(self, name: str) -> bool:
+        return name in self.places
+
     def write(self, values: Mapping[str, Value]) -> None:
         """Values by the names that the catalog gives them."""
         for name, value in values.items():
@@ -73,8 +76,6 @@ class Launch:
         driver = _driver()
         self.plan, self.function, self.context = plan, function, context
         self.arguments = Arguments(ENTRIES[plan.entry])
-        missing = set(values) - set(self.arguments.names)
-        assert not missing, f"{plan.entry} takes no {missing}"
         self.arguments.write(values)
         self.lock = threading.Lock()
         self.config = driver.CUlaunchConfig()
@@ -108,11 +109,11 @@ class Device:
 
     def __init__(self, index: int) -> None:
         self.index = index
+        self.place = torch.device("cuda", index)
         self.gpu = _gpu(index)
         self.context: Any = None
         self.functions: dict[str, Any] = {}
         self.images: list[bytes] = []
-        self.launches: dict[Any, Launch] = {}
         self.maps: dict[tuple[int, ...], ctypes.Array[ctypes.c_char]] = {}
         self.workspaces: dict[int, tuple[Tensor, Tensor]] = {}
         self.spares: list[tuple[Tensor, Tensor]] = []
@@ -152,15 +153,10 @@ class Device:
         _check(driver.cuFuncSetAttribute(function, dynamic, self.gpu.shared_bytes - static), name)
         return function
 
-    def launch(self, key: Any, plan: Plan, values: Mapping[str, Value]) -> Launch:
-        """The launch kept under this key, made of plan and values at its first use."""
-        found = self.launches.get(key)
-        if found is None:
-            with self.lock:
-                if plan.entry not in self.functions:
-                    self.prepare([ENTRIES[plan.entry]])
-                found = self.launches[key] = Launch(plan, self.functions[plan.entry], self.context, values)
-        return found
+    def launch(self, plan: Plan, values: Mapping[str, Value]) -> Launch:
+        """A launch of this plan, its entry loaded, with the values that stay."""
+        self.prepare([ENTRIES[plan.entry]])
+        return Launch(plan, self.functions[plan.entry], self.context, values)
 
     def workspace(self, stream: int) -> tuple[Tensor, Tensor]:
         """Partial sums (WORKSPACE_FLOATS,) float32 and semaphores (SEMAPHORES,) int32 of a stream.
@@ -184,8 +180,8 @@ class Device:
         if len(self.spares) == SPARE_WORKSPACES or torch.cuda.is_current_stream_capturing():
             return
         while len(self.spares) < SPARE_WORKSPACES:
-            sums = torch.zeros(WORKSPACE_FLOATS, dtype=torch.float32, device=f"cuda:{self.index}")
-            self.spares.append((sums, torch.zeros(SEMAPHORES, dtype=torch.int32, device=sums.device)))
+            sums = torch.zeros(WORKSPACE_FLOATS, dtype=torch.float32, device=self.place)
+            self.spares.append((sums, torch.zeros(SEMAPHORES, dtype=torch.int32, device=self.place)))
         # Another stream will use them. And what was packed just now is there before a kernel that does not wait for it.
         torch.cuda.synchronize(self.index)
 

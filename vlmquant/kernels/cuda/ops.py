@@ -1,0 +1,227 @@
+"""The product with a packed 4-bit weight as an operator of torch: `torch.ops.vlmquant.w4_linear`.
+
+Being an operator, it passes through `torch.compile(fullgraph=True)` and can be captured into a CUDA graph. On a GPU the
+planned kernel runs; everywhere else, and where no kernel can, torch expands the weight some strips at a time, which is
+the definition of the answer. Weights are in the layout VQ4 of packing.py, padded; inputs and outputs are not.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmquant.errors import KernelError
+from vlmquant.grid import dequantize_codes
+from vlmquant.kernels.cuda import launch
+from vlmquant.kernels.cuda.catalog import ENTRIES, STRIP_ROWS
+from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entries_for, plan
+from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4
+
+STRIPS_AT_ONCE = 64
+"""Strips expanded together where no kernel runs: 4096 rows."""
+
+LIBRARY: Any = torch.library.Library("vlmquant", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY.define(
+    "w4_linear(Tensor inputs, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int rows, int group_size) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def w4_expanded(
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+) -> Tensor:
+    """inputs (..., columns) -> (..., rows) of the same dtype: expand the weight, then multiply. On any device.
+
+    codes (strips, k-blocks, 4, 32, 4) int32, scales and zeros (strips, groups, 4, 8, 2) as vlmquant.packing orders
+    them, group_size of the packed weight, bias (rows,) or None.
+    """
+    columns, groups = inputs.shape[-1], scales.shape[1]
+    outputs = inputs.new_empty(*inputs.shape[:-1], rows)
+    for start in range(0, len(codes), STRIPS_AT_ONCE):
+        part = slice(start, start + STRIPS_AT_ONCE)
+        some = slice(start * VQ4_TILE, min(rows, (start + STRIPS_AT_ONCE) * VQ4_TILE))
+        count = some.stop - some.start
+        weight = dequantize_codes(
+            unpack_vq4(codes[part], count, columns, bits=4, symmetric=zeros is None),
+            restore_vq4(scales[part], count, groups).float(),
+            None if zeros is None else restore_vq4(zeros[part], count, groups),
+            bits=4,
+            group_size=group_size,
+        )
+        outputs[..., some] = nn.functional.linear(inputs, weight.to(inputs.dtype))
+    return outputs if bias is None else outputs.add_(bias.to(outputs.dtype))
+
+
+def w4_linear_cuda(
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+) -> Tensor:
+    """As `w4_expanded`, by the kernel that dispatch.py plans."""
+    index = codes.device.index
+    if inputs.device != codes.device:
+        raise KernelError(f"inputs are on {inputs.device} and the weight on {codes.device}; move one to the other")
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return w4_linear_cuda(inputs, codes, scales, zeros, bias, rows, group_size)
+    refused = launch.unavailable(index)
+    if inputs.dtype not in launch.DTYPE_NAMES or inputs.dtype != scales.dtype:
+        refused = f"no kernel for {inputs.dtype} inputs with {scales.dtype} scales"
+    if refused is None:
+        try:
+            return _run_w4(launch.device(index), inputs, codes, scales, zeros, bias, rows, group_size)
+        except _NoKernelError as error:
+            refused = str(error)
+    warn_once(f"weights are expanded by torch at every call, which is slow: {refused}")
+    return w4_expanded(inputs, codes, scales, zeros, bias, rows, group_size)
+
+
+class _NoKernelError(Exception):
+    """This product has no kernel on this GPU."""
+
+
+def _run_w4(
+    device: launch.Device,
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+) -> Tensor:
+    columns = inputs.shape[-1]
+    flat = inputs.reshape(-1, columns)
+    padded_rows, padded_columns = codes.shape[0] * STRIP_ROWS, codes.shape[1] * STRIP_ROWS
+    outputs = inputs.new_empty(len(flat), padded_rows)
+    if len(flat):
+        problem = Problem(
+            len(flat),
+            padded_rows,
+            padded_columns,
+            group_size,
+            zeros is None,
+            launch.DTYPE_NAMES[inputs.dtype],
+        )
+        ready = _ready(problem, device)
+        if isinstance(ready, str):
+            raise _NoKernelError(ready)
+        start_w4(device, ready, aligned(flat, padded_columns), codes, scales, zeros, outputs)
+    if padded_rows != rows:
+        outputs = outputs[:, :rows].contiguous()
+    if bias is not None:
+        outputs.add_(bias.to(outputs.dtype))
+    return outputs.view(*inputs.shape[:-1], rows)
+
+
+def start_w4(
+    device: launch.Device,
+    ready: launch.Launch,
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    outputs: Tensor,
+) -> None:
+    """Put one product on the current stream: inputs (tokens, packed columns), outputs (tokens, packed rows)."""
+    stream = torch.cuda.current_stream(device.index).cuda_stream
+    values: dict[str, launch.Value] = {
+        "codes": codes.data_ptr(),
+        "scales": scales.data_ptr(),
+        "zeros": 0 if zeros is None else zeros.data_ptr(),
+    }
+    if ready.plan.kernel == "dequantize":
+        dense = inputs.new_empty(outputs.shape[1], inputs.shape[1])
+        ready.start(stream, values | {"dense": dense.data_ptr()})
+        torch.mm(inputs, dense.T, out=outputs)
+        return
+    box = ready.plan.token_box
+    values["inputs"] = device.tensor_map(inputs, box) if box else inputs.data_ptr()
+    values["outputs"] = outputs.data_ptr()
+    if ready.arguments.takes("workspace"):
+        sums, semaphores = device.workspace(stream)
+        values |= {"workspace": sums.data_ptr(), "semaphores": semaphores.data_ptr()}
+    ready.start(stream, values)
+
+
+def make_launch(device: launch.Device, chosen: Plan, problem: Problem) -> launch.Launch:
+    """A plan's launch, loaded, with the arguments that plan and problem settle."""
+    known: dict[str, launch.Value] = {
+        "tokens": problem.tokens,
+        "rows": problem.rows,
+        "columns": problem.columns,
+        "group_size": problem.group_size,
+        "stages": chosen.stages,
+        "sweep_tiles": chosen.sweep_tiles,
+        "first_strip": 0,
+    }
+    names = {name for name, _ in ENTRIES[chosen.entry].arguments}
+    return device.launch(chosen, {name: value for name, value in known.items() if name in names})
+
+
+@functools.lru_cache(maxsize=4096)
+def _ready(problem: Problem, device: launch.Device) -> launch.Launch | str:
+    """The launch of the chosen kernel; of the one that expands, if that does not load; else why there is none."""
+    try:
+        chosen = choose(problem, device.gpu)
+    except KernelError as error:
+        return str(error)
+    try:
+        return make_launch(device, chosen, problem)
+    except KernelError as error:
+        if torch.cuda.is_current_stream_capturing():
+            raise
+        warn_once(f"{chosen.entry} does not run here: {error}")
+    expanding = plan(problem, device.gpu, Choice("dequantize"), why=f"{chosen.entry} does not run here")
+    try:
+        return expanding if isinstance(expanding, str) else make_launch(device, expanding, problem)
+    except KernelError as error:
+        return str(error)
+
+
+def prepare_w4(device: torch.device, rows: int, columns: int, group_size: int, symmetric: bool, name: str) -> None:
+    """Compile and load what products with a packed weight of this kind will run, so that graphs can be captured."""
+    with torch.cuda.device(device):
+        kept = launch.device(torch.cuda.current_device())
+        try:
+            kept.prepare(ENTRIES[entry] for entry in entries_for(rows, columns, group_size, symmetric, name, kept.gpu))
+        except KernelError as error:
+            warn_once(f"kernels are not ready before their first use: {error}")
+
+
+def aligned(inputs: Tensor, columns: int) -> Tensor:
+    """(tokens, n) -> (tokens, columns), padded with zeros, rows in one piece, aligned as the kernels read them."""
+    if inputs.shape[1] != columns:
+        return nn.functional.pad(inputs, (0, columns - inputs.shape[1]))
+    inputs = inputs.contiguous()
+    return inputs.clone() if inputs.data_ptr() % launch.ALIGNMENT else inputs
+
+
+def _w4_fake(
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], rows)
+
+
+LIBRARY.impl("w4_linear", w4_expanded, "CPU")
+LIBRARY.impl("w4_linear", w4_linear_cuda, "CUDA")
+torch.library.register_fake("vlmquant::w4_linear", _w4_fake, lib=LIBRARY)
