@@ -18,8 +18,13 @@ typedef unsigned long long uint64_t;
 
 #define VQ_DEVICE __device__ __forceinline__
 #define VQ_UNROLL _Pragma("unroll")
-// Dynamic shared memory of the block, as bytes.
+// Dynamic shared memory of the block, as bytes. To NVRTC we promise 1024, the most a kernel needs: VQ_ALIGN_1024 then
+// costs nothing. Without that, NVRTC (unlike nvcc) keeps its 64-bit sums in registers, and hot Hopper kernels spill.
+#ifdef __CUDACC_RTC__
+#define VQ_SHARED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
+#else
 #define VQ_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
 // Head of an entry point: the most threads of a block, and for VQ_KERNEL_RESIDENT how many blocks an SM must hold
 // (which caps the registers of a thread).
 #define VQ_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
