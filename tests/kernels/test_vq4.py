@@ -11,8 +11,8 @@ from vlmquant.linear import QuantLinear
 from vlmquant.packing import vq4_shape
 from vlmquant.recipe import SHORT_SCHEMES
 
-RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
-"""Of the output's norm: half a unit of the weight's last place and as much of the output's, on average less."""
+RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+"""Of the output's norm. fp16 is under 3e-4 on average, and a little more where there are few outputs."""
 
 # rows, columns, bits, group size, symmetric, dtype of the scales
 CASES = [

@@ -175,12 +175,24 @@ def read_cached(path: Path) -> bytes | None:
         data = path.read_bytes()
     except OSError:
         return None
+    code = _verified(data)
+    if code is None:
+        LOGGER.warning("%s: damaged; it is compiled again", path)
+    return code
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file of the cache is as it was written."""
+    try:
+        return _verified(path.read_bytes()) is not None
+    except OSError:
+        return False
+
+
+def _verified(data: bytes) -> bytes | None:
     head = len(MAGIC) + hashlib.sha256().digest_size
     code = data[head:]
-    if data[:head] != MAGIC + hashlib.sha256(code).digest():
-        LOGGER.warning("%s: damaged; it is compiled again", path)
-        return None
-    return code
+    return code if data[:head] == MAGIC + hashlib.sha256(code).digest() else None
 
 
 def write_cached(path: Path, code: bytes) -> None:

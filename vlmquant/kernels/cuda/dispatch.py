@@ -127,12 +127,13 @@ class Row:
         )
 
 
-def choose(problem: Problem, gpu: Gpu) -> Plan:
-    """The launch for this problem. KernelError if not even dequantizing is possible."""
-    origins = (
-        (f"tuned for {gpu.name}", overrides(gpu.name)),
-        (f"table of {_table_name(gpu)}", table(_table_name(gpu))),
-    )
+def choose(problem: Problem, gpu: Gpu, *, tuned: bool = True) -> Plan:
+    """The launch for this problem. KernelError if not even dequantizing is possible.
+
+    tuned: by the override file first, if there is one.
+    """
+    name = _table_name(gpu)
+    origins = ((f"tuned for {gpu.name}", overrides(gpu.name) if tuned else ()), (f"table of {name}", table(name)))
     refused = []
     for origin, rows in origins:
         for row in rows:
@@ -319,6 +320,10 @@ def _tables() -> dict[str, Any]:
 @functools.cache
 def table(name: str) -> tuple[Row, ...]:
     return tuple(parse_row(row) for row in _tables()[name]["rows"])
+
+
+def table_names() -> tuple[str, ...]:
+    return tuple(_tables())
 
 
 def provenance(name: str) -> str:
