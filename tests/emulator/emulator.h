@@ -169,6 +169,7 @@ struct Block {
   int barrier_arrived = 0, alive = 0, waiting_for_blocks = 0;
   uint32_t barrier_generation = 0;
   uint64_t progress = 0;  // counts meetings that took place
+  uint64_t visits = 0;    // how often the block has been given the CPU
   std::shared_ptr<HopperState> hopper;
   std::function<const char*()> unfinished;  // what is still under way, or null
 };
@@ -235,20 +236,19 @@ __attribute__((noinline)) inline void yield() {
 
 // Returns when `ready` is true, letting the other fibers run. `for_blocks`: another block will make it true.
 template <class Ready> inline void wait_until(Ready ready, bool for_blocks = false) {
-  uint64_t seen = block->progress;
+  uint64_t seen = block->progress + block->visits;
   for (int rounds = 0; !ready();) {
     block->waiting_for_blocks += for_blocks;
     yield();
-    block->waiting_for_blocks -= for_blocks;
-    if (block->progress != seen) {
-      seen = block->progress;
+    if (block->progress + block->visits != seen) {
+      seen = block->progress + block->visits;
       rounds = 0;
     } else if (++rounds > PATIENCE) {
-      if (!for_blocks && !block->waiting_for_blocks) fail("deadlock" + whereabouts());
+      if (!block->waiting_for_blocks) fail("deadlock" + whereabouts());
       Lane* from = block->current;  // leave the block until others have run
       vq_switch_stack(&from->stack, block->main_stack);
-      rounds = 0;
     }
+    block->waiting_for_blocks -= for_blocks;
   }
 }
 
@@ -417,6 +417,7 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
   uint32_t started = 0;
   auto run = [&](Block* b) {  // true: it has ended
     block = b;
+    b->visits++;
     vq_switch_stack(&b->main_stack, b->current->stack);
     block = nullptr;
     return b->alive == 0 || !failure.empty();
@@ -460,11 +461,16 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
   return failure;
 }
 
-// Calls kernel(*params[0], *params[1], ...), as cuLaunchKernel does.
+// Calls kernel(*params[0], *params[1], ...), as cuLaunchKernel does; parameters may lie at any address.
+template <class Parameter> inline Parameter parameter_at(const void* address) {
+  Parameter value;
+  memcpy((void*)&value, address, sizeof value);
+  return value;
+}
 template <class... Parameters, size_t... I>
 inline std::string launch_with(void (*function)(Parameters...), const Launch& how, void** params,
                                std::index_sequence<I...>) {
-  return launch(how, [=] { function(*(std::decay_t<Parameters>*)params[I]...); });
+  return launch(how, [=] { function(parameter_at<std::decay_t<Parameters>>(params[I])...); });
 }
 template <class... Parameters>
 inline int launch_kernel(void (*function)(Parameters...), const Launch* how, void** params, Counters* counted,

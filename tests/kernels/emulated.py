@@ -1,6 +1,7 @@
 """Problems for the emulated W4 kernels: a random weight, packed, and its product in float64."""
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,6 +69,8 @@ class Data:
 class Result:
     outputs: Tensor
     """(tokens, packed rows)."""
+    dense: Tensor
+    """(packed rows, packed columns), what `dequantize` wrote."""
     counters: Counters
     problem: Problem
 
@@ -76,6 +79,11 @@ class Result:
         exact = data_of(self.problem).expected
         found = self.outputs[:, : self.problem.rows].double()
         return ((found - exact).norm() / exact.norm()).item()
+
+
+def largest_error(problem: Problem) -> float:
+    """RELATIVE_ERROR, and more where few outputs estimate it: over n of them it varies by about 1 / sqrt(n)."""
+    return RELATIVE_ERROR[problem.dtype] * (1 + 3 / math.sqrt(problem.tokens * problem.rows))
 
 
 @functools.lru_cache(maxsize=32)
@@ -165,4 +173,4 @@ def run(emulator: Emulator, problem: Problem, how: How, *, seed: int = 0) -> Res
     assert not semaphores.any(), "a semaphore is not back at zero"
     if how.family == "dequantize":
         outputs = (data.padded_inputs.double() @ dense.double().T).to(dtype)
-    return Result(outputs, counters, problem)
+    return Result(outputs, dense, counters, problem)
