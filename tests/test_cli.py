@@ -127,7 +127,7 @@ def test_doctor_needs_no_gpu(run: Run) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
 def test_tune_without_a_gpu_is_one_error(run: Run, tmp_path: Path) -> None:
-    message = "nothing to tune: torch finds no CUDA device; run this on the machine with the GPU"
+    message = "nothing to measure: torch finds no CUDA device; run this on the machine with the GPU"
     refused(run, tmp_path / "none", "tune", code=1, message=message)
 
 

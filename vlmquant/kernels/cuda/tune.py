@@ -34,7 +34,7 @@ def require_cuda() -> torch.device:
     """The present GPU. KernelError if there is none that the kernels run on."""
     reason = launch.unavailable(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     if reason is not None:
-        raise KernelError(f"nothing to tune: {reason}; run this on the machine with the GPU")
+        raise KernelError(f"nothing to measure: {reason}; run this on the machine with the GPU")
     return torch.device("cuda", torch.cuda.current_device())
 
 
