@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from vlmquant.kernels.cuda import build, launch, ops
+from vlmquant.kernels.cuda import build, launch
 from vlmquant.kernels.cuda.catalog import ENTRIES
 from vlmquant.kernels.cuda.dispatch import Gpu
 
@@ -148,5 +148,4 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, **options: Any) -> tuple[
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=STREAM))
     device = launch.Device(0)
     device.place = torch.device("cpu")
-    ops._ready.cache_clear()
     return fake, device

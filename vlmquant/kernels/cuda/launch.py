@@ -24,6 +24,8 @@ DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 TENSOR_MAP_BYTES = 128
 BOX_COLUMNS = 64
 """Columns of one copy from the inputs: the 128 bytes of a swizzle row."""
+LAUNCHES_KEPT = 4096
+"""Launches kept: one for each weight shape and number of tokens."""
 MAPS_KEPT = 4096
 """Tensor maps kept; torch's allocator hands out the same addresses again and again."""
 SPARE_WORKSPACES = 2
@@ -114,7 +116,9 @@ class Device:
         self.context: Any = None
         self.functions: dict[str, Any] = {}
         self.images: list[bytes] = []
-        self.maps: dict[tuple[int, ...], ctypes.Array[ctypes.c_char]] = {}
+        self.ready: dict[tuple[Any, ...], Launch] = {}
+        """Launches by what decides on them, see ops.py."""
+        self.maps: dict[tuple[Any, ...], ctypes.Array[ctypes.c_char]] = {}
         self.workspaces: dict[int, tuple[Tensor, Tensor]] = {}
         self.spares: list[tuple[Tensor, Tensor]] = []
         self.lock = threading.RLock()
@@ -187,7 +191,7 @@ class Device:
 
     def tensor_map(self, inputs: Tensor, box: int) -> ctypes.Array[ctypes.c_char]:
         """How a kernel copies boxes of (box tokens, BOX_COLUMNS) of inputs (tokens, columns); beyond them are zeros."""
-        key = (inputs.data_ptr(), *inputs.shape, inputs.stride(0), box, inputs.dtype is torch.bfloat16)
+        key = (inputs.data_ptr(), inputs.shape, inputs.stride(0), box, inputs.dtype)
         found = self.maps.get(key)
         if found is None:
             if len(self.maps) >= MAPS_KEPT:

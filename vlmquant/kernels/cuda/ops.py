@@ -5,7 +5,6 @@ planned kernel runs; everywhere else, and where no kernel can, torch expands the
 the definition of the answer. Weights are in the layout VQ4 of packing.py, padded; inputs and outputs are not.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -104,27 +103,27 @@ def _run_w4(
     group_size: int,
 ) -> Tensor:
     columns = inputs.shape[-1]
-    flat = inputs.reshape(-1, columns)
-    padded_rows, padded_columns = codes.shape[0] * STRIP_ROWS, codes.shape[1] * STRIP_ROWS
-    outputs = inputs.new_empty(len(flat), padded_rows)
-    if len(flat):
-        problem = Problem(
-            len(flat),
-            padded_rows,
-            padded_columns,
-            group_size,
-            zeros is None,
-            launch.DTYPE_NAMES[inputs.dtype],
-        )
-        ready = _ready(problem, device)
-        if isinstance(ready, str):
-            raise _NoKernelError(ready)
+    flat = inputs if inputs.dim() == 2 else inputs.reshape(-1, columns)
+    tokens, (strips, blocks) = flat.shape[0], codes.shape[:2]
+    padded_rows, padded_columns = strips * STRIP_ROWS, blocks * STRIP_ROWS
+    outputs = inputs.new_empty((tokens, padded_rows))
+    if tokens:
+        key = (tokens, padded_rows, padded_columns, group_size, zeros is None, inputs.dtype)
+        ready = device.ready.get(key)
+        if ready is None:
+            problem = Problem(*key[:-1], launch.DTYPE_NAMES[inputs.dtype])
+            found = ready_for(problem, device)
+            if isinstance(found, str):
+                raise _NoKernelError(found)
+            if len(device.ready) >= launch.LAUNCHES_KEPT:
+                device.ready.clear()
+            ready = device.ready[key] = found
         start_w4(device, ready, aligned(flat, padded_columns), codes, scales, zeros, outputs)
     if padded_rows != rows:
         outputs = outputs[:, :rows].contiguous()
     if bias is not None:
         outputs.add_(bias.to(outputs.dtype))
-    return outputs.view(*inputs.shape[:-1], rows)
+    return outputs if inputs.dim() == 2 else outputs.view(*inputs.shape[:-1], rows)
 
 
 def start_w4(
@@ -153,7 +152,7 @@ def start_w4(
     values["outputs"] = outputs.data_ptr()
     if ready.arguments.takes("workspace"):
         sums, semaphores = device.workspace(stream)
-        values |= {"workspace": sums.data_ptr(), "semaphores": semaphores.data_ptr()}
+        values["workspace"], values["semaphores"] = sums.data_ptr(), semaphores.data_ptr()
     ready.start(stream, values)
 
 
@@ -172,8 +171,7 @@ def make_launch(device: launch.Device, chosen: Plan, problem: Problem) -> launch
     return device.launch(chosen, {name: value for name, value in known.items() if name in names})
 
 
-@functools.lru_cache(maxsize=4096)
-def _ready(problem: Problem, device: launch.Device) -> launch.Launch | str:
+def ready_for(problem: Problem, device: launch.Device) -> launch.Launch | str:
     """The launch of the chosen kernel; of the one that expands, if that does not load; else why there is none."""
     try:
         chosen = choose(problem, device.gpu)

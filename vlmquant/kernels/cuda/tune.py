@@ -125,6 +125,7 @@ def tune(
         torch.cuda.empty_cache()
     rows_written = [dispatch.write_row(row) for row in (*older, *found)]
     write(path, kept.gpu, rows_written, dtype)
+    kept.ready.clear()
     return path, rows_written
 
 
@@ -142,4 +143,3 @@ def write(path: Path, gpu: Gpu, rows: list[dict[str, Any]], dtype: str) -> None:
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     dispatch.overrides.cache_clear()
-    ops._ready.cache_clear()
