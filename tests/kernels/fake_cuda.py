@@ -1,6 +1,7 @@
 """A CUDA driver that starts nothing, and takes apart what it is given by the catalog; no GPU is asked for anything."""
 
 import ctypes
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -25,12 +26,20 @@ class Started:
     """One launch, as the driver saw it."""
 
     entry: str
+    block: int
+    """Address of the argument block."""
     values: dict[str, Any]
     grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    threads: tuple[int, int, int]
     shared_bytes: int
     stream: int
     dependent: bool
+
+
+def encoded(described: dict[str, Any]) -> bytes:
+    """A tensor map as the CPU emulator reads it."""
+    (columns, rows), (row_bytes,) = described["sizes"], described["strides"]
+    return struct.pack("=QQQQII88x", described["address"], columns, rows, row_bytes, *described["box"])
 
 
 @dataclass
@@ -97,7 +106,7 @@ class FakeDriver:
                 "modes": (interleave.name, swizzle.name, promotion.name, fill.name),
             }
         )
-        words = ctypes.create_string_buffer(bytes([len(self.maps)]) * launch.TENSOR_MAP_BYTES)
+        words = ctypes.create_string_buffer(encoded(self.maps[-1]), launch.TENSOR_MAP_BYTES)
         self.kept = words
         return self._status("cuTensorMapEncodeTiled"), SimpleNamespace(getPtr=lambda: ctypes.addressof(words))
 
@@ -121,6 +130,7 @@ class FakeDriver:
             assert config.numAttrs == len(config.attrs or [])
             started = Started(
                 function,
+                block,
                 values,
                 (config.gridDimX, config.gridDimY, config.gridDimZ),
                 (config.blockDimX, config.blockDimY, config.blockDimZ),

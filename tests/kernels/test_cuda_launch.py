@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
 
-from tests.kernels.fake_cuda import A100, H100, STATIC_SHARED, STREAM, FakeDriver, install
+from tests.kernels.fake_cuda import A100, H100, STATIC_SHARED, STREAM, FakeDriver, encoded, install
 from tests.kernels.test_layouts import packed, tokens
 from vlmquant.errors import KernelError
 from vlmquant.kernels import vq4
@@ -55,7 +55,7 @@ def test_arguments_arrive_in_the_order_of_the_catalog(
         "codes": held["codes"].data_ptr(),
         "scales": held["scales"].data_ptr(),
         "zeros": 0 if symmetric else held["zeros"].data_ptr(),
-        "inputs": bytes([1]) * 128 if planned.token_box else inputs.data_ptr(),
+        "inputs": encoded(fake.maps[0]) if planned.token_box else inputs.data_ptr(),
         "outputs": outputs.data_ptr(),
         "tokens": 20,
         "rows": 256,
@@ -73,7 +73,7 @@ def test_arguments_arrive_in_the_order_of_the_catalog(
         assert found.pop("dense") != 0
     assert found == {name: expected[name] for name in found}
     assert started.grid == (*planned.grid, 1)
-    assert started.block == (entry.threads, 1, 1)
+    assert started.threads == (entry.threads, 1, 1)
     assert started.shared_bytes == planned.shared_bytes
     assert started.stream == STREAM
     assert started.dependent == ("hopper" in choice.kernel)
@@ -126,7 +126,8 @@ def test_a_map_outlives_its_place_in_the_table_while_a_launch_has_it(monkeypatch
     for count in range(1, 5):
         inputs = tokens(count, 512, torch.bfloat16)
         ops._run_w4(device, inputs, held["codes"], held["scales"], None, None, 256, 128)
-        assert fake.started[-1].values["inputs"] == bytes([count]) * 128
+        assert fake.started[-1].values["inputs"] == encoded(fake.maps[-1])
+        assert fake.maps[-1]["sizes"] == [512, count]
 
 
 def test_a_kernel_is_loaded_once_and_a_launch_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
