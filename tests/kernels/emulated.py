@@ -116,6 +116,7 @@ def data_of(problem: Problem) -> Data:
 def entry_of(problem: Problem, how: How) -> Entry:
     packed, tiles = problem.packed, -(-problem.tokens // 8)
     kind = group_kind(packed.group_size, packed.columns)
+    assert kind is not None, f"no kernel has groups of {packed.group_size}"
     middle = {
         "skinny": f"_m{1 if tiles == 1 else 2 if tiles == 2 else 4}_g{kind}",
         "skinny_hopper": f"_m{tiles}_g{kind}",

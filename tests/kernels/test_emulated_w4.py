@@ -22,6 +22,7 @@ SKINNY = [
     (Problem(13, 256, 1000, 128, symmetric=False), How("skinny", blocks=3)),
     (Problem(16, 300, 320, 0, dtype="f16"), How("skinny", blocks=2)),
     (Problem(29, 128, 576, 32, bits=3), How("skinny", blocks=1)),
+    (Problem(1, 1, 1, 32), How("skinny", blocks=1)),
 ]
 SKINNY_HOPPER = [
     (Problem(1, 512, 1024), How("skinny_hopper", blocks=1, stages=4)),
@@ -33,6 +34,7 @@ SKINNY_HOPPER = [
     (Problem(24, 576, 1152, 128), How("skinny_hopper", blocks=4)),
     (Problem(32, 384, 1088, 64, symmetric=False, bits=3), How("skinny_hopper", blocks=5)),
     (Problem(9, 128, 300, 64, bits=3), How("skinny_hopper", blocks=1)),
+    (Problem(8, 130, 192, 64), How("skinny_hopper", blocks=20)),  # more blocks than units of work
     (Problem(29, 256, 576, 32, dtype="f16"), How("skinny_hopper", blocks=2, stages=2)),
 ]
 GEMM = [
@@ -48,6 +50,7 @@ GEMM_HOPPER = [
     (Problem(70, 100, 320, 0, symmetric=False, dtype="f16"), How("gemm_hopper", blocks=3, token_tile=128)),
     (Problem(130, 320, 256, 128), How("gemm_hopper", blocks=2, token_tile=128, warpgroups=4)),
     (Problem(130, 128, 256, 128), How("gemm_hopper", blocks=1, stages=2, token_tile=256)),
+    (Problem(1, 64, 64, 0), How("gemm_hopper", blocks=20, token_tile=64)),
 ]
 DEQUANTIZE = [
     (Problem(4, 128, 640, 64, symmetric=False), How("dequantize")),
