@@ -1,7 +1,8 @@
 """Runs our CUDA kernels on the CPU: compiles their sources against emulator.h and launches them on torch tensors.
 
 `load(entries)` gives an `Emulator`; `guarded(tensor)` a copy that ends where memory ends, so that reading or writing
-beyond it is an error. Libraries are kept in build/emulator, named by a hash of everything that goes into them.
+beyond it is an error. Libraries are kept in build/emulator, named by a hash of everything that goes into them. What the
+emulator checks is said in emulator.h.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ import mmap
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +26,7 @@ from vlmquant.kernels.cuda.catalog import SOURCES, Entry, program
 HERE = Path(__file__).parent
 CACHE = HERE.parents[1] / "build" / "emulator"
 FLAGS = ("-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-Wall", "-Werror", "-DVQ_EMULATOR")
-NO_COMPILER = "no C++ compiler (set CXX, or install g++ or clang++)"
+NO_COMPILER = "the emulator needs Linux and a C++ compiler (set CXX, or install g++ or clang++)"
 MESSAGE_BYTES = 4096
 
 
@@ -77,9 +80,10 @@ class TensorMap:
 
 @functools.cache
 def compiler() -> str | None:
-    return next(
-        (path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None
-    )
+    if sys.platform != "linux":
+        return None
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ def _compiled(text: str, sources: Mapping[str, str]) -> Path:
     key = hashlib.sha256("\0".join([text, *sources.values(), *FLAGS, version]).encode()).hexdigest()[:24]
     library = CACHE / f"{key}.so"
     if not library.exists():
-        folder = CACHE / f"{key}-{os.getpid()}"
-        folder.mkdir(parents=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=CACHE, prefix=f"{key}-"))
         for name, source in sources.items():
             (folder / name).write_text(source)
         (folder / "program.cpp").write_text(text)

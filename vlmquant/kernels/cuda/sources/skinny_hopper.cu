@@ -30,7 +30,7 @@ namespace vq {
 // outputs     [tokens][rows] of T
 // workspace   [blocks][8 warps][2 * TOKEN_TILES][32 lanes] of float4: sums of a block for a tile that it did not begin
 // semaphores  [row tiles][8 warps]: how many such sums are written; zero before and after
-// tokens      8 * TOKEN_TILES - 7 to 8 * TOKEN_TILES
+// tokens      1 to 8 * TOKEN_TILES
 // group_size  GROUP; or, if that is 128, a multiple of 128, or `columns` (one group)
 // stages      of the ring, 2 to 32
 // Dynamic shared memory: 2048 + stages * stage_bytes.
