@@ -8,7 +8,7 @@ import pytest
 
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build, dispatch
-from vlmquant.kernels.cuda.catalog import ENTRIES
+from vlmquant.kernels.cuda.catalog import ENTRIES, shared_bytes
 from vlmquant.kernels.cuda.dispatch import Choice, Gpu, Plan, Problem, choose, even_grid, plan, split_count
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90a", 132, 227 << 10)
@@ -120,6 +120,22 @@ def test_columns_are_split_until_the_gpu_is_full_or_parts_get_short() -> None:
     assert split_count(448, 64, 132) == 2  # 896 blocks >= 4 * 132
     assert split_count(2048, 64, 132) == 1
     assert split_count(1, 8, 132) == 1
+
+
+def test_columns_are_split_further_only_until_the_inputs_fit_shared_memory() -> None:
+    entry = ENTRIES["w4_skinny_bf16_m4_g128"]
+    problem = Problem(32, 64 * 600, 28672, 128, True, "bf16")  # more strips than the GPU needs blocks
+    found = plan(problem, GPUS[1], Choice("skinny"))
+    assert isinstance(found, str)  # 19 parts exceed the workspace
+    problem = Problem(32, 64 * 500, 8192, 128, True, "bf16")
+    found = plan(problem, GPUS[1], Choice("skinny"))
+    assert isinstance(found, Plan)
+    splits = found.grid[1]
+
+    def shared(splits: int) -> int:
+        return shared_bytes(entry, tokens=32, columns=8192, splits=splits)
+
+    assert shared(splits) <= 96 << 10 < shared(splits - 1)
 
 
 def test_what_cannot_be_planned_says_why() -> None:

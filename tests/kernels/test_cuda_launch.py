@@ -1,6 +1,7 @@
 """What reaches the driver is what the catalog's entries take, with a fake in the driver's place; no GPU needed."""
 
 import contextlib
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -247,14 +248,19 @@ def test_threads_do_not_mix_their_arguments(monkeypatch: pytest.MonkeyPatch) -> 
     assert isinstance(planned, Plan)
     ready = ops.make_launch(device, planned, problem)
     begin = threading.Barrier(4)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
 
     def work(number: int) -> None:
         begin.wait()
         for _ in range(200):
             ready.start(number, {"inputs": number * 1000, "outputs": number * 1000 + 1})
 
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(1, 5)))
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(1, 5)))
+    finally:
+        sys.setswitchinterval(before)
     assert len(fake.started) == 800
     for started in fake.started:
         assert started.values["inputs"] == started.stream * 1000

@@ -1,11 +1,14 @@
 """The layout of the CUDA kernels and its operator, by their CPU implementation."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from tests.kernels.test_layouts import packed, relative, tokens
 from vlmquant.kernels import choose, vq4
+from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.form import form_of
 from vlmquant.linear import QuantLinear
 from vlmquant.packing import vq4_shape
@@ -41,6 +44,18 @@ def test_weights_on_the_cpu_are_held_otherwise(case: tuple) -> None:
     assert not vq4.fits(weight)
     assert choose(weight) != "vq4"
     assert vq4.packs(weight) == (case in CASES)
+
+
+@pytest.mark.parametrize(("refused", "fits"), [(None, True), ("compute capability 7.5 is too old", False)])
+def test_weights_on_a_gpu_are_held_for_its_kernels(
+    refused: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    weight = packed(64, 128, 4, 128, True, torch.bfloat16)
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), shape=weight.codes.shape)
+    there = SimpleNamespace(**{**weight.__dict__, "codes": on_gpu, "shape": weight.shape})
+    monkeypatch.setattr(launch, "unavailable", lambda index: refused)
+    assert vq4.fits(there) == fits  # type: ignore[arg-type]
+    assert (str(refused) in caplog.text) == (not fits)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

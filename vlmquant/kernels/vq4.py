@@ -6,12 +6,20 @@ from torch import Tensor
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.cuda import launch, ops
 from vlmquant.kernels.cuda.dispatch import group_fits
+from vlmquant.kernels.cuda.notices import warn_once
 from vlmquant.kernels.form import Form
 from vlmquant.packing import VQ4_ZERO, order_vq4, pack_vq4, restore_vq4, unpack_vq4, vq4_shape
 
 
 def fits(weight: QuantizedWeight) -> bool:
-    return weight.codes.device.type == "cuda" and packs(weight)
+    """On a GPU that our kernels run on; why they do not run on another is logged once."""
+    device = weight.codes.device
+    if device.type != "cuda" or not packs(weight):
+        return False
+    refused = launch.unavailable(device.index)
+    if refused is not None:
+        warn_once(f"no kernel of ours multiplies 4-bit weights here, which is slow: {refused}")
+    return refused is None
 
 
 def packs(weight: QuantizedWeight) -> bool:
@@ -35,7 +43,7 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     if weight.zeros is not None:
         held["zeros"] = order_vq4(weight.zeros, packed, padding=VQ4_ZERO)
     device = weight.codes.device
-    if device.type == "cuda" and launch.unavailable(device.index or 0) is None:
+    if device.type == "cuda":
         name = launch.DTYPE_NAMES[weight.scale_dtype]
         ops.prepare_w4(device, packed.rows, packed.columns, packed.group_size, weight.symmetric, name)
     return held
