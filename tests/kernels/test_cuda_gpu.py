@@ -1,4 +1,4 @@
-"""On a real GPU: right, repeatable, and fit for CUDA graphs and torch.compile. benchmarks/gpu/run.py checks far more."""
+"""On a real GPU: right, repeatable, fit for CUDA graphs and torch.compile. benchmarks/gpu/run.py checks far more."""
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """Codes of up to 4 bits in the layout of our CUDA kernels, on CUDA devices."""
 
-import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight
@@ -65,7 +64,6 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
     packed = vq4_shape(*form.shape, form.group_size)
-    product: Tensor = torch.ops.vlmquant.w4_linear(
+    return ops.w4_linear(
         inputs, held["codes"], held["scales"], held.get("zeros"), None, form.shape[0], packed.group_size
     )
-    return product

@@ -1,8 +1,8 @@
-"""The product with a packed 4-bit weight as an operator of torch: `torch.ops.vlmquant.w4_linear`.
+"""Products with packed weights as operators of torch: `torch.ops.vlmquant.w4_linear` and `w8_linear`.
 
-Being an operator, it passes through `torch.compile(fullgraph=True)` and can be captured into a CUDA graph. On a GPU the
-planned kernel runs; everywhere else, and where no kernel can, torch expands the weight some strips at a time, which is
-the definition of the answer. Weights are in the layout VQ4 of packing.py, padded; inputs and outputs are not.
+Being operators, they pass through `torch.compile(fullgraph=True)` and can be captured into a CUDA graph. On a GPU the
+planned kernel runs; everywhere else, and where no kernel can, torch computes the same more slowly, which is the
+definition of the answer. Weights are padded, 4-bit ones in the layout VQ4 of packing.py; inputs and outputs are not.
 """
 
 from typing import Any
@@ -16,8 +16,11 @@ from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.cuda.catalog import ENTRIES, STRIP_ROWS
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entries_for, plan
 from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.kernels.reference import activation_codes
 from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4
 
+INT_MM_TOKENS, INT_MM_MULTIPLE = 17, 8
+"""What torch's integer product on CUDA wants: so many tokens at least; rows and columns in such multiples."""
 STRIPS_AT_ONCE = 64
 """Strips expanded together where no kernel runs: 4096 rows."""
 
@@ -27,6 +30,32 @@ LIBRARY.define(
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+LIBRARY.define(
+    "w8_linear(Tensor inputs, Tensor codes, Tensor scales, Tensor? bias=None, bool gelu=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def w4_linear(
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    group_size: int,
+) -> Tensor:
+    """The operator: see `w4_expanded` for what it computes."""
+    product: Tensor = torch.ops.vlmquant.w4_linear(inputs, codes, scales, zeros, bias, rows, group_size)
+    return product
+
+
+def w8_linear(
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+) -> Tensor:
+    """The operator: see `w8_by_torch` for what it computes."""
+    product: Tensor = torch.ops.vlmquant.w8_linear(inputs, codes, scales, bias, gelu)
+    return product
 
 
 def w4_expanded(
@@ -220,6 +249,41 @@ def _w4_fake(
     return inputs.new_empty(*inputs.shape[:-1], rows)
 
 
+def w8_by_torch(
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, gelu: bool = False
+) -> Tensor:
+    """inputs (..., columns) -> (..., rows) of the same dtype: round the inputs per token, multiply integers, scale.
+
+    codes (padded rows, padded columns) int8, zero beyond the weight; scales (rows,) float32; bias (rows,) or None; gelu
+    (tanh approximation) is applied before the result is rounded to the inputs' dtype. On any device.
+    """
+    columns, rows = inputs.shape[-1], len(scales)
+    rounded, input_scales = activation_codes(inputs.reshape(-1, columns))
+    outputs = _integer_product(rounded, codes)[:, :rows].float() * input_scales * scales
+    if bias is not None:
+        outputs += bias.float()
+    if gelu:
+        outputs = nn.functional.gelu(outputs, approximate="tanh")
+    return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+
+
+def _integer_product(rounded: Tensor, codes: Tensor) -> Tensor:
+    """(tokens, columns) int8 times codes (padded rows, padded columns) int8 -> (tokens, padded rows), exact."""
+    tokens, columns = rounded.shape
+    short = max(0, INT_MM_TOKENS - tokens) if rounded.is_cuda else 0
+    padded = nn.functional.pad(rounded, (0, codes.shape[1] - columns, 0, short))
+    if codes.shape[0] % INT_MM_MULTIPLE or codes.shape[1] % INT_MM_MULTIPLE or not tokens:
+        return padded.double() @ codes.double().T
+    return torch._int_mm(padded, codes.T)[:tokens]
+
+
+def _w8_fake(inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], scales.shape[0])
+
+
+LIBRARY.impl("w8_linear", w8_by_torch, "CPU")
+LIBRARY.impl("w8_linear", w8_by_torch, "CUDA")
+torch.library.register_fake("vlmquant::w8_linear", _w8_fake, lib=LIBRARY)
 LIBRARY.impl("w4_linear", w4_expanded, "CPU")
 LIBRARY.impl("w4_linear", w4_linear_cuda, "CUDA")
 torch.library.register_fake("vlmquant::w4_linear", _w4_fake, lib=LIBRARY)

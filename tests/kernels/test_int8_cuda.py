@@ -1,0 +1,73 @@
+"""The int8 layout of CUDA devices and its operator, by what torch computes on the CPU."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_layouts import packed, relative, tokens
+from vlmquant.kernels import choose, int8_cuda
+from vlmquant.kernels.cuda import ops
+from vlmquant.kernels.form import form_of
+from vlmquant.kernels.reference import activation_codes
+
+RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+SHAPES = [(64, 64), (96, 128), (70, 100), (5, 1), (130, 3420)]
+
+
+def exact(inputs: Tensor, weight: Tensor) -> Tensor:
+    codes, scales = activation_codes(inputs)
+    return (codes.double() * scales.double()) @ weight.double().T
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_release_inverts_hold(shape: tuple[int, int]) -> None:
+    weight = packed(*shape, 8, shape[1], True, torch.bfloat16)
+    held = int8_cuda.hold(weight)
+    assert held["codes"].shape[0] % 64 == held["codes"].shape[1] % 64 == 0
+    released = int8_cuda.release(held, form_of(weight, dynamic_int8=True))
+    assert torch.equal(released.codes, weight.codes)
+    assert torch.equal(released.scales, weight.scales)
+    assert choose(weight) == "int8"  # on the CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 16, 33])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_of_rounded_inputs_is_that_of_float64(shape: tuple[int, int], count: int, dtype: torch.dtype) -> None:
+    weight, inputs = packed(*shape, 8, shape[1], True, torch.bfloat16), tokens(count, shape[1], dtype)
+    found = int8_cuda.matmul(inputs, int8_cuda.hold(weight), form_of(weight, dynamic_int8=True))
+    assert found.dtype == dtype
+    assert relative(found, exact(inputs, weight.dequantize())) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_product_without_rounded_inputs(shape: tuple[int, int]) -> None:
+    weight, inputs = packed(*shape, 8, shape[1], True, torch.bfloat16), tokens(4, shape[1], torch.float32)
+    found = int8_cuda.matmul(inputs, int8_cuda.hold(weight), form_of(weight, dynamic_int8=False))
+    assert relative(found, inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[torch.float32]
+
+
+def call(bias: Tensor | None, gelu: bool) -> tuple:
+    held = int8_cuda.hold(packed(70, 100, 8, 100, True, torch.bfloat16))
+    return tokens(6, 100, torch.bfloat16).view(2, 3, 100), held["codes"], held["scales"], bias, gelu
+
+
+def test_bias_and_gelu_are_applied_before_rounding() -> None:
+    weight, bias = packed(70, 100, 8, 100, True, torch.bfloat16), torch.linspace(-1, 1, 70)
+    inputs, *rest = call(bias, True)
+    found = torch.ops.vlmquant.w8_linear(inputs, *rest)
+    plain = exact(inputs.view(6, 100), weight.dequantize()) + bias.double()
+    expected = torch.nn.functional.gelu(plain, approximate="tanh")
+    assert found.shape == (2, 3, 70)
+    assert relative(found.view(6, 70), expected) < RELATIVE_ERROR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize("bias", [None, torch.ones(70)], ids=["plain", "bias"])
+def test_operator_is_registered_as_torch_wants_it(bias: Tensor | None, gelu: bool) -> None:
+    torch.library.opcheck(torch.ops.vlmquant.w8_linear.default, call(bias, gelu))
+
+
+def test_no_tokens_give_no_outputs() -> None:
+    inputs, codes, scales, *_ = call(None, False)
+    assert ops.w8_linear(inputs.view(6, 100)[:0], codes, scales).shape == (0, 70)
