@@ -10,6 +10,7 @@ import functools
 import hashlib
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ CACHE = HERE.parents[1] / "build" / "emulator"
 FLAGS = ("-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-Wall", "-Werror", "-DVQ_EMULATOR")
 NO_COMPILER = "the emulator needs Linux and a C++ compiler (set CXX, or install g++ or clang++)"
 MESSAGE_BYTES = 4096
+INCLUDE = re.compile(r'#include "(.*?)"')
 
 
 class EmulatorError(Exception):
@@ -105,7 +107,19 @@ def load(entries: Iterable[Entry], change: Change | None = None) -> "Emulator":
     if change:
         assert change.old in sources[change.file], f"{change.file} does not contain: {change.old}"
         sources[change.file] = sources[change.file].replace(change.old, change.new)
-    return Emulator(chosen, _compiled(text, sources))
+    return Emulator(chosen, _compiled(text, _included(text, sources)))
+
+
+def _included(text: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """Those of the sources that a text includes, directly or not."""
+    found: dict[str, str] = {}
+    wanted = INCLUDE.findall(text)
+    while wanted:
+        name = wanted.pop()
+        if name in sources and name not in found:
+            found[name] = sources[name]
+            wanted += INCLUDE.findall(found[name])
+    return dict(sorted(found.items()))
 
 
 def _compiled(text: str, sources: Mapping[str, str]) -> Path:

@@ -36,6 +36,8 @@ def test_entry_says_what_it_makes(entry: Entry) -> None:
     assert f"#define {macro}(NAME, T, " in entry.source.read_text()
     if "skinny" in entry.family:
         assert [int(number) for number in numbers] == [entry.token_tile // 8, *entry.groups]
+    if entry.family == "gemm":
+        assert numbers == [str(entry.groups == (32,)).lower()]
     if entry.family == "gemm_hopper":
         assert numbers == [str(entry.token_tile), str(entry.row_tile // 64), str(entry.groups == (32,)).lower()]
 

@@ -41,6 +41,7 @@ GEMM = [
     (Problem(50, 256, 512, 64), How("gemm")),
     (Problem(130, 200, 500, 128, symmetric=False, dtype="f16"), How("gemm")),
     (Problem(33, 128, 320, 0, symmetric=False), How("gemm")),
+    (Problem(70, 192, 320, 32, symmetric=False), How("gemm")),  # three strips, of which a block takes two
 ]
 GEMM_HOPPER = [
     (Problem(17, 256, 1088, 64), How("gemm_hopper", blocks=5, stages=4, token_tile=32)),
@@ -123,10 +124,8 @@ def test_every_kernel(name: str, all_kernels: dict[str, Emulator]) -> None:
 @pytest.mark.parametrize("tokens", range(1, 131))
 def test_every_number_of_tokens(tokens: int, all_kernels: dict[str, Emulator]) -> None:
     problem = Problem(tokens, 256, 512, (32, 64, 128, 0)[tokens % 4], tokens % 3 == 0, ("f16", "bf16")[tokens % 2])
-    ways = [How("gemm_hopper", blocks=5, token_tile=64)]
+    ways = [How("gemm"), How("gemm_hopper", blocks=5, token_tile=64)]
     if tokens <= SKINNY_TOKENS:
         ways += [How("skinny", blocks=1 + tokens % 4), How("skinny_hopper", blocks=1 + tokens % 9)]
-    if problem.group_size != 32:
-        ways.append(How("gemm"))
     for how in ways:
         check(all_kernels, problem, how, seeds=(tokens,))

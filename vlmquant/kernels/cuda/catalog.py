@@ -62,7 +62,7 @@ class Entry:
     token_tile: int = 0
     """Tokens of a tile; for the skinny kernels the most tokens of a launch."""
     row_tile: int = STRIP_ROWS
-    """Rows of a tile. Only `gemm` needs the weight's rows to be a multiple of it."""
+    """Rows of a tile; the weight's rows need only be a multiple of STRIP_ROWS."""
     groups: tuple[int, ...] = (32, 64, 128)
     """The kinds of group that it takes, see `group_kind`."""
 
@@ -90,6 +90,11 @@ def _suffix(symmetric: bool) -> str:
     return "" if symmetric else "_asym"
 
 
+def _gemm_groups(group: int) -> tuple[int, ...]:
+    """The gemm kernels come in two kinds: for groups of 32, and for all others."""
+    return (32,) if group == 32 else (64, 128)
+
+
 def _skinny(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry:
     name = f"w4_skinny_{dtype}_m{tiles}_g{group}{_suffix(symmetric)}"
     instance = f"VQ_SKINNY({name}, vq::{dtype}, {tiles}, {group}, {_flag(not symmetric)})"
@@ -102,10 +107,10 @@ def _skinny_hopper(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry
     return Entry(name, "skinny_hopper", instance, HOPPER, dtype, symmetric, 288, 8 * tiles, 256, (group,))
 
 
-def _gemm(dtype: str, symmetric: bool) -> Entry:
-    name = f"w4_gemm_{dtype}_m64{_suffix(symmetric)}"
-    instance = f"VQ_GEMM({name}, vq::{dtype}, {_flag(not symmetric)})"
-    return Entry(name, "gemm", instance, PORTABLE, dtype, symmetric, 256, 64, 128, (64, 128))
+def _gemm(dtype: str, group: int, symmetric: bool) -> Entry:
+    name = f"w4_gemm_{dtype}_m64{'_g32' if group == 32 else ''}{_suffix(symmetric)}"
+    instance = f"VQ_GEMM({name}, vq::{dtype}, {_flag(group == 32)}, {_flag(not symmetric)})"
+    return Entry(name, "gemm", instance, PORTABLE, dtype, symmetric, 256, 64, 128, _gemm_groups(group))
 
 
 def _gemm_hopper(dtype: str, tokens: int, warpgroups: int, group: int, symmetric: bool) -> Entry:
@@ -113,7 +118,7 @@ def _gemm_hopper(dtype: str, tokens: int, warpgroups: int, group: int, symmetric
     instance = (
         f"VQ_GEMM_HOPPER({name}, vq::{dtype}, {tokens}, {warpgroups}, {_flag(group == 32)}, {_flag(not symmetric)})"
     )
-    threads, groups = 128 * (warpgroups + 1), (32,) if group == 32 else (64, 128)
+    threads, groups = 128 * (warpgroups + 1), _gemm_groups(group)
     return Entry(name, "gemm_hopper", instance, HOPPER, dtype, symmetric, threads, tokens, 64 * warpgroups, groups)
 
 
@@ -131,8 +136,8 @@ def _all() -> Iterable[Entry]:
                     yield _skinny(dtype, tiles, group, symmetric)
                 for tiles in (1, 2, 3, 4):
                     yield _skinny_hopper(dtype, tiles, group, symmetric)
-            yield _gemm(dtype, symmetric)
             for group in (32, 64):
+                yield _gemm(dtype, group, symmetric)
                 for tokens, warpgroups in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2)):
                     yield _gemm_hopper(dtype, tokens, warpgroups, group, symmetric)
             yield _dequantize(dtype, symmetric)

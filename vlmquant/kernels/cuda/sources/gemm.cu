@@ -1,7 +1,7 @@
 // Many tokens times a packed weight, on any architecture from sm_80; correct, not tuned.
 //
-// Grid: (rows / 128, tokens / TOKEN_TILE rounded up). Block: 8 warps; warp w takes sub-tile w % 4 of strip w / 4 of the
-// block's two, and all of its tokens. A ring of STAGES k-blocks of codes and inputs in shared memory is filled by
+// Grid: (rows / 128, tokens / TOKEN_TILE), both rounded up. Block: 8 warps; warp w takes sub-tile w % 4 of strip w / 4
+// of the block's two, and all of its tokens. A ring of STAGES k-blocks of codes and inputs in shared memory is filled by
 // cp.async; codes become weights in registers, rounded once with their scale as the dequantized reference is.
 // Dynamic shared memory: STAGES * (TOKEN_TILE * 128 + 2 * 2048) bytes.
 #include "vq4.cuh"
@@ -10,9 +10,9 @@ namespace vq {
 // codes, scales, zeros  see skinny.cu
 // inputs      [tokens][columns] of T, 16-byte aligned
 // outputs     [tokens][rows] of T
-// rows        a multiple of 128
-// group_size  a multiple of 64
-template <class T, bool ASYMMETRIC>
+// rows        a multiple of 64; in an odd number of strips, warps 4 to 7 of the last block repeat what the others do
+// group_size  32 if GROUPS_OF_32, else a multiple of 64
+template <class T, bool GROUPS_OF_32, bool ASYMMETRIC>
 VQ_DEVICE void gemm(const uint4* __restrict__ codes, const uint32_t* __restrict__ scales,
                     const uint8_t* __restrict__ zeros, const uint16_t* __restrict__ inputs,
                     uint16_t* __restrict__ outputs, int tokens, int rows, int columns, int group_size) {
@@ -22,8 +22,14 @@ VQ_DEVICE void gemm(const uint4* __restrict__ codes, const uint32_t* __restrict_
   VQ_SHARED_MEMORY(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = lane / 4, pair = lane % 4;
-  const int strip = blockIdx.x * 2 + warp / 4, sub_tile = warp % 4, first_token = blockIdx.y * TOKEN_TILE;
-  const int k_blocks = columns / TILE_K, blocks_per_group = group_size / TILE_K, groups = columns / group_size;
+  const int last_strip = rows / TILE_ROWS - 1, sub_tile = warp % 4, first_token = blockIdx.y * TOKEN_TILE;
+  auto strip_of = [&](int half_of_block) {
+    const int strip = blockIdx.x * 2 + half_of_block;
+    return strip < last_strip ? strip : last_strip;
+  };
+  const int strip = strip_of(warp / 4);
+  const int k_blocks = columns / TILE_K, groups = columns / group_size;
+  const int blocks_per_group = GROUPS_OF_32 ? 1 : group_size / TILE_K;
   auto load = [&](int k_block, int stage) {
     if (k_block < k_blocks) {
       unsigned char* stage_inputs = shared + stage * STAGE_BYTES;
@@ -35,7 +41,7 @@ VQ_DEVICE void gemm(const uint4* __restrict__ codes, const uint32_t* __restrict_
                     token < tokens);
       }
       for (int i = threadIdx.x; i < 2 * TILE_VECTORS; i += blockDim.x) {
-        const size_t tile = (size_t)(blockIdx.x * 2 + i / TILE_VECTORS) * k_blocks + k_block;
+        const size_t tile = (size_t)strip_of(i / TILE_VECTORS) * k_blocks + k_block;
         cp_async_16(stage_codes + i * 16, codes + tile * TILE_VECTORS + i % TILE_VECTORS, true);
       }
     }
@@ -44,24 +50,26 @@ VQ_DEVICE void gemm(const uint4* __restrict__ codes, const uint32_t* __restrict_
   VQ_UNROLL for (int s = 0; s < STAGES - 1; ++s) load(s, s);
   float sums[TOKEN_TILES][4] = {};
   uint32_t scale_pair = 0, zero_top = zero_constant_top<T>(8), zero_bottom = zero_constant_bottom<T>(8);
+  auto load_scales = [&](int group) {
+    const size_t index = ((size_t)strip * groups + group) * SCALE_PAIRS + sub_tile * 8 + row;
+    scale_pair = scales[index];
+    if (ASYMMETRIC) {
+      zero_top = zero_constant_top<T>(zeros[2 * index]);
+      zero_bottom = zero_constant_bottom<T>(zeros[2 * index + 1]);
+    }
+  };
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     cp_async_wait<STAGES - 2>();
     sync_block();
     load(k_block + STAGES - 1, (k_block + STAGES - 1) % STAGES);
     const unsigned char* stage_inputs = shared + (k_block % STAGES) * STAGE_BYTES;
     const unsigned char* stage_codes = stage_inputs + INPUT_BYTES;
-    if (k_block % blocks_per_group == 0) {
-      const size_t index = ((size_t)strip * groups + k_block / blocks_per_group) * SCALE_PAIRS + sub_tile * 8 + row;
-      scale_pair = scales[index];
-      if (ASYMMETRIC) {
-        zero_top = zero_constant_top<T>(zeros[2 * index]);
-        zero_bottom = zero_constant_bottom<T>(zeros[2 * index + 1]);
-      }
-    }
-    const uint32_t scale_top = scale_twice_top(scale_pair), scale_bottom = scale_twice_bottom(scale_pair);
+    if (!GROUPS_OF_32 && k_block % blocks_per_group == 0) load_scales(k_block / blocks_per_group);
     const uint4 vector = *(const uint4*)(stage_codes + (warp * 32 + lane) * 16);
     const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
     VQ_UNROLL for (int half = 0; half < 2; ++half) {  // two k-steps each
+      if (GROUPS_OF_32) load_scales(k_block * 2 + half);
+      const uint32_t scale_top = scale_twice_top(scale_pair), scale_bottom = scale_twice_bottom(scale_pair);
       uint32_t a_0[4], a_1[4];
       codes_minus_zeros<T>(words[2 * half], zero_top, zero_bottom, a_0);
       codes_minus_zeros<T>(words[2 * half + 1], zero_top, zero_bottom, a_1);
@@ -87,9 +95,9 @@ VQ_DEVICE void gemm(const uint4* __restrict__ codes, const uint32_t* __restrict_
 
 }  // namespace vq
 
-#define VQ_GEMM(NAME, T, ASYMMETRIC)                                                                                \
-  VQ_KERNEL(256)                                                                                                    \
-  NAME(const uint4* codes, const uint32_t* scales, const uint8_t* zeros, const uint16_t* inputs, uint16_t* outputs, \
-       int tokens, int rows, int columns, int group_size) {                                                         \
-    vq::gemm<T, ASYMMETRIC>(codes, scales, zeros, inputs, outputs, tokens, rows, columns, group_size);              \
+#define VQ_GEMM(NAME, T, GROUPS_OF_32, ASYMMETRIC)                                                                   \
+  VQ_KERNEL(256)                                                                                                     \
+  NAME(const uint4* codes, const uint32_t* scales, const uint8_t* zeros, const uint16_t* inputs, uint16_t* outputs,  \
+       int tokens, int rows, int columns, int group_size) {                                                          \
+    vq::gemm<T, GROUPS_OF_32, ASYMMETRIC>(codes, scales, zeros, inputs, outputs, tokens, rows, columns, group_size); \
   }
