@@ -4,6 +4,7 @@ import contextlib
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,27 @@ def test_other_dtypes_are_expanded_by_torch(
     assert torch.equal(found, torch.nn.functional.linear(inputs, made.dequantize(dtype)))
     assert f"no kernel for {dtype} inputs with torch.bfloat16 scales" in caplog.text
     assert fake.started == []
+
+
+@pytest.mark.parametrize(("capability", "arch", "told"), [((9, 0), "sm_90a", False), ((10, 3), "compute_80", True)])
+def test_an_inexact_architecture_is_told(
+    capability: tuple[int, int],
+    arch: str,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    facts = SimpleNamespace(
+        name="NVIDIA Newer",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=160,
+        shared_memory_per_block_optin=227 << 10,
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: facts)
+    monkeypatch.setattr(build, "_compiler", lambda: ((13, 0), (80, 90, 100, 103)))
+    assert launch._gpu(0) == Gpu("NVIDIA Newer", arch, 160, 227 << 10)
+    assert ("NVIDIA Newer: no kernels are made for compute capability 10.3" in caplog.text) == told
 
 
 def test_why_kernels_cannot_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build
 from vlmquant.kernels.cuda.catalog import ENTRIES, Entry
 from vlmquant.kernels.cuda.dispatch import SEMAPHORES, WORKSPACE_FLOATS, Gpu, Plan
+from vlmquant.kernels.cuda.notices import warn_once
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 """As in the entries' names."""
@@ -248,9 +249,15 @@ def unavailable(index: int) -> str | None:
 
 def _gpu(index: int) -> Gpu:
     facts = torch.cuda.get_device_properties(index)
+    arch = build.arch_for((facts.major, facts.minor))
+    if arch == build.PTX_ARCH:
+        warn_once(
+            f"{facts.name}: no kernels are made for compute capability {facts.major}.{facts.minor} with this NVRTC; "
+            f"the driver translates those for {build.PTX_ARCH}, which is slower"
+        )
     return Gpu(
         name=facts.name,
-        arch=build.arch_for((facts.major, facts.minor)),
+        arch=arch,
         sms=facts.multi_processor_count,
         shared_bytes=facts.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing in torch's stubs
     )
