@@ -5,10 +5,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+
+from tests import emulator
+from tests.kernels.fake_cuda import AMPERE, HOPPER, emulate, install
+from tests.kernels.test_layouts import relative
+from vlmquant.errors import KernelError
+from vlmquant.kernels.cuda import build, launch
+from vlmquant.kernels.cuda.catalog import ENTRIES
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
@@ -97,8 +105,53 @@ def test_without_a_gpu_it_is_one_error(script: ModuleType, capsys: pytest.Captur
     assert "no benchmark: nothing to measure: torch finds no CUDA device" in capsys.readouterr().err
 
 
-def test_every_kernel_of_the_catalog_is_among_the_cases(script: ModuleType) -> None:
-    from vlmquant.kernels.cuda.catalog import ENTRIES
+def chosen_cases(script: ModuleType) -> list[Any]:
+    """One case of each family that is small enough for the emulator."""
+    found: dict[str, Any] = {}
+    for case in script.cases():
+        if case.choice is not None and case.tokens * case.rows * case.columns < 1 << 24:
+            found.setdefault(case.choice.kernel, case)
+    return list(found.values())
 
+
+@pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
+def test_cases_of_a_gpu_are_right_in_the_emulator(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
+    fake, _ = emulate(monkeypatch, HOPPER)
+    place = SimpleNamespace(type="cuda", index=0)
+    cases = chosen_cases(script)
+    assert len(cases) == 5
+    for case in cases:
+        numbers = (case.rows, case.columns, case.group_size, case.symmetric, case.dtype)
+        weight = script.random_weight(*numbers, torch.device("cpu"))
+        inputs = torch.randn(case.tokens, case.columns).to(script.DTYPES[case.dtype])
+        start = script.starter(case, weight, inputs, place)
+        assert not isinstance(start, str), start
+        assert relative(start(), inputs.double() @ weight.dense.T) < 1.2 * script.ERRORS[case.dtype]
+        assert ENTRIES[fake.started[-1].entry].family == case.choice.kernel
+
+
+def test_all_that_the_cases_run_is_compiled_before(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
+    for gpu in (HOPPER, AMPERE):
+        _, device = install(monkeypatch, gpu)
+        monkeypatch.setattr(launch, "device", lambda index, device=device: device)
+        script.compile_all(SimpleNamespace(type="cuda", index=0))
+        families = {ENTRIES[name].family for name in device.functions}
+        assert families >= {"skinny", "gemm", "dequantize"}
+        assert ("gemm_hopper" in families) == (gpu is HOPPER)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "compute_80"])
+def test_probes_compile(arch: str) -> None:
+    try:
+        build.nvrtc_version()
+    except KernelError as error:
+        pytest.skip(f"no NVRTC here: {error}")
+    code, _ = build.compile_program(build.Program("probes", (SCRIPT.parent / "probe.cu").read_text(), (), arch))
+    assert code
+
+
+def test_every_kernel_of_the_catalog_is_among_the_cases(script: ModuleType) -> None:
     asked = {case.choice.kernel for case in script.cases() if case.choice is not None}
     assert asked >= {entry.family for entry in ENTRIES.values() if entry.name.startswith("w4_")}

@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests import emulator
 from vlmquant.kernels.cuda import build, launch
 from vlmquant.kernels.cuda.catalog import ENTRIES
 from vlmquant.kernels.cuda.dispatch import Gpu
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90a", 132, 227 << 10)
 A100 = Gpu("NVIDIA A100", "sm_80", 108, 163 << 10)
+HOPPER = Gpu("a small Hopper", "sm_90a", 4, 227 << 10)
+AMPERE = Gpu("a small Ampere", "sm_80", 4, 163 << 10)
+"""Small ones, for the emulator."""
 STREAM = 0x5EED
 STATIC_SHARED = 64
 """Bytes of shared memory that the fake says every kernel has besides what a launch asks for."""
@@ -158,4 +162,23 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: Gpu, **options: Any) -> tuple[
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=STREAM))
     device = launch.Device(0)
     device.place = torch.device("cpu")
+    return fake, device
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> tuple[FakeDriver, launch.Device]:
+    """The fake driver, with the emulator behind it; what is launched runs at once, on the very argument block."""
+
+    def run(started: Started) -> None:
+        library = emulator.load([ENTRIES[started.entry]])._library
+        how = emulator._Launch((ctypes.c_uint32 * 3)(*started.grid), started.threads[0], started.shared_bytes, 0)
+        counters, message = emulator.Counters(), ctypes.create_string_buffer(emulator.MESSAGE_BYTES)
+        function = getattr(library, f"emulate_{started.entry}")
+        size = ctypes.c_size_t(emulator.MESSAGE_BYTES)
+        if function(ctypes.byref(how), ctypes.c_void_p(started.block), ctypes.byref(counters), message, size):
+            raise emulator.EmulatorError(message.value.decode())
+
+    fake, device = install(monkeypatch, gpu, run=run)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # what the CPU's device index is
+    monkeypatch.setattr(launch, "unavailable", lambda index: None)
+    monkeypatch.setattr(launch, "device", lambda index: device)
     return fake, device

@@ -1,6 +1,5 @@
 """From w4_linear to the kernel and back on the CPU: real plans and argument blocks, run by the emulator."""
 
-import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -10,20 +9,16 @@ from torch import Tensor, nn
 pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
 
 from tests import emulator
-from tests.kernels.fake_cuda import FakeDriver, Started, install
+from tests.kernels.fake_cuda import AMPERE, HOPPER, emulate
 from tests.kernels.test_layouts import packed, relative, tokens
 from vlmquant.kernels import vq4
-from vlmquant.kernels.cuda import launch, ops
-from vlmquant.kernels.cuda.catalog import ENTRIES
-from vlmquant.kernels.cuda.dispatch import Gpu
+from vlmquant.kernels.cuda import ops
 from vlmquant.linear import QuantLinear
 from vlmquant.packing import vq4_shape
 from vlmquant.recipe import SHORT_SCHEMES
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
 
-HOPPER = Gpu("a small Hopper", "sm_90a", 4, 227 << 10)
-AMPERE = Gpu("a small Ampere", "sm_80", 4, 163 << 10)
 RELATIVE_ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 """Few outputs scatter about the mean: fp16's is 3e-4."""
 
@@ -36,25 +31,6 @@ CASES = [
     (AMPERE, 40, 128, 256, 64, False, torch.float16, "w4_gemm_f16_m64_asym"),
     (AMPERE, 300, 100, 200, 200, True, torch.bfloat16, "w4_dequantize_bf16"),
 ]
-
-
-def emulate(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> tuple[FakeDriver, launch.Device]:
-    """The fake driver, with the emulator behind it; what is launched runs at once, on the very argument block."""
-
-    def run(started: Started) -> None:
-        library = emulator.load([ENTRIES[started.entry]])._library
-        how = emulator._Launch((ctypes.c_uint32 * 3)(*started.grid), started.threads[0], started.shared_bytes, 0)
-        counters, message = emulator.Counters(), ctypes.create_string_buffer(emulator.MESSAGE_BYTES)
-        function = getattr(library, f"emulate_{started.entry}")
-        size = ctypes.c_size_t(emulator.MESSAGE_BYTES)
-        if function(ctypes.byref(how), ctypes.c_void_p(started.block), ctypes.byref(counters), message, size):
-            raise emulator.EmulatorError(message.value.decode())
-
-    fake, device = install(monkeypatch, gpu, run=run)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # what the CPU's device index is
-    monkeypatch.setattr(launch, "unavailable", lambda index: None)
-    monkeypatch.setattr(launch, "device", lambda index: device)
-    return fake, device
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case[-1])

@@ -169,6 +169,7 @@ def plan(problem: Problem, gpu: Gpu, choice: Choice, *, why: str = "asked for") 
     entry = ENTRIES.get(name)
     if entry is None:
         return f"there is no {name}"
+    assert choice.kernel == "dequantize" or group_kind(problem.group_size, problem.columns) in entry.groups
     if not runs_on(entry.archs, gpu.arch):
         return f"{name} does not run on {gpu.arch}"
     made = PLANNERS[choice.kernel](problem, gpu, choice, entry, why)
@@ -211,7 +212,7 @@ def _entry_name(problem: Problem, choice: Choice) -> str:
     middle = {
         "skinny": f"m{1 if tiles <= 1 else 2 if tiles == 2 else 4}_g{group}",
         "skinny_hopper": f"m{tiles}_g{group}",
-        "gemm": "m64",
+        "gemm": f"m64{'_g32' if group == 32 else ''}",
         "gemm_hopper": f"n{choice.tile_tokens}_c{choice.warpgroups}{'_g32' if group == 32 else ''}",
         "dequantize": "",
     }[choice.kernel]
@@ -253,11 +254,7 @@ def _plan_skinny_hopper(problem: Problem, gpu: Gpu, choice: Choice, entry: Entry
 
 
 def _plan_gemm(problem: Problem, gpu: Gpu, choice: Choice, entry: Entry, why: str) -> Plan | str:
-    if problem.rows % entry.row_tile:
-        return f"needs rows in multiples of {entry.row_tile}"
-    if group_kind(problem.group_size, problem.columns) not in entry.groups:
-        return f"has no groups of {problem.group_size}"
-    grid = (problem.rows // entry.row_tile, -(-problem.tokens // entry.token_tile))
+    grid = (-(-problem.rows // entry.row_tile), -(-problem.tokens // entry.token_tile))
     if grid[1] > MAX_GRID_Y:
         return f"{problem.tokens} tokens exceed the grid"
     return Plan("gemm", entry.name, grid, entry.threads, shared_bytes(entry), why)
