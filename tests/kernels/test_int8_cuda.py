@@ -47,27 +47,39 @@ def test_product_without_rounded_inputs(shape: tuple[int, int]) -> None:
     assert relative(found, inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[torch.float32]
 
 
-def call(bias: Tensor | None, gelu: bool) -> tuple:
+def call(bias: Tensor | None, activation: str) -> tuple:
     held = int8_cuda.hold(packed(70, 100, 8, 100, True, torch.bfloat16))
-    return tokens(6, 100, torch.bfloat16).view(2, 3, 100), held["codes"], held["scales"], bias, gelu
+    return tokens(6, 100, torch.bfloat16).view(2, 3, 100), held["codes"], held["scales"], bias, activation
 
 
-def test_bias_and_gelu_are_applied_before_rounding() -> None:
+EXACT_ACTIVATIONS = {
+    "none": lambda x: x,
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+}
+
+
+@pytest.mark.parametrize("activation", EXACT_ACTIVATIONS)
+def test_bias_and_activation_are_applied_before_rounding(activation: str) -> None:
     weight, bias = packed(70, 100, 8, 100, True, torch.bfloat16), torch.linspace(-1, 1, 70)
-    inputs, *rest = call(bias, True)
+    inputs, *rest = call(bias, activation)
     found = torch.ops.vlmquant.w8_linear(inputs, *rest)
-    plain = exact(inputs.view(6, 100), weight.dequantize()) + bias.double()
-    expected = torch.nn.functional.gelu(plain, approximate="tanh")
+    expected = EXACT_ACTIVATIONS[activation](exact(inputs.view(6, 100), weight.dequantize()) + bias.double())
     assert found.shape == (2, 3, 70)
     assert relative(found.view(6, 70), expected) < RELATIVE_ERROR[torch.bfloat16]
 
 
-@pytest.mark.parametrize("gelu", [True, False])
+def test_activations_are_those_tested() -> None:
+    assert list(ops.ACTIVATIONS) == list(EXACT_ACTIVATIONS)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
 @pytest.mark.parametrize("bias", [None, torch.ones(70)], ids=["plain", "bias"])
-def test_operator_is_registered_as_torch_wants_it(bias: Tensor | None, gelu: bool) -> None:
-    torch.library.opcheck(torch.ops.vlmquant.w8_linear.default, call(bias, gelu))
+def test_operator_is_registered_as_torch_wants_it(bias: Tensor | None, activation: str) -> None:
+    torch.library.opcheck(torch.ops.vlmquant.w8_linear.default, call(bias, activation))
 
 
 def test_no_tokens_give_no_outputs() -> None:
-    inputs, codes, scales, *_ = call(None, False)
+    inputs, codes, scales, *_ = call(None, "none")
     assert ops.w8_linear(inputs.view(6, 100)[:0], codes, scales).shape == (0, 70)

@@ -5,6 +5,7 @@ planned kernel runs; everywhere else, and where no kernel can, torch computes th
 definition of the answer. Weights are padded, 4-bit ones in the layout VQ4 of packing.py; inputs and outputs are not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,13 @@ from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4
 
 INT_MM_TOKENS, INT_MM_MULTIPLE = 17, 8
 """What torch's integer product on CUDA wants: so many tokens at least; rows and columns in such multiples."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda values: values,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda values: nn.functional.gelu(values, approximate="tanh"),
+    "quick_gelu": lambda values: values * torch.sigmoid(1.702 * values),
+}
+"""What w8_linear may end with."""
 STRIPS_AT_ONCE = 64
 """Strips expanded together where no kernel runs: 4096 rows."""
 
@@ -31,7 +39,7 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
-    "w8_linear(Tensor inputs, Tensor codes, Tensor scales, Tensor? bias=None, bool gelu=False) -> Tensor",
+    "w8_linear(Tensor inputs, Tensor codes, Tensor scales, Tensor? bias=None, str activation='none') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -51,10 +59,10 @@ def w4_linear(
 
 
 def w8_linear(
-    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, activation: str = "none"
 ) -> Tensor:
     """The operator: see `w8_by_torch` for what it computes."""
-    product: Tensor = torch.ops.vlmquant.w8_linear(inputs, codes, scales, bias, gelu)
+    product: Tensor = torch.ops.vlmquant.w8_linear(inputs, codes, scales, bias, activation)
     return product
 
 
@@ -250,20 +258,19 @@ def _w4_fake(
 
 
 def w8_by_torch(
-    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, gelu: bool = False
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "none"
 ) -> Tensor:
     """inputs (..., columns) -> (..., rows) of the same dtype: round the inputs per token, multiply integers, scale.
 
-    codes (padded rows, padded columns) int8, zero beyond the weight; scales (rows,) float32; bias (rows,) or None; gelu
-    (tanh approximation) is applied before the result is rounded to the inputs' dtype. On any device.
+    codes (padded rows, padded columns) int8, zero beyond the weight; scales (rows,) float32; bias (rows,) or None;
+    activation: a name of ACTIVATIONS, applied before the result is rounded to the inputs' dtype. On any device.
     """
     columns, rows = inputs.shape[-1], len(scales)
     rounded, input_scales = activation_codes(inputs.reshape(-1, columns))
     outputs = _integer_product(rounded, codes)[:, :rows].float() * input_scales * scales
     if bias is not None:
         outputs += bias.float()
-    if gelu:
-        outputs = nn.functional.gelu(outputs, approximate="tanh")
+    outputs = ACTIVATIONS[activation](outputs)
     return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
 
 
