@@ -53,6 +53,7 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
+        ("pairs", ctypes.c_uint32),
     ]
 
 
@@ -164,7 +165,9 @@ class Emulator:
         assert [*arguments] == [argument for argument, _ in entry.arguments], f"{name} takes {entry.arguments}"
         values = [_value(arguments[argument], kind) for argument, kind in entry.arguments]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        how = _Launch((ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid))), entry.threads, shared_bytes, seed)
+        how = _Launch(
+            (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid))), entry.threads, shared_bytes, seed, entry.pair
+        )
         counters, message = Counters(), ctypes.create_string_buffer(MESSAGE_BYTES)
         function = getattr(self._library, f"emulate_{name}")
         if function(ctypes.byref(how), parameters, ctypes.byref(counters), message, ctypes.c_size_t(MESSAGE_BYTES)):

@@ -5,8 +5,9 @@
 //     and lands only when someone has waited for it
 //   * the lanes of a warp must meet at the same instruction of the source; a deadlock, a misaligned or out-of-range
 //     access, or a thread that ends with copies under way stops the launch with a message that says where
-//   * seed 0 runs the blocks one after the other in order, so a block that waits for a later one is a deadlock; another
-//     seed shuffles the warps of a block and starts the blocks in shuffled order, where a wait lets the others run
+//   * seed 0 runs the blocks (or pairs of blocks) one after the other in order, so a block that waits for a later one is
+//     a deadlock; another seed shuffles the warps of a block and starts the blocks in shuffled order, where a wait lets
+//     the others run
 // It counts products, ldmatrix bank conflicts and more. It proves logic; it knows nothing of time, caches or encodings.
 #pragma once
 #include <algorithm>
@@ -31,6 +32,7 @@
 #define VQ_UNROLL
 #define VQ_KERNEL(threads) extern "C" void
 #define VQ_KERNEL_RESIDENT(threads, blocks) extern "C" void
+#define VQ_KERNEL_PAIRS(threads, blocks) extern "C" void
 #define VQ_SHARED_MEMORY(name) unsigned char* name = vq::emulator::block->shared
 
 struct alignas(8) uint2 {
@@ -170,6 +172,10 @@ struct Block {
   uint32_t barrier_generation = 0;
   uint64_t progress = 0;  // counts meetings that took place
   uint64_t visits = 0;    // how often the block has been given the CPU
+  Block* peer = nullptr;  // the other block of a pair, while it runs
+  bool is_pair = false;
+  int pair_arrived = 0;  // threads of this block at sync_pair
+  uint32_t pair_generation = 0;
   std::shared_ptr<HopperState> hopper;
   std::function<const char*()> unfinished;  // what is still under way, or null
 };
@@ -177,7 +183,8 @@ struct Block {
 constexpr size_t STACK_BYTES = 64 * 1024;
 constexpr int PATIENCE = 3;  // full rounds of a block's fibers without any meeting, after which it is stuck
 
-inline Block* block = nullptr;                         // the block whose fibers run
+inline Block* block = nullptr;                         // the block whose fibers run, or its peer while one acts for it
+inline Block* running = nullptr;                       // the block whose fibers run
 inline const std::function<void()>* kernel = nullptr;  // what each fiber runs
 inline std::string failure;                            // of this launch; empty: none
 inline Counters counters;
@@ -199,7 +206,7 @@ inline std::string place(const Site& site) {
             std::to_string(block->index.y) + "), warp " + std::to_string(lane->number / 32) + ", lane " +
             std::to_string(lane->number % 32);
   void* lost;
-  vq_switch_stack(&lost, block->main_stack);
+  vq_switch_stack(&lost, running->main_stack);
   abort();
 }
 
@@ -342,6 +349,7 @@ struct Launch {  // as ctypes sees it
   uint32_t threads;
   uint32_t shared_bytes;
   uint32_t seed;
+  uint32_t pairs;  // 1: VQ_KERNEL_PAIRS
 };
 
 inline void start_block(Block& b, const Launch& launch, uint32_t number) {
@@ -395,6 +403,7 @@ inline void start_block(Block& b, const Launch& launch, uint32_t number) {
 }
 
 inline void end_block(Block& b) {
+  if (b.peer) b.peer->peer = nullptr;
   munmap(b.stacks, b.stacks_bytes);
   munmap(b.region, b.region_bytes);
 }
@@ -411,12 +420,13 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
   failure.clear();
   counters = {};
 
-  const uint32_t total = launch.grid[0] * launch.grid[1] * launch.grid[2];
-  const std::vector<int> order = shuffled(total, launch.seed + 77, launch.seed != 0);
+  const uint32_t total = launch.grid[0] * launch.grid[1] * launch.grid[2], together = launch.pairs ? 2 : 1;
+  if (launch.grid[0] % together) return "a grid of pairs needs an even number of blocks";
+  const std::vector<int> order = shuffled(total / together, launch.seed + 77, launch.seed != 0);
   std::vector<std::unique_ptr<Block>> waiting;
   uint32_t started = 0;
   auto run = [&](Block* b) {  // true: it has ended
-    block = b;
+    block = running = b;
     b->visits++;
     vq_switch_stack(&b->main_stack, b->current->stack);
     block = nullptr;
@@ -437,16 +447,24 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
       }
     }
     if (!failure.empty()) break;
-    if (started < total) {
-      waiting.push_back(std::make_unique<Block>());
-      start_block(*waiting.back(), launch, order[started++]);
-      if (run(waiting.back().get())) {
+    if (started < total && (launch.seed != 0 || waiting.empty())) {
+      const size_t first = waiting.size();
+      for (uint32_t i = 0; i < together; ++i, ++started) {
+        waiting.push_back(std::make_unique<Block>());
+        start_block(*waiting.back(), launch, order[started / together] * together + i);
+        waiting.back()->is_pair = launch.pairs;
+      }
+      if (launch.pairs) {  // they run in the next round
+        waiting[first]->peer = waiting[first + 1].get();
+        waiting[first + 1]->peer = waiting[first].get();
+      } else if (run(waiting.back().get())) {
         end_block(*waiting.back());
         waiting.pop_back();
       }
       moved = true;
     }
-    const bool stuck = !waiting.empty() && (launch.seed == 0 || (!moved && started == total));
+    const bool in_order = launch.seed == 0;
+    const bool stuck = !waiting.empty() && ((in_order && !launch.pairs) || (!moved && (in_order || started == total)));
     if (stuck && failure.empty()) {
       block = waiting.front().get();
       failure = "deadlock: block " + std::to_string(block->index.x) + " waits for a block that never signals, or " +
@@ -553,6 +571,17 @@ template <class T> VQ_DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
   return round_to<T>(low_float<T>(a) * low_float<T>(b)) |
          (uint32_t)round_to<T>(high_float<T>(a) * high_float<T>(b)) << 16;
 }
+VQ_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+VQ_DEVICE float exp2_approx(float value) { return exp2f(value); }
+VQ_DEVICE float reciprocal_approx(float value) { return 1 / value; }
+VQ_DEVICE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+VQ_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;
+}
 VQ_DEVICE uint32_t multiply_add2_f16(uint32_t a, uint32_t b, uint32_t c) {
   const double low = (double)low_float<f16>(a) * low_float<f16>(b) + low_float<f16>(c);
   const double high = (double)high_float<f16>(a) * high_float<f16>(b) + high_float<f16>(c);
@@ -592,6 +621,33 @@ VQ_DEVICE void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint
   VQ_HERE("mma_m16n8k16");
   const emulator::MmaInput input = {a, b, sums};
   emulator::meet(&input, nullptr, emulator::multiply_fragments<T>);
+}
+
+namespace emulator {
+struct MmaInt8Input {
+  const uint32_t *a, *b;
+  int32_t* sums;
+};
+__attribute__((noinline)) inline void multiply_int8_fragments(Lane* lanes) {
+  int8_t a[16][32], b[8][32];  // b by column
+  for (int l = 0; l < 32; ++l) {
+    const MmaInt8Input& in = *(const MmaInt8Input*)lanes[l].input;
+    for (int i = 0; i < 4; ++i) memcpy(&a[l / 4 + i % 2 * 8][l % 4 * 4 + i / 2 * 16], &in.a[i], 4);
+    for (int i = 0; i < 2; ++i) memcpy(&b[l / 4][l % 4 * 4 + i * 16], &in.b[i], 4);
+  }
+  for (int l = 0; l < 32; ++l) {
+    int32_t* sums = ((const MmaInt8Input*)lanes[l].input)->sums;
+    for (int i = 0; i < 4; ++i)
+      for (int k = 0; k < 32; ++k) sums[i] += a[l / 4 + i / 2 * 8][k] * b[2 * (l % 4) + i % 2][k];
+  }
+  counters.products++;
+}
+}  // namespace emulator
+
+VQ_DEVICE void mma_m16n8k32_int8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], VQ_SITE) {
+  VQ_HERE("mma_m16n8k32_int8");
+  const emulator::MmaInt8Input input = {a, b, sums};
+  emulator::meet(&input, nullptr, emulator::multiply_int8_fragments);
 }
 
 VQ_DEVICE void ldmatrix_x4(uint32_t (&fragment)[4], const void* row, VQ_SITE) {

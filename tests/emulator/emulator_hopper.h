@@ -41,6 +41,8 @@ struct Product {  // of one lane
   uint64_t b;
   bool is_bf16;
   int tokens;
+  int32_t* integers = nullptr;  // sums of an int8 product, whose operand a is in shared memory too
+  uint64_t a_shared = 0;
 };
 struct WarpgroupLane {
   bool fenced = false;
@@ -145,7 +147,7 @@ inline void mbarrier_wait(uint64_t* pointer, int parity, VQ_SITE) {
   emulator::wait_until([&] {
     if ((int)(barrier.phase & 1) == parity) emulator::end_phase_if_complete(barrier);
     return (int)(barrier.phase & 1) != parity;
-  });
+  }, emulator::block->is_pair);
 }
 
 inline void bulk_copy_stream(void* shared, const void* global, int bytes, uint64_t* barrier, VQ_SITE) {
@@ -217,8 +219,35 @@ inline float operand(uint64_t descriptor, int token, int k, bool is_bf16) {
   memcpy(&element, at, 2);
   return is_bf16 ? float_of_bf16(element) : float_of_f16(element);
 }
+// 32 bytes of a line of an int8 operand.
+inline void copy_line(int8_t (&line)[32], uint64_t descriptor, int number) {
+  const uint64_t start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  if (descriptor >> 62 != 1) fail("a descriptor without the 128-byte swizzle");
+  for (int half = 0; half < 2; ++half) {
+    memcpy(line + half * 16, swizzled(shared_base() + start + number / 8 * stride + number % 8 * 128 + half * 16), 16);
+  }
+}
 // One instruction of the warpgroup whose lanes begin at `lanes`: product `index` of each lane's oldest group.
+__attribute__((noinline)) inline void multiply_warpgroup_int8(WarpgroupLane* lanes, size_t index) {
+  static int8_t a[64][32], b[256][32];
+  const Product& first = lanes[0].groups.front()[index];
+  for (int line = 0; line < 64; ++line) copy_line(a[line], first.a_shared, line);
+  for (int line = 0; line < first.tokens; ++line) copy_line(b[line], first.b, line);
+  for (int l = 0; l < 128; ++l) {
+    const Product& product = lanes[l].groups.front()[index];
+    if (product.b != first.b || product.a_shared != first.a_shared)
+      fail("the lanes of a warpgroup give different descriptors");
+    const int row = l / 32 * 16 + l % 32 / 4, pair = l % 4;
+    for (int i = 0; i < first.tokens / 2; ++i) {
+      int32_t sum = 0;
+      for (int k = 0; k < 32; ++k) sum += a[row + i % 4 / 2 * 8][k] * b[i / 4 * 8 + 2 * pair + i % 2][k];
+      product.integers[i] += sum;
+    }
+  }
+  counters.products++;
+}
 __attribute__((noinline)) inline void multiply_warpgroup(WarpgroupLane* lanes, size_t index) {
+  if (lanes[0].groups.front()[index].integers) return multiply_warpgroup_int8(lanes, index);
   static float a[64][16], b[16][256];
   const Product& first = lanes[0].groups.front()[index];
   for (int k = 0; k < 16; ++k)
@@ -271,6 +300,14 @@ template <class T, int TOKENS> struct Wgmma {
     lane.open.push_back({sums, a, b, T::is_bf16, TOKENS});
   }
 };
+template <int ROWS> struct WgmmaInt8 {
+  static VQ_DEVICE void multiply(int32_t (&sums)[ROWS / 2], uint64_t a, uint64_t b, VQ_SITE) {
+    VQ_HERE("wgmma");
+    auto& lane = emulator::warpgroup_lane();
+    if (!lane.fenced) emulator::fail("no wgmma_fence since the last commit");
+    lane.open.push_back({nullptr, nullptr, b, false, ROWS, sums, a});
+  }
+};
 template <int N> inline void wgmma_wait(VQ_SITE) {
   VQ_HERE("wgmma_wait");
   emulator::meet_warpgroup();
@@ -282,6 +319,75 @@ template <int N> inline void wgmma_wait(VQ_SITE) {
     }
   }
   emulator::meet_warpgroup();
+}
+
+// ---- Pairs of blocks ---------------------------------------------------------------------------------------------
+
+namespace emulator {
+inline Block* peer() {
+  if (!block->is_pair) fail("not a kernel of pairs");
+  if (!block->peer) fail("the other block of the pair has ended");
+  return block->peer;
+}
+// What lies in the other block's shared memory where `pointer` lies in this one's.
+template <class Value> inline Value* in_peer(Value* pointer) {
+  return (Value*)(peer()->shared + ((unsigned char*)pointer - block->shared));
+}
+// Does something as if a thread of the other block did it.
+template <class Action> inline void as_peer(Action action) {
+  Block* self = block;
+  Block* other = peer();
+  Lane* lane = other->current;
+  const Site site = lane->site;
+  lane->site = self->current->site;
+  block = other;
+  action();
+  block = self;
+  lane->site = site;
+  self->progress++;
+}
+}  // namespace emulator
+
+inline void sync_pair(VQ_SITE) {
+  VQ_HERE("sync_pair");
+  emulator::Block *b = emulator::block, *other = emulator::peer();
+  const uint32_t generation = b->pair_generation;
+  b->pair_arrived++;
+  if (b->pair_arrived == (int)b->lanes.size() && other->pair_arrived == (int)other->lanes.size()) {
+    for (emulator::Block* one : {b, other}) {
+      one->pair_arrived = 0;
+      one->pair_generation++;
+      one->progress++;
+    }
+    return;
+  }
+  emulator::wait_until([&] { return b->pair_generation != generation; }, true);
+}
+inline void mbarrier_arrive_pair(uint64_t* barrier, int rank, VQ_SITE) {
+  VQ_HERE("mbarrier_arrive_pair");
+  if (rank == (int)(emulator::block->index.x % 2)) {
+    emulator::arrive(barrier);
+  } else {
+    uint64_t* there = emulator::in_peer(barrier);
+    emulator::as_peer([&] { emulator::arrive(there); });
+  }
+}
+template <int BLOCKS>
+inline void tma_load_weight(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier, VQ_SITE) {
+  VQ_HERE("tma_load_weight");
+  if (map->box_columns != 64 || map->row_bytes % 16) emulator::fail("a tensor map that is not supported");
+  const int bytes = map->box_rows * 128;
+  auto copy = [&](void* to, uint64_t* counter) {
+    emulator::check_shared(to, bytes, 1024);
+    memset(to, 0xff, bytes);
+    emulator::barrier_at(counter).copies.push_back({(unsigned char*)to, nullptr, bytes, *map, column, row});
+  };
+  copy(shared, barrier);
+  if (BLOCKS == 2) {
+    void* to = emulator::in_peer(shared);
+    uint64_t* counter = emulator::in_peer(barrier);
+    emulator::as_peer([&] { copy(to, counter); });
+  }
 }
 
 }  // namespace vq

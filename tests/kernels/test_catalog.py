@@ -4,7 +4,16 @@ import re
 
 import pytest
 
-from vlmquant.kernels.cuda.catalog import ARGUMENTS, ENTRIES, SOURCES, Entry, group_kind, program, shared_bytes
+from vlmquant.kernels.cuda.catalog import (
+    ACTIVATIONS,
+    ARGUMENTS,
+    ENTRIES,
+    SOURCES,
+    Entry,
+    group_kind,
+    program,
+    shared_bytes,
+)
 
 KINDS = {"VQ_TENSOR_MAP": "tensor_map", "int": "int"}
 """Of an argument, by its C++ type; any other is a pointer."""
@@ -29,11 +38,23 @@ def test_arguments_are_those_of_the_source(family: str) -> None:
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.name)
 def test_entry_says_what_it_makes(entry: Entry) -> None:
     macro, arguments = re.fullmatch(r"(\w+)\((.*)\)", entry.instance).groups()
-    name, dtype, *numbers, asymmetric = arguments.split(", ")
+    name, dtype, *numbers, last = arguments.split(", ")
     assert name == entry.name
     assert dtype == f"vq::{entry.dtype}"
-    assert asymmetric == ("false" if entry.symmetric else "true")
     assert f"#define {macro}(NAME, T, " in entry.source.read_text()
+    if entry.family == "quantize_rows":
+        assert numbers == [str(8 // entry.token_tile)]
+        assert last == str("hopper" in entry.name).lower()
+        return
+    if entry.family.startswith("w8_gemm"):
+        assert last == ACTIVATIONS[entry.activation]
+        if entry.family == "w8_gemm":
+            assert numbers == [str(entry.token_tile)]
+        else:
+            head = "VQ_KERNEL_PAIRS" if entry.pair else "VQ_KERNEL_RESIDENT"
+            assert numbers == [head, str(entry.row_tile), str(entry.pair).lower()]
+        return
+    assert last == ("false" if entry.symmetric else "true")
     if "skinny" in entry.family:
         assert [int(number) for number in numbers] == [entry.token_tile // 8, *entry.groups]
     if entry.family == "gemm":
@@ -71,3 +92,5 @@ def test_shared_memory_of_the_measured_launches() -> None:
     assert shared_bytes(skinny, tokens=20, columns=1152, splits=9) == 2 * 64 * 32 * 4
     assert shared_bytes(ENTRIES["w4_gemm_f16_m64"]) == 4 * (64 * 128 + 2 * 2048)
     assert shared_bytes(ENTRIES["w4_dequantize_f16"]) == 8 * 16 * 144
+    assert shared_bytes(ENTRIES["w8_gemm_f16_t64"]) == 4 * (64 + 128) * 64
+    assert shared_bytes(ENTRIES["w8_gemm_hopper_bf16_n256_pair_gelu"], stages=4) == 2048 + 4 * (128 + 256) * 128

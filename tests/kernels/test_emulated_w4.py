@@ -12,6 +12,7 @@ from vlmquant.kernels.cuda.catalog import ENTRIES, SKINNY_TOKENS, Entry
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
 
+W4_ENTRIES = {name: entry for name, entry in ENTRIES.items() if name.startswith("w4_")}
 SEEDS = (0, 1, 2)
 """0 runs blocks and warps in order, and shared memory begins at a multiple of 1024 bytes; others shuffle."""
 
@@ -77,7 +78,7 @@ def kernels() -> dict[str, Emulator]:
 
 @pytest.fixture(scope="module")
 def all_kernels() -> dict[str, Emulator]:
-    return load_all(ENTRIES.values())
+    return load_all(W4_ENTRIES.values())
 
 
 def check(kernels: dict[str, Emulator], problem: Problem, how: How, seeds: Iterable[int] = SEEDS) -> None:
@@ -105,7 +106,7 @@ def test_dequantize_rounds_once(problem: Problem, how: How, kernels: dict[str, E
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", W4_ENTRIES)
 def test_every_kernel(name: str, all_kernels: dict[str, Emulator]) -> None:
     """At the fewest and the most tokens of a tile, and one more where several tiles are allowed."""
     entry = ENTRIES[name]

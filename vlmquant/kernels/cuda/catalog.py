@@ -30,6 +30,15 @@ WEIGHT = (("codes", "pointer"), ("scales", "pointer"), ("zeros", "pointer"))
 SHAPE = (("tokens", "int"), ("rows", "int"), ("columns", "int"), ("group_size", "int"))
 PARTIAL = (("workspace", "pointer"), ("semaphores", "pointer"))
 
+ACTIVATIONS = {"none": "vq::PLAIN", "gelu": "vq::GELU", "gelu_tanh": "vq::GELU_TANH", "quick_gelu": "vq::QUICK_GELU"}
+"""What int8 products may do to their outputs last, and its name in int8.cuh."""
+QUANTIZE_WARPS = (1, 8)
+"""Warps that share a token in quantize_rows."""
+W8_STAGES = {32: 5, 64: 4, 128: 3}
+"""Stages of w8_gemm's ring, by the tokens of a tile."""
+W8_HOPPER_TILES = ((64, False), (128, False), (128, True), (192, True), (256, True))
+"""Rows of w8_gemm_hopper's tile, and whether blocks work in pairs."""
+
 ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "skinny": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE),
     "skinny_hopper": (("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE, ("stages", "int")),
@@ -39,6 +48,18 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
         *(("stages", "int"), ("sweep_tiles", "int")),
     ),
     "dequantize": (*WEIGHT, ("dense", "pointer"), *SHAPE[1:], ("first_strip", "int")),
+    "quantize_rows": (
+        *(("inputs", "pointer"), ("codes", "pointer"), ("scales", "pointer")),
+        *(("tokens", "int"), ("columns", "int"), ("packed_columns", "int")),
+    ),
+    "w8_gemm": (
+        *(("input_codes", "pointer"), ("input_scales", "pointer"), ("codes", "pointer"), ("scales", "pointer")),
+        *(("bias", "pointer"), ("outputs", "pointer"), *SHAPE[:3]),
+    ),
+    "w8_gemm_hopper": (
+        *(("input_codes", "tensor_map"), ("codes", "tensor_map"), ("input_scales", "pointer"), ("scales", "pointer")),
+        *(("bias", "pointer"), ("outputs", "pointer"), *SHAPE[:3], ("stages", "int"), ("sweep_tiles", "int")),
+    ),
 }
 """Name and kind of each argument, in order. A tensor map is the 128 bytes themselves; what each means is said in the
 source. Semaphores are zero before and after a launch; the workspace may hold anything."""
@@ -64,7 +85,11 @@ class Entry:
     row_tile: int = STRIP_ROWS
     """Rows of a tile; the weight's rows need only be a multiple of STRIP_ROWS."""
     groups: tuple[int, ...] = (32, 64, 128)
-    """The kinds of group that it takes, see `group_kind`."""
+    """The kinds of group that it takes, see `group_kind`; none if its weight has no groups."""
+    activation: str = "none"
+    """What its outputs go through last, of ACTIVATIONS."""
+    pair: bool = False
+    """Neighbouring blocks work together, so the grid must be even."""
 
     @property
     def source(self) -> Path:
@@ -93,6 +118,10 @@ def _suffix(symmetric: bool) -> str:
 def _gemm_groups(group: int) -> tuple[int, ...]:
     """The gemm kernels come in two kinds: for groups of 32, and for all others."""
     return (32,) if group == 32 else (64, 128)
+
+
+def _ending(activation: str) -> str:
+    return "" if activation == "none" else f"_{activation}"
 
 
 def _skinny(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry:
@@ -128,6 +157,26 @@ def _dequantize(dtype: str, symmetric: bool) -> Entry:
     return Entry(name, "dequantize", instance, PORTABLE, dtype, symmetric, 256)
 
 
+def _quantize_rows(dtype: str, warps: int, hopper: bool) -> Entry:
+    name = f"quantize_rows{'_hopper' if hopper else ''}_{dtype}_w{warps}"
+    instance = f"VQ_QUANTIZE_ROWS({name}, vq::{dtype}, {warps}, {_flag(hopper)})"
+    archs = HOPPER if hopper else PORTABLE
+    return Entry(name, "quantize_rows", instance, archs, dtype, True, 256, 8 // warps, groups=())
+
+
+def _w8_gemm(dtype: str, tokens: int, activation: str) -> Entry:
+    name = f"w8_gemm_{dtype}_t{tokens}{_ending(activation)}"
+    instance = f"VQ_W8_GEMM({name}, vq::{dtype}, {tokens}, {ACTIVATIONS[activation]})"
+    return Entry(name, "w8_gemm", instance, PORTABLE, dtype, True, 256, tokens, 128, (), activation)
+
+
+def _w8_gemm_hopper(dtype: str, rows: int, pair: bool, activation: str) -> Entry:
+    name = f"w8_gemm_hopper_{dtype}_n{rows}{'_pair' if pair else ''}{_ending(activation)}"
+    head = "VQ_KERNEL_PAIRS" if pair else "VQ_KERNEL_RESIDENT"
+    instance = f"VQ_W8_GEMM_HOPPER({name}, vq::{dtype}, {head}, {rows}, {_flag(pair)}, {ACTIVATIONS[activation]})"
+    return Entry(name, "w8_gemm_hopper", instance, HOPPER, dtype, True, 384, 128, rows, (), activation, pair)
+
+
 def _all() -> Iterable[Entry]:
     for dtype in DTYPES:
         for symmetric in (True, False):
@@ -141,6 +190,14 @@ def _all() -> Iterable[Entry]:
                 for tokens, warpgroups in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2)):
                     yield _gemm_hopper(dtype, tokens, warpgroups, group, symmetric)
             yield _dequantize(dtype, symmetric)
+        for warps in QUANTIZE_WARPS:
+            yield _quantize_rows(dtype, warps, hopper=False)
+            yield _quantize_rows(dtype, warps, hopper=True)
+        for activation in ACTIVATIONS:
+            for tokens in W8_STAGES:
+                yield _w8_gemm(dtype, tokens, activation)
+            for rows, pair in W8_HOPPER_TILES:
+                yield _w8_gemm_hopper(dtype, rows, pair, activation)
 
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _all()}
@@ -166,7 +223,7 @@ def shared_bytes(
 ) -> int:
     """Dynamic shared memory of a launch.
 
-    skinny: tokens, columns and splits (blocks that share a strip). Hopper kernels: group_size and stages.
+    skinny: tokens, columns and splits (blocks that share a strip). Hopper kernels: stages; group_size, if 4-bit.
     """
     if entry.family == "skinny":
         units = -(-columns // STAGE_COLUMNS)
@@ -176,4 +233,10 @@ def shared_bytes(
         return 4 * (entry.token_tile * 128 + 2 * 2048)
     if entry.family == "dequantize":
         return 8 * 16 * 144
+    if entry.family == "quantize_rows":
+        return 8 * 4
+    if entry.family == "w8_gemm":
+        return W8_STAGES[entry.token_tile] * (entry.token_tile + entry.row_tile) * 64
+    if entry.family == "w8_gemm_hopper":
+        return 2 * BARRIER_BYTES + stages * (entry.token_tile + entry.row_tile) * STAGE_COLUMNS
     return 2 * BARRIER_BYTES + stages * stage_bytes(entry, group_size)

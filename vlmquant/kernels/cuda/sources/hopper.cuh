@@ -137,5 +137,42 @@ VQ_DEVICE uint64_t matrix_descriptor(const void* tile) {
 template <class T, int TOKENS> struct Wgmma;
 #include "wgmma.inc"
 
+// sums (64 x ROWS int32) += a (64 x 32 of int8) * b (ROWS x 32 of int8), exactly; both in shared memory, by descriptor.
+// Sums lie as those of Wgmma.
+template <int ROWS> struct WgmmaInt8;
+#include "wgmma_int8.inc"
+
+// ---- Pairs of blocks (VQ_KERNEL_PAIRS): the block of number blockIdx.x and that of blockIdx.x ^ 1 ------------------
+
+// Every thread of both blocks arrives before any goes on; what they wrote to shared memory is seen by both.
+VQ_DEVICE void sync_pair() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+}
+// One arrival at the mbarrier that lies, in block `rank` (0 or 1) of the pair, where `barrier` lies in this one.
+VQ_DEVICE void mbarrier_arrive_pair(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+      :
+      : "r"(shared_address(barrier)), "r"(rank)
+      : "memory");
+}
+// A weight's box as tma_load_2d copies it; of weights it is known that they were complete long before the kernel
+// ahead started. BLOCKS 2: into both blocks of the pair, at the same place, counted by each one's own barrier.
+template <int BLOCKS>
+VQ_DEVICE void tma_load_weight(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier) {
+  if (BLOCKS == 1) {
+    tma_load_2d(shared, map, column, row, barrier);
+  } else {
+    const uint16_t both = 3;  // a bit for each block
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;"
+        :
+        : "r"(shared_address(shared)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(both)
+        : "memory");
+  }
+}
+
 }  // namespace vq
 #endif

@@ -29,6 +29,9 @@ typedef unsigned long long uint64_t;
 // (which caps the registers of a thread).
 #define VQ_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define VQ_KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+// As VQ_KERNEL_RESIDENT; neighbouring blocks run as pairs that reach each other's shared memory (sm_90 and later).
+#define VQ_KERNEL_PAIRS(threads, blocks) \
+  extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, blocks)
 
 namespace vq {
 
@@ -109,6 +112,25 @@ template <> VQ_DEVICE uint16_t round_to<bf16>(float value) {
   return result;
 }
 
+// a * b + c, rounded once.
+VQ_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// 2**value and 1 / value, to about 2 units in the last place.
+VQ_DEVICE float exp2_approx(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+VQ_DEVICE float reciprocal_approx(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+VQ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+// The lowest bytes of four words, the first as the lowest.
+VQ_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
 // ---- Tensor core: a warp multiplies fragments ---------------------------------------------------------------------
 
 // sums (16 x 8 float) += a (16 x 16) * b (16 x 8). With row = lane / 4 and pair = lane % 4, a lane holds of
@@ -129,6 +151,18 @@ VQ_DEVICE void mma_m16n8k16<bf16>(float (&sums)[4], const uint32_t (&a)[4], cons
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// sums (16 x 8) += a (16 x 32 of int8) * b (32 x 8 of int8), exactly. With row = lane / 4 and quad = lane % 4, a lane
+// holds of
+//   a[i]     row + 8 (i % 2), k = 4 quad + 16 (i / 2) to k + 3, the first in the lowest byte
+//   b[i]     k = 4 quad + 16 i to k + 3, column lane / 4
+//   sums[i]  as mma_m16n8k16
+VQ_DEVICE void mma_m16n8k32_int8(int32_t (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
