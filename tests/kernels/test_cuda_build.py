@@ -60,7 +60,7 @@ def runs_on(entry: Entry, arch: str) -> bool:
 def hot(entry: Entry) -> bool:
     """What a bfloat16 model with symmetric groups of 128, or int8 without an activation, runs."""
     grouped = not entry.groups or 128 in entry.groups
-    return entry.dtype == "bf16" and entry.symmetric and grouped and entry.activation == "none"
+    return entry.dtype == "bf16" and entry.symmetric and grouped and not entry.activation
 
 
 def samples() -> list[tuple[str, str]]:

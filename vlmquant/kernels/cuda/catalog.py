@@ -30,8 +30,8 @@ WEIGHT = (("codes", "pointer"), ("scales", "pointer"), ("zeros", "pointer"))
 SHAPE = (("tokens", "int"), ("rows", "int"), ("columns", "int"), ("group_size", "int"))
 PARTIAL = (("workspace", "pointer"), ("semaphores", "pointer"))
 
-ACTIVATIONS = {"none": "vq::PLAIN", "gelu": "vq::GELU", "gelu_tanh": "vq::GELU_TANH", "quick_gelu": "vq::QUICK_GELU"}
-"""What int8 products may do to their outputs last, and its name in int8.cuh."""
+ACTIVATIONS = {"": "vq::PLAIN", "gelu": "vq::GELU", "gelu_tanh": "vq::GELU_TANH", "quick_gelu": "vq::QUICK_GELU"}
+"""What int8 products may do to their outputs last (nothing, if empty), and its name in int8.cuh."""
 QUANTIZE_WARPS = (1, 8)
 """Warps that share a token in quantize_rows."""
 W8_STAGES = {32: 5, 64: 4, 128: 3}
@@ -86,7 +86,7 @@ class Entry:
     """Rows of a tile; the weight's rows need only be a multiple of STRIP_ROWS."""
     groups: tuple[int, ...] = (32, 64, 128)
     """The kinds of group that it takes, see `group_kind`; none if its weight has no groups."""
-    activation: str = "none"
+    activation: str = ""
     """What its outputs go through last, of ACTIVATIONS."""
     pair: bool = False
     """Neighbouring blocks work together, so the grid must be even."""
@@ -121,7 +121,7 @@ def _gemm_groups(group: int) -> tuple[int, ...]:
 
 
 def _ending(activation: str) -> str:
-    return "" if activation == "none" else f"_{activation}"
+    return activation and f"_{activation}"
 
 
 def _skinny(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry:
