@@ -17,6 +17,7 @@ from tests.kernels.test_layouts import relative
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build, launch
 from vlmquant.kernels.cuda.catalog import ENTRIES
+from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
@@ -154,4 +155,12 @@ def test_probes_compile(arch: str) -> None:
 
 def test_every_kernel_of_the_catalog_is_among_the_cases(script: ModuleType) -> None:
     asked = {case.choice.kernel for case in script.cases() if case.choice is not None}
-    assert asked >= {entry.family for entry in ENTRIES.values() if entry.name.startswith("w4_")}
+    assert asked == {entry.family for entry in ENTRIES.values() if entry.name.startswith("w4_")}
+    for gpu in (HOPPER, AMPERE):
+        planned = {
+            ENTRIES[plan.entry].family
+            for case in script.int8_cases()
+            for plan in choose_int8(Int8Problem(case.tokens, case.rows, 512, case.dtype, case.activation), gpu)
+        }
+        assert planned >= {"quantize_rows", "w8_gemm"}
+        assert ("w8_gemm_hopper" in planned) == (gpu is HOPPER)

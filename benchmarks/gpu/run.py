@@ -30,9 +30,11 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmquant.errors import KernelError  # noqa: E402
+from vlmquant.kernels import int8_cuda  # noqa: E402
 from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
 from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
+from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
 from vlmquant.kernels.reference import activation_codes  # noqa: E402
 from vlmquant.packing import order_vq4, pack_vq4, vq4_shape  # noqa: E402
@@ -280,9 +282,68 @@ def check_correctness(run: Run) -> None:
         rows.append({**asdict(case), "outcome": outcome, "detail": detail})
         if outcome != "passed":
             print(f"  {outcome}: {case}: {detail}", flush=True)
+    for case_int8 in int8_cases():
+        if run.device.type != "cuda" and case_int8.tokens * case_int8.rows * case_int8.columns > 1 << 28:
+            continue
+        if run.time_is_up(f"correct from {case_int8}"):
+            break
+        outcome, detail = check_int8_case(case_int8, run.device)
+        run.results["correct"][outcome] += 1
+        rows.append({**asdict(case_int8), "outcome": outcome, "detail": detail})
+        if outcome != "passed":
+            print(f"  {outcome}: {case_int8}: {detail}", flush=True)
     run.save()
     counts = run.results["correct"]
     print(f"correctness: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+
+
+@dataclass(frozen=True)
+class Int8Case:
+    """Inputs rounded to int8 per token, times an int8 weight."""
+
+    tokens: int
+    rows: int
+    columns: int
+    activation: str = "none"
+    dtype: str = "bf16"
+
+
+def int8_cases() -> Iterator[Int8Case]:
+    for tokens in (1, 31, 64, 65, 200, 729):
+        yield Int8Case(tokens, 300, 500, "gelu_tanh")
+        yield Int8Case(tokens, 1152, 1152, dtype="f16")
+    for activation in ops.ACTIVATIONS:
+        yield Int8Case(130, 4304, 1152, activation)
+    yield Int8Case(1025, 1280, 3420)
+    yield Int8Case(4096, 3840, 1280)
+
+
+def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
+    """As check_case: against float64, and the same bits each time."""
+    dtype = DTYPES[case.dtype]
+    codes, scales = activation_codes(torch.randn(case.rows, case.columns, device=device) * 0.02)
+    inputs, bias = (
+        torch.randn(case.tokens, case.columns, device=device).to(dtype),
+        torch.randn(case.rows, device=device),
+    )
+    bias = bias.to(dtype)
+    input_codes, input_scales = activation_codes(inputs)
+    exact = (input_codes.double() @ codes.double().T) * input_scales.double() * scales.double().T + bias.double()
+    exact = ops.ACTIVATIONS[case.activation](exact)
+    try:
+        found = [
+            ops.w8_linear(inputs, padded_int8(codes), scales.flatten(), bias, activation=case.activation)
+            for _ in range(REPEATS)
+        ]
+    except (KernelError, RuntimeError) as error:
+        return "failed", f"{type(error).__name__}: {error}"
+    allowed = ERRORS[case.dtype] * (1 + SCATTER / exact.numel() ** 0.5)
+    relative = ((found[0].double() - exact).norm() / exact.norm()).item()
+    if not relative < allowed:
+        return "failed", f"relative error {relative:.2e}, allowed {allowed:.2e}"
+    if not all(torch.equal(found[0], other) for other in found[1:]):
+        return "failed", "the same product differs from run to run"
+    return "passed", relative
 
 
 def compile_all(device: torch.device) -> None:
@@ -295,6 +356,10 @@ def compile_all(device: torch.device) -> None:
         planned = dispatch.choose(problem, kept.gpu) if case.choice is None else plan(problem, kept.gpu, case.choice)
         if isinstance(planned, Plan):
             found.add(ENTRIES[planned.entry])
+    for case_int8 in int8_cases():
+        columns = case_int8.columns + -case_int8.columns % int8_cuda.MULTIPLE
+        known = Int8Problem(case_int8.tokens, case_int8.rows, columns, case_int8.dtype, case_int8.activation)
+        found |= {ENTRIES[planned.entry] for planned in choose_int8(known, kept.gpu)}
     kept.prepare(found)
 
 
@@ -803,10 +868,6 @@ def measure_vision(run: Run) -> None:
     """Vision transformer blocks and their linears in INT8, quantizing the inputs included, against bf16."""
     rows: list[dict[str, Any]] = []
     run.results["vision"] = rows
-    if not hasattr(torch.ops.vlmquant, "w8_linear"):
-        run.results["vision"] = "there is no w8_linear in this version"
-        run.save()
-        return
     for name, block in run.sizes.blocks.items():
         for tokens in run.sizes.image_tokens:
             if run.time_is_up(f"vision from {name} with {tokens} tokens"):
@@ -831,7 +892,7 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
         for part, (rows, columns) in shapes.items():
             dense = (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16)
             codes, scales = activation_codes(dense)
-            made[part] = {"bf16": dense, "int8": (codes, scales.flatten())}
+            made[part] = {"bf16": dense, "int8": (padded_int8(codes), scales.flatten())}
         weights.append(made)
     hidden = torch.randn(tokens, width, device=device).to(torch.bfloat16)
     wide = torch.randn(tokens, block.intermediate, device=device).to(torch.bfloat16)
@@ -870,15 +931,21 @@ def vision_block(hidden: Tensor, weights: dict[str, Any], kind: str, block: Bloc
     mixed = nn.functional.scaled_dot_product_attention(*(part[None] for part in parts))[0]
     hidden = hidden + vision_linear(mixed.transpose(0, 1).reshape(hidden.shape), weights["out"], kind)
     normed = nn.functional.layer_norm(hidden, hidden.shape[-1:])
-    up = nn.functional.gelu(vision_linear(normed, weights["up"], kind), approximate="tanh")
+    up = vision_linear(normed, weights["up"], kind, "gelu_tanh")
     return hidden + vision_linear(up, weights["down"], kind)
 
 
-def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str) -> Tensor:
-    if kind == "bf16":
-        return nn.functional.linear(inputs, weight["bf16"])
-    found: Tensor = torch.ops.vlmquant.w8_linear(inputs, *weight["int8"], None)
-    return found
+def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation: str = "none") -> Tensor:
+    """As a vision encoder's linear, and the activation behind it."""
+    if kind == "int8":
+        return ops.w8_linear(inputs, *weight["int8"], activation=activation)
+    return ops.ACTIVATIONS[activation](nn.functional.linear(inputs, weight["bf16"]))
+
+
+def padded_int8(codes: Tensor) -> Tensor:
+    """As vlmquant.kernels.int8_cuda holds them."""
+    rows, columns = codes.shape
+    return nn.functional.pad(codes, (0, -columns % int8_cuda.MULTIPLE, 0, -rows % int8_cuda.MULTIPLE))
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

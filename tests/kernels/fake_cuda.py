@@ -169,8 +169,9 @@ def emulate(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> tuple[FakeDriver, laun
     """The fake driver, with the emulator behind it; what is launched runs at once, on the very argument block."""
 
     def run(started: Started) -> None:
-        library = emulator.load([ENTRIES[started.entry]])._library
-        how = emulator._Launch((ctypes.c_uint32 * 3)(*started.grid), started.threads[0], started.shared_bytes, 0)
+        entry = ENTRIES[started.entry]
+        library, grid = emulator.load([entry])._library, (ctypes.c_uint32 * 3)(*started.grid)
+        how = emulator._Launch(grid, started.threads[0], started.shared_bytes, 0, int(entry.pair))
         counters, message = emulator.Counters(), ctypes.create_string_buffer(emulator.MESSAGE_BYTES)
         function = getattr(library, f"emulate_{started.entry}")
         size = ctypes.c_size_t(emulator.MESSAGE_BYTES)

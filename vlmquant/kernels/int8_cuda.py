@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import int8
-from vlmquant.kernels.cuda.ops import w8_linear
+from vlmquant.kernels.cuda import launch
+from vlmquant.kernels.cuda.ops import prepare_w8, w8_linear
 from vlmquant.kernels.form import Form
 
 MULTIPLE = 64
@@ -20,8 +21,11 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """codes (padded out, padded in) int8, centred on zero; scales (out,) float32."""
     rows, columns = weight.shape
     codes = (weight.codes ^ mid_code(8)).view(torch.int8)
-    padded = nn.functional.pad(codes, (0, -columns % MULTIPLE, 0, -rows % MULTIPLE))
-    return {"codes": padded.contiguous(), "scales": weight.scales.flatten()}
+    padded = nn.functional.pad(codes, (0, -columns % MULTIPLE, 0, -rows % MULTIPLE)).contiguous()
+    device = padded.device
+    if device.type == "cuda" and launch.unavailable(device.index) is None:
+        prepare_w8(device, rows, padded.shape[1], launch.DTYPE_NAMES.get(weight.scale_dtype, "bf16"))
+    return {"codes": padded, "scales": weight.scales.flatten()}
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:

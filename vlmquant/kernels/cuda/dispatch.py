@@ -106,6 +106,8 @@ class Plan:
     """Tokens of one copy from the inputs; 0 where the kernel reads them by address."""
     sweep_tiles: int = 0
     """Token tiles that share one sweep over the weight."""
+    row_box: int = 0
+    """Rows of one copy from an int8 weight; 0 where the kernel reads it by address."""
     dependent: bool = False
     """May start before the kernel ahead of it has ended (programmatic dependent launch)."""
 

@@ -119,6 +119,7 @@ class Device:
         self.images: list[bytes] = []
         self.ready: dict[tuple[Any, ...], Launch] = {}
         """Launches by what decides on them, see ops.py."""
+        self.ready_int8: dict[tuple[Any, ...], tuple[Launch, Launch]] = {}
         self.maps: dict[tuple[Any, ...], ctypes.Array[ctypes.c_char]] = {}
         self.workspaces: dict[int, tuple[Tensor, Tensor]] = {}
         self.spares: list[tuple[Tensor, Tensor]] = []
@@ -202,12 +203,14 @@ class Device:
 
 
 def encode_map(inputs: Tensor, box: int) -> ctypes.Array[ctypes.c_char]:
-    """A CUtensorMap of 16-bit inputs (tokens, columns), rows in one piece, in the 128-byte swizzle the kernels read."""
+    """A CUtensorMap of 16-bit (tokens, columns), each row in one piece, in the 128-byte swizzle the kernels read."""
     driver = _driver()
     types = driver.CUtensorMapDataType
     kind = types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
     if inputs.dtype == torch.bfloat16:
         kind = types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    elif inputs.dtype == torch.int16:
+        kind = types.CU_TENSOR_MAP_DATA_TYPE_UINT16
     tokens, columns = inputs.shape
     encoded = _check(
         driver.cuTensorMapEncodeTiled(

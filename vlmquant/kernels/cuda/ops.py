@@ -16,6 +16,7 @@ from vlmquant.grid import dequantize_codes
 from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.cuda.catalog import ENTRIES, STRIP_ROWS
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entries_for, plan
+from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, int8_entries
 from vlmquant.kernels.cuda.notices import warn_once
 from vlmquant.kernels.reference import activation_codes
 from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4
@@ -204,8 +205,7 @@ def make_launch(device: launch.Device, chosen: Plan, problem: Problem) -> launch
         "sweep_tiles": chosen.sweep_tiles,
         "first_strip": 0,
     }
-    names = {name for name, _ in ENTRIES[chosen.entry].arguments}
-    return device.launch(chosen, {name: value for name, value in known.items() if name in names})
+    return device.launch(chosen, _taken(chosen, known))
 
 
 def ready_for(problem: Problem, device: launch.Device) -> launch.Launch | str:
@@ -235,6 +235,8 @@ def prepare_w4(device: torch.device, rows: int, columns: int, group_size: int, s
             kept.prepare(ENTRIES[entry] for entry in entries_for(rows, columns, group_size, symmetric, name, kept.gpu))
         except KernelError as error:
             warn_once(f"kernels are not ready before their first use: {error}")
+        # A dependent launch reads the weight before the kernel ahead of it has ended, which must not be the packing.
+        torch.cuda.synchronize()
 
 
 def aligned(inputs: Tensor, columns: int) -> Tensor:
@@ -284,12 +286,122 @@ def _integer_product(rounded: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(padded, codes.T)[:tokens]
 
 
+def w8_linear_cuda(
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "none"
+) -> Tensor:
+    """As `w8_by_torch`, by the kernels that dispatch_int8.py plans."""
+    index = codes.device.index
+    if inputs.device != codes.device:
+        raise KernelError(f"inputs are on {inputs.device} and the weight on {codes.device}; move one to the other")
+    if torch.cuda.current_device() != index:
+        with torch.cuda.device(index):
+            return w8_linear_cuda(inputs, codes, scales, bias, activation)
+    refused = launch.unavailable(index)
+    if inputs.dtype not in launch.DTYPE_NAMES:
+        refused = f"no kernel for {inputs.dtype} inputs"
+    if refused is None:
+        try:
+            return _run_w8(launch.device(index), inputs, codes, scales, bias, activation)
+        except _NoKernelError as error:
+            refused = str(error)
+    warn_once(f"int8 products are put together by torch, which is slow: {refused}")
+    return w8_by_torch(inputs, codes, scales, bias, activation)
+
+
+def _run_w8(
+    device: launch.Device, inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    columns, rows = inputs.shape[-1], scales.shape[0]
+    flat = inputs.reshape(-1, columns).contiguous()
+    tokens, packed_columns = flat.shape[0], codes.shape[1]
+    outputs = inputs.new_empty((tokens, rows))
+    if tokens:
+        key = (tokens, rows, columns, packed_columns, activation, inputs.dtype)
+        ready = device.ready_int8.get(key)
+        if ready is None:
+            problem = Int8Problem(tokens, rows, packed_columns, launch.DTYPE_NAMES[inputs.dtype], activation)
+            if len(device.ready_int8) >= launch.LAUNCHES_KEPT:
+                device.ready_int8.clear()
+            ready = device.ready_int8[key] = _ready_w8(device, problem, columns)
+        start_w8(device, ready, flat, codes, scales, bias, outputs)
+    return outputs.view(*inputs.shape[:-1], rows)
+
+
+def _ready_w8(device: launch.Device, problem: Int8Problem, columns: int) -> tuple[launch.Launch, launch.Launch]:
+    try:
+        quantize, multiply = choose_int8(problem, device.gpu)
+        constants: dict[str, launch.Value] = {
+            "tokens": problem.tokens,
+            "rows": problem.rows,
+            "columns": problem.columns,
+            "packed_columns": problem.columns,
+            "stages": multiply.stages,
+            "sweep_tiles": multiply.sweep_tiles,
+        }
+        first = device.launch(quantize, _taken(quantize, constants | {"columns": columns}))
+        return first, device.launch(multiply, _taken(multiply, constants))
+    except KernelError as error:
+        if torch.cuda.is_current_stream_capturing():
+            raise
+        raise _NoKernelError(str(error)) from error
+
+
+def start_w8(
+    device: launch.Device,
+    ready: tuple[launch.Launch, launch.Launch],
+    inputs: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    outputs: Tensor,
+) -> None:
+    """Put both kernels on the current stream: inputs (tokens, columns), outputs (tokens, rows)."""
+    stream = torch.cuda.current_stream(device.index).cuda_stream
+    quantize, multiply = ready
+    input_codes = torch.empty((inputs.shape[0], codes.shape[1]), dtype=torch.int8, device=inputs.device)
+    input_scales = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.device)
+    bias = None if bias is None else bias.to(outputs.dtype).contiguous()
+    quantize.start(
+        stream,
+        {"inputs": inputs.data_ptr(), "codes": input_codes.data_ptr(), "scales": input_scales.data_ptr()},
+    )
+    values: dict[str, launch.Value] = {
+        "input_codes": input_codes.data_ptr(),
+        "codes": codes.data_ptr(),
+        "input_scales": input_scales.data_ptr(),
+        "scales": scales.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "outputs": outputs.data_ptr(),
+    }
+    if multiply.plan.token_box:  # as pairs of bytes
+        values["input_codes"] = device.tensor_map(input_codes.view(torch.int16), multiply.plan.token_box)
+        values["codes"] = device.tensor_map(codes.view(torch.int16), multiply.plan.row_box)
+    multiply.start(stream, values)
+
+
+def prepare_w8(device: torch.device, rows: int, columns: int, name: str) -> None:
+    """Compile and load what products with an int8 weight (rows, packed columns) will run."""
+    with torch.cuda.device(device):
+        kept = launch.device(torch.cuda.current_device())
+        try:
+            kept.prepare(ENTRIES[entry] for entry in int8_entries(rows, columns, name, "none", kept.gpu))
+        except KernelError as error:
+            warn_once(f"kernels are not ready before their first use: {error}")
+        torch.cuda.synchronize()  # as in prepare_w4
+
+
+def _taken(chosen: Plan, values: dict[str, launch.Value]) -> dict[str, launch.Value]:
+    """Those of the values that a plan's entry has arguments for."""
+    names = {name for name, _ in ENTRIES[chosen.entry].arguments}
+    return {name: value for name, value in values.items() if name in names}
+
+
 def _w8_fake(inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], scales.shape[0])
 
 
 LIBRARY.impl("w8_linear", w8_by_torch, "CPU")
-LIBRARY.impl("w8_linear", w8_by_torch, "CUDA")
+LIBRARY.impl("w8_linear", w8_linear_cuda, "CUDA")
 torch.library.register_fake("vlmquant::w8_linear", _w8_fake, lib=LIBRARY)
 LIBRARY.impl("w4_linear", w4_expanded, "CPU")
 LIBRARY.impl("w4_linear", w4_linear_cuda, "CUDA")
