@@ -1,5 +1,6 @@
 """What `vlmquant doctor` says, with GPUs that are not there."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,9 @@ def test_kernels_are_listed_with_their_reason(monkeypatch: pytest.MonkeyPatch) -
     assert "256 tokens: w4_gemm_hopper_bf16_n128_c2" in text
     assert "benchmarks/results/gpu_prototypes_h100.json" in text
     assert "override file: 0 rows" in text
+    assert re.search(
+        r"1024 tokens: w8_gemm_hopper_bf16_\w+ \(by arithmetic, not measured; compiled at first use\)", text
+    )
 
 
 def test_an_inexact_match_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

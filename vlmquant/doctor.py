@@ -16,6 +16,7 @@ from vlmquant.kernels import choose
 from vlmquant.kernels.cuda import build, dispatch, launch
 from vlmquant.kernels.cuda.catalog import ENTRIES
 from vlmquant.kernels.cuda.dispatch import Gpu, Plan, Problem
+from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8
 from vlmquant.kernels.probe import compute_dtype
 
 PACKAGES = ("torch", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc", "bitsandbytes")
@@ -66,6 +67,10 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
         for kernel in gpu["kernels"]:
             ready = "compiled" if kernel["compiled"] else "compiled at first use"
             yield f"    {kernel['tokens']:>5} tokens: {kernel['entry']} ({kernel['why']}; {ready})"
+        yield f"  an int8 weight of {shape} with inputs rounded to int8, bfloat16:"
+        for kernel in gpu["int8_kernels"]:
+            ready = "compiled" if kernel["compiled"] else "compiled at first use"
+            yield f"    {kernel['tokens']:>5} tokens: {kernel['entry']} ({kernel['why']}; {ready})"
     cache = found["cache"]
     state = "can be written to" if cache["writable"] else "CANNOT be written to, every process compiles again"
     yield f"cache: {cache['path']}, {state}; {cache['kernels']} kernels, {cache['bytes'] / 1e6:.1f} MB"
@@ -73,15 +78,26 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
         yield f"  {cache['damaged']} of them damaged; they are compiled again when needed"
 
 
-def kernels_for(gpu: Gpu, dtype: str = "bf16") -> list[dict[str, Any]]:
-    """What runs a weight of SHOWN_SHAPE for each number of tokens, and whether its machine code is in the cache."""
-    found = []
-    for tokens in SHOWN_TOKENS:
-        plan: Plan = dispatch.choose(Problem(tokens, *SHOWN_SHAPE, GROUP_SIZE, True, dtype), gpu)
-        path = build.cache_path(build.program(ENTRIES[plan.entry], gpu.arch))
-        compiled = path.is_file()
-        found.append({"tokens": tokens, "entry": plan.entry, "why": plan.why, "grid": plan.grid, "compiled": compiled})
-    return found
+def kernels_for(gpu: Gpu) -> list[dict[str, Any]]:
+    """What runs a 4-bit weight of SHOWN_SHAPE in bfloat16 for each number of tokens."""
+    return [
+        _kernel(tokens, dispatch.choose(Problem(tokens, *SHOWN_SHAPE, GROUP_SIZE, True, "bf16"), gpu), gpu)
+        for tokens in SHOWN_TOKENS
+    ]
+
+
+def int8_kernels_for(gpu: Gpu) -> list[dict[str, Any]]:
+    """And an int8 weight."""
+    return [
+        _kernel(tokens, choose_int8(Int8Problem(tokens, *SHOWN_SHAPE, "bf16", ""), gpu)[1], gpu)
+        for tokens in SHOWN_TOKENS
+    ]
+
+
+def _kernel(tokens: int, plan: Plan, gpu: Gpu) -> dict[str, Any]:
+    """With why, and whether its machine code is in the cache."""
+    compiled = build.cache_path(build.program(ENTRIES[plan.entry], gpu.arch)).is_file()
+    return {"tokens": tokens, "entry": plan.entry, "why": plan.why, "grid": plan.grid, "compiled": compiled}
 
 
 def _gpu(index: int) -> dict[str, Any]:
@@ -105,6 +121,7 @@ def _gpu(index: int) -> dict[str, Any]:
             "overrides": len(dispatch.overrides(gpu.name)),
             "override_file": str(dispatch.override_path(gpu.name)),
             "kernels": kernels_for(gpu),
+            "int8_kernels": int8_kernels_for(gpu),
         }
     return found
 

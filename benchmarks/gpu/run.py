@@ -304,7 +304,7 @@ class Int8Case:
     tokens: int
     rows: int
     columns: int
-    activation: str = "none"
+    activation: str = ""
     dtype: str = "bf16"
 
 
@@ -935,7 +935,7 @@ def vision_block(hidden: Tensor, weights: dict[str, Any], kind: str, block: Bloc
     return hidden + vision_linear(up, weights["down"], kind)
 
 
-def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation: str = "none") -> Tensor:
+def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation: str = "") -> Tensor:
     """As a vision encoder's linear, and the activation behind it."""
     if kind == "int8":
         return ops.w8_linear(inputs, *weight["int8"], activation=activation)

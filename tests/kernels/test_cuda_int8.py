@@ -54,7 +54,7 @@ def test_activations_are_those_of_the_catalog() -> None:
 
 
 def test_wgmma_runs_on_its_architecture_alone() -> None:
-    problem = Int8Problem(4096, 3456, 1152, "bf16", "none")
+    problem = Int8Problem(4096, 3456, 1152, "bf16", "")
     for gpu in GPUS:
         quantize, multiply = choose_int8(problem, gpu)
         assert ("hopper" in multiply.entry) == (gpu.arch == "sm_90a")
@@ -62,22 +62,22 @@ def test_wgmma_runs_on_its_architecture_alone() -> None:
 
 
 def test_large_problems_take_the_largest_tile() -> None:
-    problem = Int8Problem(16384, 16384, 4096, "bf16", "none")
+    problem = Int8Problem(16384, 16384, 4096, "bf16", "")
     assert "n256_pair" in choose_int8(problem, H100)[1].entry
     assert "_t128" in choose_int8(problem, A100)[1].entry
-    assert "_t32" in choose_int8(Int8Problem(8, 4096, 4096, "bf16", "none"), H100)[1].entry
+    assert "_t32" in choose_int8(Int8Problem(8, 4096, 4096, "bf16", ""), H100)[1].entry
 
 
 @pytest.mark.parametrize("gpu", [H100, A100], ids=lambda gpu: gpu.arch)
 def test_what_is_loaded_before_covers_common_numbers_of_tokens(gpu: Gpu) -> None:
-    loaded = int8_entries(3456, 1152, "bf16", "none", gpu)
+    loaded = int8_entries(3456, 1152, "bf16", "", gpu)
     for count in range(1, 4097):
-        assert {plan.entry for plan in choose_int8(Int8Problem(count, 3456, 1152, "bf16", "none"), gpu)} <= loaded
+        assert {plan.entry for plan in choose_int8(Int8Problem(count, 3456, 1152, "bf16", ""), gpu)} <= loaded
 
 
 def test_columns_that_no_kernel_takes_are_an_error() -> None:
     with pytest.raises(KernelError, match="packed columns must be a multiple of 16"):
-        choose_int8(Int8Problem(4, 64, 100, "bf16", "none"), H100)
+        choose_int8(Int8Problem(4, 64, 100, "bf16", ""), H100)
 
 
 def test_arguments_arrive_in_the_order_of_the_catalog(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_arguments_arrive_in_the_order_of_the_catalog(monkeypatch: pytest.Monkey
 
 
 CASES = [
-    (HOPPER, 9, 70, 100, torch.bfloat16, "none"),
+    (HOPPER, 9, 70, 100, torch.bfloat16, ""),
     (HOPPER, 200, 150, 200, torch.float16, "gelu"),
     (AMPERE, 40, 130, 96, torch.bfloat16, "quick_gelu"),
 ]

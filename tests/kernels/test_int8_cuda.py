@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_layouts import packed, relative, tokens
+from vlmquant.errors import KernelError
 from vlmquant.kernels import choose, int8_cuda
 from vlmquant.kernels.cuda import ops
 from vlmquant.kernels.form import form_of
@@ -53,7 +54,7 @@ def call(bias: Tensor | None, activation: str) -> tuple:
 
 
 EXACT_ACTIVATIONS = {
-    "none": lambda x: x,
+    "": lambda x: x,
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
@@ -74,12 +75,17 @@ def test_activations_are_those_tested() -> None:
     assert list(ops.ACTIVATIONS) == list(EXACT_ACTIVATIONS)
 
 
-@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("activation", ["", "gelu"])
 @pytest.mark.parametrize("bias", [None, torch.ones(70)], ids=["plain", "bias"])
 def test_operator_is_registered_as_torch_wants_it(bias: Tensor | None, activation: str) -> None:
     torch.library.opcheck(torch.ops.vlmquant.w8_linear.default, call(bias, activation))
 
 
 def test_no_tokens_give_no_outputs() -> None:
-    inputs, codes, scales, *_ = call(None, "none")
+    inputs, codes, scales, *_ = call(None, "")
     assert ops.w8_linear(inputs.view(6, 100)[:0], codes, scales).shape == (0, 70)
+
+
+def test_an_unknown_activation_is_an_error() -> None:
+    with pytest.raises(KernelError, match=r"no activation 'silu'; there are gelu, gelu_tanh, quick_gelu"):
+        torch.ops.vlmquant.w8_linear(*call(None, "silu"))

@@ -28,6 +28,7 @@ FEW_TOKENS = 64
 """Up to here the weight is read once and little is computed: tiles of 128 tokens would be mostly empty."""
 EFFICIENCY = {(64, False): 0.5, (128, False): 0.65, (128, True): 0.8, (192, True): 0.95, (256, True): 1.0}
 """Of the tensor cores' rate, by rows of a tile and whether blocks work in pairs: a guess at what L2 can feed."""
+UNMEASURED = "by arithmetic, not measured"
 COMMON_TOKENS = (1, 33, *range(65, 8193, 64))
 """Numbers of tokens whose kernels are loaded before they are needed."""
 
@@ -43,7 +44,7 @@ class Int8Problem:
     dtype: str
     """f16 or bf16, of inputs and outputs."""
     activation: str
-    """A name of the catalog's ACTIVATIONS."""
+    """A name of the catalog's ACTIVATIONS; empty for none."""
 
 
 def choose_int8(problem: Int8Problem, gpu: Gpu) -> tuple[Plan, Plan]:
@@ -83,7 +84,7 @@ def _gemm(problem: Int8Problem, gpu: Gpu) -> Plan:
     tile = max(full) if full else min(fitting) if problem.tokens > FEW_TOKENS else max(fitting)
     entry = _entry(f"w8_gemm_{problem.dtype}_t{tile}{_ending(problem)}", gpu)
     grid = (-(-problem.rows // entry.row_tile), -(-problem.tokens // entry.token_tile))
-    return Plan("w8_gemm", entry.name, grid, entry.threads, shared_bytes(entry), "by arithmetic")
+    return Plan("w8_gemm", entry.name, grid, entry.threads, shared_bytes(entry), UNMEASURED)
 
 
 def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
@@ -109,7 +110,7 @@ def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
             (min(places, tiles) * together, 1),
             entry.threads,
             shared_bytes(entry, stages=stages),
-            "by arithmetic",
+            UNMEASURED,
             stages,
             entry.token_tile,
             max(1, SWEEP_TOKENS // tokens),
@@ -122,7 +123,7 @@ def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
 
 
 def _ending(problem: Int8Problem) -> str:
-    return "" if problem.activation == "none" else f"_{problem.activation}"
+    return problem.activation and f"_{problem.activation}"
 
 
 def _entry(name: str, gpu: Gpu) -> Entry:

@@ -24,7 +24,7 @@ from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4
 INT_MM_TOKENS, INT_MM_MULTIPLE = 17, 8
 """What torch's integer product on CUDA wants: so many tokens at least; rows and columns in such multiples."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda values: values,
+    "": lambda values: values,
     "gelu": nn.functional.gelu,
     "gelu_tanh": lambda values: nn.functional.gelu(values, approximate="tanh"),
     "quick_gelu": lambda values: values * torch.sigmoid(1.702 * values),
@@ -40,7 +40,7 @@ LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 LIBRARY.define(
-    "w8_linear(Tensor inputs, Tensor codes, Tensor scales, Tensor? bias=None, str activation='none') -> Tensor",
+    "w8_linear(Tensor inputs, Tensor codes, Tensor scales, Tensor? bias=None, str activation='') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -60,7 +60,7 @@ def w4_linear(
 
 
 def w8_linear(
-    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, activation: str = "none"
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, *, activation: str = ""
 ) -> Tensor:
     """The operator: see `w8_by_torch` for what it computes."""
     product: Tensor = torch.ops.vlmquant.w8_linear(inputs, codes, scales, bias, activation)
@@ -260,13 +260,17 @@ def _w4_fake(
 
 
 def w8_by_torch(
-    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "none"
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = ""
 ) -> Tensor:
     """inputs (..., columns) -> (..., rows) of the same dtype: round the inputs per token, multiply integers, scale.
 
     codes (padded rows, padded columns) int8, zero beyond the weight; scales (rows,) float32; bias (rows,) or None;
     activation: a name of ACTIVATIONS, applied before the result is rounded to the inputs' dtype. On any device.
     """
+    if activation not in ACTIVATIONS:
+        raise KernelError(
+            f"w8_linear has no activation {activation!r}; there are {', '.join(filter(None, ACTIVATIONS))}"
+        )
     columns, rows = inputs.shape[-1], len(scales)
     rounded, input_scales = activation_codes(inputs.reshape(-1, columns))
     outputs = _integer_product(rounded, codes)[:, :rows].float() * input_scales * scales
@@ -287,7 +291,7 @@ def _integer_product(rounded: Tensor, codes: Tensor) -> Tensor:
 
 
 def w8_linear_cuda(
-    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "none"
+    inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = ""
 ) -> Tensor:
     """As `w8_by_torch`, by the kernels that dispatch_int8.py plans."""
     index = codes.device.index
@@ -384,7 +388,7 @@ def prepare_w8(device: torch.device, rows: int, columns: int, name: str) -> None
     with torch.cuda.device(device):
         kept = launch.device(torch.cuda.current_device())
         try:
-            kept.prepare(ENTRIES[entry] for entry in int8_entries(rows, columns, name, "none", kept.gpu))
+            kept.prepare(ENTRIES[entry] for entry in int8_entries(rows, columns, name, "", kept.gpu))
         except KernelError as error:
             warn_once(f"kernels are not ready before their first use: {error}")
         torch.cuda.synchronize()  # as in prepare_w4
