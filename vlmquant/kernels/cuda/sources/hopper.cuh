@@ -144,9 +144,10 @@ template <int ROWS> struct WgmmaInt8;
 
 // ---- Pairs of blocks (VQ_KERNEL_PAIRS): the block of number blockIdx.x and that of blockIdx.x ^ 1 ------------------
 
-// Every thread of both blocks arrives before any goes on; what they wrote to shared memory is seen by both.
+// Every thread of both blocks arrives before any goes on; what they wrote to shared memory is seen by both. Not
+// "aligned": the lanes of a warp may come one by one.
 VQ_DEVICE void sync_pair() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" : : : "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
 }
 // One arrival at the mbarrier that lies, in block `rank` (0 or 1) of the pair, where `barrier` lies in this one.
 VQ_DEVICE void mbarrier_arrive_pair(uint64_t* barrier, int rank) {

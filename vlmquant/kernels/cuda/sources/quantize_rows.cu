@@ -83,12 +83,16 @@ VQ_DEVICE void quantize_rows(const uint16_t* __restrict__ inputs, uint2* __restr
   auto look = [&](const uint4& eight) {
     largest = larger(larger(larger(larger(largest, eight.x), eight.y), eight.z), eight.w);
   };
-  VQ_UNROLL for (int i = 0; i < KEPT; ++i) {
-    const int chunk = i * THREADS + thread;
-    if (chunk < chunks) {
-      kept[i] = load_eight(row, chunk * 8, columns, misaligned);
-    } else {
-      kept[i].x = kept[i].y = kept[i].z = kept[i].w = 0;
+  VQ_UNROLL for (int i = 0; i < KEPT; ++i) kept[i].x = kept[i].y = kept[i].z = kept[i].w = 0;
+  if (misaligned == 0) {  // nothing between the loads, and columns are whole chunks
+    VQ_UNROLL for (int i = 0; i < KEPT; ++i) {
+      const int column = (i * THREADS + thread) * 8;
+      if (column < columns) kept[i] = *(const uint4*)(row + column);
+    }
+  } else {
+    VQ_UNROLL for (int i = 0; i < KEPT; ++i) {
+      const int column = (i * THREADS + thread) * 8;
+      if (column < columns) kept[i] = load_eight(row, column, columns, misaligned);
     }
   }
   VQ_UNROLL for (int i = 0; i < KEPT; ++i) look(kept[i]);
