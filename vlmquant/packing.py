@@ -150,3 +150,28 @@ def _pad_groups(values: Tensor, packed: VQ4Shape, padding: int) -> Tensor:
     """(rows, groups) -> (packed rows, packed groups)."""
     rows, groups = values.shape
     return torch.nn.functional.pad(values, (0, packed.groups - groups, 0, packed.rows - rows), value=padding)
+
+
+W8_TILE = 64
+"""Rows and columns of a packed int8 weight are multiples of this."""
+
+
+def pack_w8(codes: Tensor) -> Tensor:
+    """codes (rows, columns) int8 -> the same, padded with zeros to multiples of W8_TILE, rows in the kernels' order.
+
+    In every group of 32, row 8 p + 2 j + e goes to place 8 j + 2 p + e (p and j below 4, e below 2): the tensor cores
+    give a lane places 2 p and 2 p + 1 of each 8, which so are 8 neighbouring rows and leave it with one store.
+    """
+    rows, columns = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -columns % W8_TILE, 0, -rows % W8_TILE))
+    return _swap_w8(padded).contiguous()
+
+
+def unpack_w8(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `pack_w8`."""
+    return _swap_w8(packed)[:rows, :columns]
+
+
+def _swap_w8(lines: Tensor) -> Tensor:
+    """Exchanges p and j in the places 8 j + 2 p + e of the first dimension: its own inverse."""
+    return lines.unflatten(0, (len(lines) // 32, 4, 4, 2)).transpose(1, 2).reshape(lines.shape)

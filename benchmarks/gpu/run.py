@@ -30,14 +30,13 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmquant.errors import KernelError  # noqa: E402
-from vlmquant.kernels import int8_cuda  # noqa: E402
 from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
 from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
 from vlmquant.kernels.reference import activation_codes  # noqa: E402
-from vlmquant.packing import order_vq4, pack_vq4, vq4_shape  # noqa: E402
+from vlmquant.packing import W8_TILE, order_vq4, pack_vq4, pack_w8, vq4_shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 SECTIONS = ("correct", "ceilings", "table", "decode", "vision")
@@ -332,7 +331,7 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
     exact = ops.ACTIVATIONS[case.activation](exact)
     try:
         found = [
-            ops.w8_linear(inputs, padded_int8(codes), scales.flatten(), bias, activation=case.activation)
+            ops.w8_linear(inputs, pack_w8(codes), scales.flatten(), bias, activation=case.activation)
             for _ in range(REPEATS)
         ]
     except (KernelError, RuntimeError) as error:
@@ -357,7 +356,7 @@ def compile_all(device: torch.device) -> None:
         if isinstance(planned, Plan):
             found.add(ENTRIES[planned.entry])
     for case_int8 in int8_cases():
-        columns = case_int8.columns + -case_int8.columns % int8_cuda.MULTIPLE
+        columns = case_int8.columns + -case_int8.columns % W8_TILE
         known = Int8Problem(case_int8.tokens, case_int8.rows, columns, case_int8.dtype, case_int8.activation)
         found |= {ENTRIES[planned.entry] for planned in choose_int8(known, kept.gpu)}
     kept.prepare(found)
@@ -892,7 +891,7 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
         for part, (rows, columns) in shapes.items():
             dense = (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16)
             codes, scales = activation_codes(dense)
-            made[part] = {"bf16": dense, "int8": (padded_int8(codes), scales.flatten())}
+            made[part] = {"bf16": dense, "int8": (pack_w8(codes), scales.flatten())}
         weights.append(made)
     hidden = torch.randn(tokens, width, device=device).to(torch.bfloat16)
     wide = torch.randn(tokens, block.intermediate, device=device).to(torch.bfloat16)
@@ -940,12 +939,6 @@ def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation:
     if kind == "int8":
         return ops.w8_linear(inputs, *weight["int8"], activation=activation)
     return ops.ACTIVATIONS[activation](nn.functional.linear(inputs, weight["bf16"]))
-
-
-def padded_int8(codes: Tensor) -> Tensor:
-    """As vlmquant.kernels.int8_cuda holds them."""
-    rows, columns = codes.shape
-    return nn.functional.pad(codes, (0, -columns % int8_cuda.MULTIPLE, 0, -rows % int8_cuda.MULTIPLE))
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from vlmquant.kernels import choose, int8_cuda
 from vlmquant.kernels.cuda import ops
 from vlmquant.kernels.form import form_of
 from vlmquant.kernels.reference import activation_codes
+from vlmquant.packing import pack_w8, unpack_w8
 
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 SHAPES = [(64, 64), (96, 128), (70, 100), (5, 1), (130, 3420)]
@@ -89,3 +90,15 @@ def test_no_tokens_give_no_outputs() -> None:
 def test_an_unknown_activation_is_an_error() -> None:
     with pytest.raises(KernelError, match=r"no activation 'silu'; there are gelu, gelu_tanh, quick_gelu"):
         torch.ops.vlmquant.w8_linear(*call(None, "silu"))
+
+
+def test_packed_rows_are_where_the_kernels_expect_them() -> None:
+    """Row 8 p + 2 j + e of 32 at place 8 j + 2 p + e, by hand for some; zeros around."""
+    codes = torch.arange(1, 41, dtype=torch.int8)[:, None].expand(40, 3)
+    packed_codes = pack_w8(codes)
+    assert packed_codes.shape == (64, 64)
+    places = packed_codes[:, 0].tolist()
+    assert [places[place] for place in (0, 1, 2, 3, 8, 9, 31)] == [1, 2, 9, 10, 3, 4, 32]
+    assert [places[place] for place in (32, 33, 34, 40)] == [33, 34, 0, 35]
+    assert not packed_codes[:, 3:].any()
+    assert torch.equal(unpack_w8(packed_codes, 40, 3), codes)

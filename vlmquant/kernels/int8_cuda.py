@@ -1,16 +1,14 @@
-"""8-bit codes with one scale per output channel, on CUDA devices: as int8, but padded as integer products want them."""
+"""8-bit codes with one scale per output channel, on CUDA devices: as int8, but padded and in our kernels' order."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import int8
 from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.cuda.ops import prepare_w8, w8_linear
 from vlmquant.kernels.form import Form
-
-MULTIPLE = 64
-"""Rows and columns are padded to multiples of this with zeros."""
+from vlmquant.packing import pack_w8, unpack_w8
 
 
 def fits(weight: QuantizedWeight) -> bool:
@@ -18,14 +16,12 @@ def fits(weight: QuantizedWeight) -> bool:
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """codes (padded out, padded in) int8, centred on zero; scales (out,) float32."""
-    rows, columns = weight.shape
-    codes = (weight.codes ^ mid_code(8)).view(torch.int8)
-    padded = nn.functional.pad(codes, (0, -columns % MULTIPLE, 0, -rows % MULTIPLE)).contiguous()
-    device = padded.device
+    """codes (padded out, padded in) int8, centred on zero, as `pack_w8` orders them; scales (out,) float32."""
+    packed = pack_w8((weight.codes ^ mid_code(8)).view(torch.int8))
+    device = packed.device
     if device.type == "cuda" and launch.unavailable(device.index) is None:
-        prepare_w8(device, rows, padded.shape[1], launch.DTYPE_NAMES.get(weight.scale_dtype, "bf16"))
-    return {"codes": padded, "scales": weight.scales.flatten()}
+        prepare_w8(device, weight.shape[0], packed.shape[1], launch.DTYPE_NAMES.get(weight.scale_dtype, "bf16"))
+    return {"codes": packed, "scales": weight.scales.flatten()}
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
@@ -40,5 +36,4 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
 
 
 def _unpadded(held: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
-    rows, columns = form.shape
-    return {"codes": held["codes"][:rows, :columns], "scales": held["scales"]}
+    return {"codes": unpack_w8(held["codes"], *form.shape), "scales": held["scales"]}

@@ -19,7 +19,7 @@ from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entrie
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, int8_entries
 from vlmquant.kernels.cuda.notices import warn_once
 from vlmquant.kernels.reference import activation_codes
-from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4
+from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4, unpack_w8
 
 INT_MM_TOKENS, INT_MM_MULTIPLE = 17, 8
 """What torch's integer product on CUDA wants: so many tokens at least; rows and columns in such multiples."""
@@ -264,7 +264,7 @@ def w8_by_torch(
 ) -> Tensor:
     """inputs (..., columns) -> (..., rows) of the same dtype: round the inputs per token, multiply integers, scale.
 
-    codes (padded rows, padded columns) int8, zero beyond the weight; scales (rows,) float32; bias (rows,) or None;
+    codes (padded rows, padded columns) int8 as `pack_w8` orders them; scales (rows,) float32; bias (rows,) or None;
     activation: a name of ACTIVATIONS, applied before the result is rounded to the inputs' dtype. On any device.
     """
     if activation not in ACTIVATIONS:
@@ -273,7 +273,8 @@ def w8_by_torch(
         )
     columns, rows = inputs.shape[-1], len(scales)
     rounded, input_scales = activation_codes(inputs.reshape(-1, columns))
-    outputs = _integer_product(rounded, codes)[:, :rows].float() * input_scales * scales
+    product = unpack_w8(_integer_product(rounded, codes).T, rows, len(rounded)).T  # its columns are the weight's rows
+    outputs = product.float().contiguous() * input_scales * scales
     if bias is not None:
         outputs += bias.float()
     outputs = ACTIVATIONS[activation](outputs)
@@ -364,7 +365,8 @@ def start_w8(
     quantize, multiply = ready
     input_codes = torch.empty((inputs.shape[0], codes.shape[1]), dtype=torch.int8, device=inputs.device)
     input_scales = torch.empty(inputs.shape[0], dtype=torch.float32, device=inputs.device)
-    bias = None if bias is None else bias.to(outputs.dtype).contiguous()
+    bias = None if bias is None else _aligned_row(bias.to(outputs.dtype))
+    scales = _aligned_row(scales)
     quantize.start(
         stream,
         {"inputs": inputs.data_ptr(), "codes": input_codes.data_ptr(), "scales": input_scales.data_ptr()},
@@ -381,6 +383,12 @@ def start_w8(
         values["input_codes"] = device.tensor_map(input_codes.view(torch.int16), multiply.plan.token_box)
         values["codes"] = device.tensor_map(codes.view(torch.int16), multiply.plan.row_box)
     multiply.start(stream, values)
+
+
+def _aligned_row(values: Tensor) -> Tensor:
+    """(n,), in one piece and at an address as kernels want it."""
+    values = values.contiguous()
+    return values.clone() if values.data_ptr() % launch.ALIGNMENT else values
 
 
 def prepare_w8(device: torch.device, rows: int, columns: int, name: str) -> None:

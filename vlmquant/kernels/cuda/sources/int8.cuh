@@ -29,75 +29,92 @@ template <int ACTIVATION> VQ_DEVICE float activate(float x) {
   return x;
 }
 
-// The four lanes 4 i to 4 i + 3 hold a 4 x 4 matrix, each a column; afterwards each has a row.
-VQ_DEVICE void transpose_quad(uint32_t (&words)[4], int lane) {
-  VQ_UNROLL for (int bit = 1; bit <= 2; bit *= 2) VQ_UNROLL for (int low = 0; low < 4; ++low) {
-    if (low & bit) continue;
-    const int high = low | bit;
-    const uint32_t got = shuffle_xor(lane & bit ? words[low] : words[high], bit);
-    if (lane & bit) {
-      words[low] = got;
-    } else {
-      words[high] = got;
-    }
-  }
-}
-
 // Where outputs go, and what turns a sum into one: sum * the token's scale * the row's scale + bias, then activation.
 struct Finish {
   const float* input_scales;  // [tokens]
-  const float* scales;        // [rows]
-  const uint16_t* bias;       // [rows] of T, or null
-  uint16_t* outputs;          // [tokens][rows] of T
+  const float* scales;        // [rows], 16-byte aligned
+  const uint16_t* bias;       // [rows] of T, 16-byte aligned, or null
+  uint16_t* outputs;          // [tokens][rows] of T, 16-byte aligned
   int tokens, rows;
 };
 
-// Stores 16 tokens x 32 rows: sums[j] are those of mma_m16n8k16 for rows first_row + 8 j to + 7. Four lanes trade, so
-// that each stores 16 bytes of one token. Scales and bias begin at a multiple of 8 bytes, outputs of 16.
-template <class T, int ACTIVATION, class Sums>
-VQ_DEVICE void store_outputs(const Finish& to, const Sums& sums, int first_token, int first_row, int lane) {
-  const int top_token = first_token + lane / 4, pair = lane % 4;
-  const float top_scale = top_token < to.tokens ? to.input_scales[top_token] : 0.f;
-  const float bottom_scale = top_token + 8 < to.tokens ? to.input_scales[top_token + 8] : 0.f;
-  uint32_t words[2][4];
-  VQ_UNROLL for (int j = 0; j < 4; ++j) {
-    const int row = first_row + 8 * j + 2 * pair;
-    float2 scale, bias;
-    scale.x = scale.y = bias.x = bias.y = 0.f;
-    if (row + 1 < to.rows) {
-      scale = *(const float2*)(to.scales + row);
-      if (to.bias) {
-        const uint32_t two = *(const uint32_t*)(to.bias + row);
-        bias.x = low_float<T>(two);
-        bias.y = high_float<T>(two);
+// In groups of 32 rows, packed codes have row 8 p + 2 j + e at position 8 j + 2 p + e (see vlmquant.packing.pack_w8). So
+// what mma_m16n8k16 calls columns 2 pair and 2 pair + 1 of the four products j of a group are, in one lane, the rows
+// 8 pair to 8 pair + 7: neighbours in memory, which a lane stores at once.
+
+// Scales and biases of a lane's eight rows, and where they begin.
+template <class T> struct RowTerms {
+  float scales[8], biases[8];
+  int row;
+  VQ_DEVICE RowTerms(const Finish& to, int group_row, int lane) {
+    row = group_row + lane % 4 * 8;
+    VQ_UNROLL for (int i = 0; i < 8; ++i) scales[i] = biases[i] = 0.f;
+    if (row + 8 <= to.rows) {
+      VQ_UNROLL for (int i = 0; i < 2; ++i) {
+        const float4 four = *(const float4*)(to.scales + row + 4 * i);
+        scales[4 * i] = four.x;
+        scales[4 * i + 1] = four.y;
+        scales[4 * i + 2] = four.z;
+        scales[4 * i + 3] = four.w;
       }
-    } else if (row < to.rows) {
-      scale.x = to.scales[row];
-      if (to.bias) bias.x = low_float<T>(to.bias[row]);
-    }
-    VQ_UNROLL for (int half = 0; half < 2; ++half) {
-      const float input_scale = half ? bottom_scale : top_scale;
-      const float first = (float)sums(j, 2 * half) * input_scale * scale.x + bias.x;
-      const float second = (float)sums(j, 2 * half + 1) * input_scale * scale.y + bias.y;
-      words[half][j] = (uint32_t)round_to<T>(activate<ACTIVATION>(first)) |
-                       (uint32_t)round_to<T>(activate<ACTIVATION>(second)) << 16;
+      if (to.bias) {
+        const uint4 eight = *(const uint4*)(to.bias + row);
+        const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+        VQ_UNROLL for (int i = 0; i < 4; ++i) {
+          biases[2 * i] = low_float<T>(words[i]);
+          biases[2 * i + 1] = high_float<T>(words[i]);
+        }
+      }
+    } else {
+      VQ_UNROLL for (int i = 0; i < 8; ++i) {
+        if (row + i < to.rows) {
+          scales[i] = to.scales[row + i];
+          if (to.bias) biases[i] = low_float<T>(to.bias[row + i]);
+        }
+      }
     }
   }
+};
+
+// Scales of a lane's two tokens, token and token + 8.
+struct TokenScales {
+  float values[2];
+  int token;
+  VQ_DEVICE TokenScales(const Finish& to, int first_token, int lane) {
+    token = first_token + lane / 4;
+    VQ_UNROLL for (int i = 0; i < 2; ++i) {
+      values[i] = token + 8 * i < to.tokens ? to.input_scales[token + 8 * i] : 0.f;
+    }
+  }
+};
+
+// Stores 16 tokens x 32 rows; sums(j, i) is sums[i] of the product j of the group.
+template <class T, int ACTIVATION, class Sums>
+VQ_DEVICE void store_outputs(const Finish& to, const TokenScales& tokens, const RowTerms<T>& rows, const Sums& sums) {
   VQ_UNROLL for (int half = 0; half < 2; ++half) {
-    transpose_quad(words[half], lane);
-    const int token = top_token + 8 * half, row = first_row + 8 * pair;
-    uint16_t* at = to.outputs + (size_t)token * to.rows + row;
-    if (token < to.tokens && row < to.rows) {
-      if (to.rows % 8 == 0) {
+    uint32_t words[4];
+    VQ_UNROLL for (int j = 0; j < 4; ++j) {
+      uint32_t two[2];
+      VQ_UNROLL for (int e = 0; e < 2; ++e) {
+        const float scaled = (float)sums(j, 2 * half + e) * tokens.values[half];
+        const float plain = multiply_add(scaled, rows.scales[2 * j + e], rows.biases[2 * j + e]);
+        two[e] = round_to<T>(activate<ACTIVATION>(plain));
+      }
+      words[j] = two[0] | two[1] << 16;
+    }
+    const int token = tokens.token + 8 * half;
+    uint16_t* at = to.outputs + (size_t)token * to.rows + rows.row;
+    if (token < to.tokens) {
+      if (rows.row + 8 <= to.rows && to.rows % 8 == 0) {
         uint4 all;
-        all.x = words[half][0];
-        all.y = words[half][1];
-        all.z = words[half][2];
-        all.w = words[half][3];
+        all.x = words[0];
+        all.y = words[1];
+        all.z = words[2];
+        all.w = words[3];
         *(uint4*)at = all;
       } else {
         VQ_UNROLL for (int i = 0; i < 8; ++i) {
-          if (row + i < to.rows) at[i] = (uint16_t)(words[half][i / 2] >> (i % 2 * 16));
+          if (rows.row + i < to.rows) at[i] = (uint16_t)(words[i / 2] >> (i % 2 * 16));
         }
       }
     }

@@ -10,8 +10,9 @@ constexpr int W8_ROWS = 128;   // rows of a tile
 constexpr int W8_COLUMNS = 64; // columns of a stage, bytes of a line
 
 // input_codes   [tokens][columns] int8, 16-byte aligned; input_scales [tokens]
-// codes         [rows][columns] int8, 16-byte aligned; scales [rows], 8-byte aligned
-// bias          [rows] of T, 4-byte aligned, or null
+// codes         [rows, rounded up to a multiple of 32][columns] int8, in the order of pack_w8, 16-byte aligned
+// scales        [rows], 16-byte aligned
+// bias          [rows] of T, 16-byte aligned, or null
 // outputs       [tokens][rows] of T, 16-byte aligned
 // columns       a multiple of 16
 // Dynamic shared memory: STAGES * (TOKENS + 128) * 64 bytes; STAGES is 3, 4 or 5 for 128, 64 or 32 tokens.
@@ -27,7 +28,7 @@ VQ_DEVICE void w8_gemm(const uint8_t* __restrict__ input_codes, const float* __r
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first_token = blockIdx.y * TOKENS, first_row = blockIdx.x * W8_ROWS;
   const int warp_token = warp / 4 * (TOKENS / 2), warp_row = warp % 4 * 32;
-  const int blocks = (columns + W8_COLUMNS - 1) / W8_COLUMNS;
+  const int packed_rows = (rows + 31) / 32 * 32, blocks = (columns + W8_COLUMNS - 1) / W8_COLUMNS;
   // Byte of a 16-byte chunk in a stage: two lines share 128 bytes, and eight lines' chunk c lies in eight places.
   auto place = [](int line, int chunk) { return line * W8_COLUMNS + (chunk ^ (line / 2 % 4)) * 16; };
   auto load = [&](int block, int stage) {
@@ -36,7 +37,7 @@ VQ_DEVICE void w8_gemm(const uint8_t* __restrict__ input_codes, const float* __r
         const int line = i / 4, chunk = i % 4, column = block * W8_COLUMNS + chunk * 16;
         const bool is_input = line < TOKENS;
         const int index = is_input ? first_token + line : first_row + line - TOKENS;
-        const bool inside = index < (is_input ? tokens : rows) && column < columns;
+        const bool inside = index < (is_input ? tokens : packed_rows) && column < columns;
         const uint8_t* from = (is_input ? input_codes : codes) + (inside ? (size_t)index * columns + column : 0);
         cp_async_16(shared + stage * STAGE_BYTES + place(line, chunk), from, inside);
       }
@@ -72,9 +73,10 @@ VQ_DEVICE void w8_gemm(const uint8_t* __restrict__ input_codes, const float* __r
   }
   cp_async_wait<0>();
   const Finish to = {input_scales, scales, bias, outputs, tokens, rows};
+  const RowTerms<T> row_terms(to, first_row + warp_row, lane);
   VQ_UNROLL for (int i = 0; i < TOKEN_TILES; ++i) {
-    store_outputs<T, ACTIVATION>(to, [&](int j, int e) { return sums[i][j][e]; },
-                                 first_token + warp_token + i * 16, first_row + warp_row, lane);
+    const TokenScales token_scales(to, first_token + warp_token + i * 16, lane);
+    store_outputs<T, ACTIVATION>(to, token_scales, row_terms, [&](int j, int e) { return sums[i][j][e]; });
   }
 }
 

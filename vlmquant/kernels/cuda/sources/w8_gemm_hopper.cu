@@ -26,7 +26,7 @@ struct TileUnits {
 };
 
 // input_map     of the codes [tokens][columns], as pairs of bytes; box 64 pairs x 128 tokens, 128-byte swizzle
-// weight_map    of the codes [rows][columns] likewise; box 64 pairs x ROWS rows, or half of them if PAIR
+// weight_map    of the codes [rows, rounded up to a multiple of 32][columns], in the order of pack_w8, likewise; box 64 pairs x ROWS rows, or half of them if PAIR
 // input_scales, scales, bias, outputs   as in w8_gemm.cu
 // columns       a multiple of 16
 // stages        of the ring, 2 to 32
@@ -137,9 +137,12 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
       release(previous);
       int first_row, first_token;
       place(tile, first_row, first_token);
+      const TokenScales token_scales(to, first_token + warp * 16, lane);
+      RowTerms<T> row_terms(to, first_row, lane);
       VQ_UNROLL for (int group = 0; group < ROWS / 32; ++group) {
-        store_outputs<T, ACTIVATION>(to, [&](int j, int e) { return sums[group * 16 + j * 4 + e]; },
-                                     first_token + warp * 16, first_row + group * 32, lane);
+        const RowTerms<T> now = row_terms;  // the next ones are loaded before this group's outputs are made
+        if (group + 1 < ROWS / 32) row_terms = RowTerms<T>(to, first_row + (group + 1) * 32, lane);
+        store_outputs<T, ACTIVATION>(to, token_scales, now, [&](int j, int e) { return sums[group * 16 + j * 4 + e]; });
       }
     }
   }
