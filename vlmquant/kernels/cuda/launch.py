@@ -172,6 +172,8 @@ class Device:
         found = self.workspaces.get(stream)
         if found is None:
             with self.lock:
+                if stream in self.workspaces:  # another thread was faster
+                    return self.workspaces[stream]
                 if not self.spares and torch.cuda.is_current_stream_capturing():
                     raise KernelError(
                         f"more than {SPARE_WORKSPACES} streams began with the capture of a CUDA graph; "
