@@ -174,4 +174,4 @@ def unpack_w8(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 def _swap_w8(lines: Tensor) -> Tensor:
     """Exchanges p and j in the places 8 j + 2 p + e of the first dimension: its own inverse."""
-    return lines.unflatten(0, (len(lines) // 32, 4, 4, 2)).transpose(1, 2).reshape(lines.shape)
+    return lines.view(len(lines) // 32, 4, 4, 2, *lines.shape[1:]).transpose(1, 2).reshape(lines.shape)

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from tests.kernels.test_layouts import packed, relative, tokens
 from vlmquant.errors import KernelError
-from vlmquant.kernels import choose, int8_cuda
+from vlmquant.kernels import choose, int8, int8_cuda
 from vlmquant.kernels.cuda import ops
 from vlmquant.kernels.form import form_of
 from vlmquant.kernels.reference import activation_codes
+from vlmquant.linear import QuantLinear
 from vlmquant.packing import pack_w8, unpack_w8
+from vlmquant.recipe import SHORT_SCHEMES
 
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 SHAPES = [(64, 64), (96, 128), (70, 100), (5, 1), (130, 3420)]
@@ -102,3 +104,22 @@ def test_packed_rows_are_where_the_kernels_expect_them() -> None:
     assert [places[place] for place in (32, 33, 34, 40)] == [33, 34, 0, 35]
     assert not packed_codes[:, 3:].any()
     assert torch.equal(unpack_w8(packed_codes, 40, 3), codes)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8-dynamic", "w8a16"])
+def test_a_linears_bias_is_added_once(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before rounding with int8 inputs; after it without."""
+    monkeypatch.setattr(int8_cuda, "fits", int8.fits)
+    weight, bias, inputs = (
+        packed(70, 100, 8, 100, True, torch.bfloat16),
+        torch.linspace(-9, 9, 70),
+        tokens(5, 100, torch.float32),
+    )
+    linear = QuantLinear(weight, SHORT_SCHEMES[scheme], bias)
+    assert linear.layout == "int8_cuda"
+    values = (
+        exact(inputs, weight.dequantize())
+        if scheme == "w8a8-dynamic"
+        else inputs.double() @ weight.dequantize().double().T
+    )
+    assert relative(linear(inputs), values + bias.double()) < RELATIVE_ERROR[torch.float32]

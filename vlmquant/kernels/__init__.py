@@ -17,6 +17,8 @@ LAYOUTS: dict[str, ModuleType] = {
     "words": words,
 }
 """In order of preference."""
+ADD_BIAS = frozenset({"int8_cuda"})
+"""Layouts whose `matmul` takes a bias too, as its last argument."""
 
 
 def choose(weight: QuantizedWeight) -> str:

@@ -28,11 +28,12 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     return int8.release(_unpadded(held, form), form)
 
 
-def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
-    """inputs (tokens, in) -> (tokens, out), same dtype."""
-    if not form.dynamic_int8:
-        return int8.matmul(inputs, _unpadded(held, form), form)
-    return w8_linear(inputs, held["codes"], held["scales"].float())
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype; bias (out,) or None is added before outputs are rounded."""
+    if form.dynamic_int8:
+        return w8_linear(inputs, held["codes"], held["scales"].float(), bias)
+    outputs = int8.matmul(inputs, _unpadded(held, form), form)
+    return outputs if bias is None else outputs + bias.to(outputs.dtype)
 
 
 def _unpadded(held: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
