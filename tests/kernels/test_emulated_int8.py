@@ -366,7 +366,7 @@ MUTATIONS: dict[str, tuple[Change, Product | str, str]] = {
         *(GEMM, "[1-9][0-9]* bank conflicts"),
     ),
     "gemm: rows past the last are read": (
-        Change("w8_gemm.cu", "index < (is_input ? tokens : packed_rows) && column < columns", "column < columns"),
+        Change("w8_gemm.cu", "index < (is_input ? tokens : packed_rows)", "(is_input || index < packed_rows)"),
         *(GEMM, "access outside of memory|wrong"),
     ),
     "gemm: the halves of operand b are swapped": (
