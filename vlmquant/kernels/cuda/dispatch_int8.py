@@ -26,8 +26,16 @@ RING_KIB = {1: 226, 2: 110}
 """Shared memory of a block, by the blocks on an SM."""
 FEW_TOKENS = 64
 """Up to here the weight is read once and little is computed: tiles of 128 tokens would be mostly empty."""
-EFFICIENCY = {(64, False): 0.5, (128, False): 0.65, (128, True): 0.8, (192, True): 0.95, (256, True): 1.0}
-"""Of the tensor cores' rate, by rows of a tile and whether blocks work in pairs: a guess at what L2 can feed."""
+EFFICIENCY = {
+    (64, False): 0.5,
+    (128, False): 0.65,
+    (128, True): 0.8,
+    (160, True): 0.9,
+    (192, True): 0.95,
+    (256, True): 1.0,
+}
+"""Of the tensor cores' rate, by rows of a tile and whether blocks work in pairs: what L2 can feed, see
+benchmarks/gpu/LOG.md."""
 UNMEASURED = "by arithmetic, not measured"
 COMMON_TOKENS = (1, 33, *range(65, 8193, 64))
 """Numbers of tokens whose kernels are loaded before they are needed."""
