@@ -293,6 +293,13 @@ def test_code_that_does_not_compile_is_an_error_with_the_log(entry: Entry, monke
 
 
 @needs_nvrtc
+def test_an_empty_log_does_not_overwrite_what_python_shares(entry: Entry) -> None:
+    _, log = build.compile_program(build.program(entry, build.PTX_ARCH))
+    assert log == ""
+    assert [bytes([number])[0] for number in range(256)] == list(range(256))
+
+
+@needs_nvrtc
 def test_headers_are_found_in_memory(entry: Entry) -> None:
     assert build.load(entry, "sm_80")[:4] == b"\x7fELF"
 

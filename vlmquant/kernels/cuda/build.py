@@ -251,9 +251,11 @@ def _check(result: tuple[Any, ...]) -> Any:
 
 
 def _text(size: Any, read: Any, handle: Any) -> bytes:
-    buffer: bytes = b" " * _check(size(handle))
+    count: int = _check(size(handle))
+    # NVRTC writes into the bytes object. It must be ours alone: Python shares those of one byte, such as b" ".
+    buffer = bytes(count + 16)
     _check(read(handle, buffer))
-    return buffer
+    return buffer[:count]
 
 
 def _dotted(version: tuple[int, ...]) -> str:
