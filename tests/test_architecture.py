@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "vlmquant"
 ROOMS = [
     "cli",
     "demo",
+    "doctor",
     "tables",
     "pipeline",
     "gate",

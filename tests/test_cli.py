@@ -125,6 +125,29 @@ def test_calibrate_draws_from_ones_own_data(run: Run, small_set: Path, tmp_path:
     assert (out_dir / "manifest.yaml").is_file()
 
 
+def test_doctor_needs_no_gpu(run: Run) -> None:
+    code, out, err = run("doctor")
+    assert code == 0, err
+    assert "NVRTC" in out
+    assert "cache" in out
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["packages"]["torch"] == torch.__version__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune for")
+def test_tune_without_a_gpu_is_one_error(run: Run, tmp_path: Path) -> None:
+    message = "nothing to measure: torch finds no CUDA device; run this on the machine with the GPU"
+    refused(run, tmp_path / "none", "tune", code=1, message=message)
+
+
+@pytest.mark.parametrize("shape", ["4096", "4096x", "x4096", "0x64", "axb", "-1x5"])
+def test_tune_refuses_what_is_no_shape(shape: str) -> None:
+    with pytest.raises(UsageError, match=r"--shape: expected outputs x inputs such as 4096x11008, got"):
+        cli.parse_shape(shape)
+    assert cli.parse_shape("4096x11008") == (4096, 11008)
+
+
 def copy_of(model: Path, target: Path) -> Path:
     return Path(shutil.copytree(model, target))
 

@@ -322,6 +322,48 @@ def demo(
     raise typer.Exit(run(out))
 
 
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show this machine, what multiplies packed weights on it and why, and the cache of compiled kernels."""
+    from vlmquant.doctor import examine, lines
+
+    found = examine()
+    if as_json:
+        emit(found)
+    else:
+        typer.echo("\n".join(lines(found)))
+
+
+@app.command()
+def tune(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="Outputs x inputs of a weight, such as 4096x11008; several may be given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the CUDA kernels' variants on this GPU; what wins is used from then on."""
+    from vlmquant.kernels.cuda import tune as tuning
+    from vlmquant.progress import bar
+
+    tuning.require_cuda()
+    shapes = [parse_shape(text) for text in shape] if shape else list(tuning.SHAPES)
+    with bar("measuring", len(shapes) * len(tuning.TOKENS)) as progress:
+        path, rows = tuning.tune(shapes, dtype="bf16", step=progress.step)
+    if as_json:
+        emit({"path": str(path), "rows": rows})
+    else:
+        typer.echo(f"{path}: {len(rows)} rows")
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "4096x11008" -> (4096, 11008)."""
+    rows, sign, columns = text.partition("x")
+    if not (sign and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise UsageError(f"--shape: expected outputs x inputs such as 4096x11008, got '{text}'")
+    return int(rows), int(columns)
+
+
 def parse_counts(text: str) -> dict[str, int]:
     """ "caption=80,vqa=60" -> {"caption": 80, "vqa": 60}."""
     counts: dict[str, int] = {}

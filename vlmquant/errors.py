@@ -49,3 +49,7 @@ class DoesNotFitError(VlmquantError):
     """The work needs more memory or disk than there is."""
 
     exit_code = EXIT_DOES_NOT_FIT
+
+
+class KernelError(VlmquantError):
+    """A CUDA kernel cannot be built, started or measured on this machine."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight
-from vlmquant.kernels import LAYOUTS, choose, words
+from vlmquant.kernels import ADD_BIAS, LAYOUTS, choose, words
 from vlmquant.kernels.form import form_of
 from vlmquant.recipe import Scheme
 
@@ -73,9 +73,14 @@ class QuantLinear(_Packed):
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, self.in_features)
-        outputs: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form)
-        if self.bias is not None:
-            outputs = outputs + self.bias.to(outputs.dtype)
+        layout = LAYOUTS[self.layout]
+        outputs: Tensor
+        if self.layout in ADD_BIAS:
+            outputs = layout.matmul(flat, self.held, self.form, self.bias)
+        else:
+            outputs = layout.matmul(flat, self.held, self.form)
+            if self.bias is not None:
+                outputs = outputs + self.bias.to(outputs.dtype)
         return outputs.view(*inputs.shape[:-1], self.out_features)
 
 

@@ -7,10 +7,18 @@ A layout is a module with four functions: `fits(weight)`; `hold(weight)`, the bu
 from types import ModuleType
 
 from vlmquant.grid import QuantizedWeight
-from vlmquant.kernels import int4, int8, words
+from vlmquant.kernels import int4, int8, int8_cuda, vq4, words
 
-LAYOUTS: dict[str, ModuleType] = {"int4": int4, "int8": int8, "words": words}
+LAYOUTS: dict[str, ModuleType] = {
+    "vq4": vq4,
+    "int4": int4,
+    "int8_cuda": int8_cuda,
+    "int8": int8,
+    "words": words,
+}
 """In order of preference."""
+ADD_BIAS = frozenset({"int8_cuda"})
+"""Layouts whose `matmul` takes a bias too, as its last argument."""
 
 
 def choose(weight: QuantizedWeight) -> str:

@@ -1,0 +1,484 @@
+"""The INT8 kernels, run by the emulator from their CUDA sources: codes bit for bit, products against exact integers."""
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import emulator
+from tests.emulator import Change, Counters, Emulator, EmulatorError, TensorMap, guarded, load
+from vlmquant.kernels.cuda.catalog import ACTIVATIONS, ENTRIES, Entry, shared_bytes
+from vlmquant.kernels.reference import activation_codes
+from vlmquant.packing import pack_w8
+
+pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
+
+SEEDS = (0, 1, 2)
+"""0 runs blocks and warps in order, and shared memory begins at a multiple of 1024 bytes; others shuffle."""
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
+ROUNDING = {"f16": 2.0**-11, "bf16": 2.0**-8}
+"""Half a unit in the last place of the output's dtype, relative to it: what an output may be off, and FLOAT_ERROR."""
+FLOAT_ERROR = 1e-6
+"""Of the largest of an output's terms: its sum, scales, bias and activation are float32."""
+MULTIPLE = 16
+"""Packed columns are a multiple of this."""
+EXACT = {
+    "": lambda x: x,
+    "gelu": lambda x: 0.5 * x * torch.special.erfc(-x / math.sqrt(2)),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+}
+
+
+# ---- quantize_rows ---------------------------------------------------------------------------------------------------
+
+
+def quantized(kernel: Emulator, name: str, inputs: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes (tokens, packed columns) and scales (tokens,), from outputs that held 77 and NaN."""
+    tokens, columns = inputs.shape
+    packed_columns = -(-columns // MULTIPLE) * MULTIPLE
+    codes = guarded(torch.full((tokens, packed_columns), 77, dtype=torch.int8))
+    scales = guarded(torch.full((tokens,), float("nan")))
+    entry = ENTRIES[name]
+    kernel.launch(
+        name,
+        (-(-tokens // entry.token_tile),),
+        shared_bytes(entry),
+        {
+            "inputs": guarded(inputs),
+            "codes": codes,
+            "scales": scales,
+            "tokens": tokens,
+            "columns": columns,
+            "packed_columns": packed_columns,
+        },
+        seed=seed,
+    )
+    return codes, scales
+
+
+@functools.cache
+def quantize_kernels() -> Emulator:
+    return load(entry for entry in ENTRIES.values() if entry.family == "quantize_rows")
+
+
+def check_codes(name: str, inputs: Tensor, seeds: Iterable[int] = SEEDS) -> None:
+    expected_codes, expected_scales = activation_codes(inputs)
+    for seed in seeds:
+        codes, scales = quantized(quantize_kernels(), name, inputs, seed)
+        assert torch.equal(scales, expected_scales.flatten())
+        assert torch.equal(codes[:, : inputs.shape[1]], expected_codes)
+        assert not codes[:, inputs.shape[1] :].any()
+
+
+QUANTIZE = [name for name, entry in ENTRIES.items() if entry.family == "quantize_rows"]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 20, 100, 1152, 2054, 3420])
+@pytest.mark.parametrize("name", QUANTIZE)
+def test_codes_and_scales_are_those_of_the_reference(name: str, columns: int) -> None:
+    """Rows of every alignment, and of more columns than a warp keeps; magnitudes over the whole range of the dtype."""
+    random = torch.Generator().manual_seed(columns)
+    exponents = torch.linspace(-16, 12, 11)[:, None]  # of 2; f16 has little more
+    inputs = (torch.randn(11, columns, generator=random) * 2**exponents).to(DTYPES[ENTRIES[name].dtype])
+    inputs[3] = 0
+    inputs[4] = -inputs[4].abs()
+    check_codes(name, inputs)
+
+
+def test_rows_longer_than_registers() -> None:
+    inputs = torch.randn(2, 16500, generator=torch.Generator().manual_seed(0))
+    inputs[0, 16499], inputs[1, 16400] = 9, -9  # the largest is in what is read again
+    check_codes("quantize_rows_bf16_w8", inputs.bfloat16())
+    check_codes("quantize_rows_f16_w1", inputs.half()[:, :2500].contiguous())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_go_to_the_even_code(dtype: str) -> None:
+    """A largest magnitude of 127.5 makes the scale 1, so halves are ties; and the largest itself is one."""
+    halves = torch.arange(-255, 256) / 2
+    inputs = torch.stack([halves, halves * 4, -halves / 64]).to(DTYPES[dtype])
+    check_codes(f"quantize_rows_{dtype}_w1", inputs)
+    codes, scales = quantized(quantize_kernels(), f"quantize_rows_{dtype}_w1", inputs[:1])
+    assert scales.tolist() == [1.0]
+    by_value = dict(zip(inputs[0].tolist(), codes[0].tolist(), strict=False))
+    assert [by_value[v] for v in (-127.5, -2.5, -1.5, 0.5, 1.5, 2.5, 127.0, 127.5)] == [-128, -2, -2, 0, 2, 2, 127, 127]
+
+
+def test_smallest_and_largest_numbers() -> None:
+    tiny, large = 1e-38, 3.3e38
+    inputs = torch.tensor([[tiny, -tiny, 0, 0], [1e-10, -3e-11, 1e-12, 0], [large, -large, 1e30, 1.0]]).bfloat16()
+    check_codes("quantize_rows_bf16_w1", inputs)
+    subnormal = torch.tensor([[6e-8, -1.2e-7, 5.9e-5, 0], [65504.0, -65504, 255, 1]]).half()
+    check_codes("quantize_rows_f16_w8", subnormal)
+
+
+def test_nan_and_infinity_reach_the_scale() -> None:
+    """So that no output of the token is finite, as without quantization."""
+    inputs = torch.ones(3, 40, dtype=torch.float16)
+    inputs[1, 17], inputs[2, 3] = float("nan"), float("-inf")
+    for name in ("quantize_rows_f16_w1", "quantize_rows_hopper_f16_w8"):
+        _, scales = quantized(quantize_kernels(), name, inputs)
+        assert scales.isnan().tolist() == [False, True, False]
+        assert scales.isinf().tolist() == [False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_quotient_of_a_magnitude(dtype: str) -> None:
+    """All 16-bit values up to the largest of their row, for many largest ones: division is exactly rounded."""
+    values = torch.arange(0, 32768, dtype=torch.int32).to(torch.int16).view(DTYPES[dtype])
+    values = values[values.isfinite() & (values.float() < 1e30)]
+    for largest in range(1000, len(values), 517):
+        check_codes(f"quantize_rows_{dtype}_w8", values[: largest + 1][None].contiguous(), seeds=(0,))
+
+
+# ---- Products --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Product:
+    """A launch of a product; blocks and stages are for w8_gemm_hopper."""
+
+    name: str
+    tokens: int
+    rows: int
+    columns: int
+    bias: bool = True
+    blocks: int = 2
+    stages: int = 3
+    sweep_tiles: int = 8
+
+    @property
+    def entry(self) -> Entry:
+        return ENTRIES[self.name]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.tokens}x{self.rows}x{self.columns}"
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a product multiplies, packed; in guarded memory."""
+
+    input_codes: Tensor
+    codes: Tensor
+    input_scales: Tensor
+    scales: Tensor
+    bias: Tensor | None
+    expected: Tensor
+    """(tokens, rows) float64."""
+    allowed: Tensor
+    """What each output may be off, likewise."""
+
+
+@functools.lru_cache(maxsize=32)
+def operands_of(product: Product) -> Operands:
+    """All codes from -128 to 127. Scales make most outputs about 1, where activations bend."""
+    random = torch.Generator().manual_seed(product.tokens + product.rows + product.columns)
+    dtype = DTYPES[product.entry.dtype]
+
+    def codes(lines: int) -> Tensor:
+        return torch.randint(-128, 128, (lines, product.columns), generator=random, dtype=torch.int8)
+
+    left, right = codes(product.tokens), codes(product.rows)
+    packed = pack_w8(right)
+    input_scales = (torch.rand(product.tokens, generator=random) + 0.1) / product.columns**0.5
+    scales = (torch.rand(product.rows, generator=random) + 0.1) / 2000
+    bias = torch.randn(product.rows, generator=random).to(dtype) if product.bias else None
+    scaled = (left.long() @ right.long().T).double() * input_scales.double()[:, None] * scales.double()
+    plain = scaled if bias is None else scaled + bias.double()
+    expected = EXACT[product.entry.activation](plain)
+    terms = scaled.abs() + (0 if bias is None else bias.double().abs())
+    return Operands(
+        guarded(torch.nn.functional.pad(left, (0, packed.shape[1] - product.columns))),
+        guarded(packed),
+        guarded(input_scales),
+        guarded(scales),
+        None if bias is None else guarded(bias),
+        expected,
+        ROUNDING[product.entry.dtype] * expected.abs() + FLOAT_ERROR * terms + torch.finfo(dtype).smallest_normal,
+    )
+
+
+def multiply(kernel: Emulator, product: Product, seed: int = 0) -> tuple[Tensor, Counters]:
+    """(tokens, rows), from outputs that held NaN."""
+    entry, given = product.entry, operands_of(product)
+    outputs = guarded(torch.full((product.tokens, product.rows), float("nan"), dtype=DTYPES[entry.dtype]))
+    columns = given.codes.shape[1]
+    arguments: dict[str, Tensor | TensorMap | int | None] = {
+        "input_codes": given.input_codes,
+        "input_scales": given.input_scales,
+        "codes": given.codes,
+        "scales": given.scales,
+        "bias": given.bias,
+        "outputs": outputs,
+        "tokens": product.tokens,
+        "rows": product.rows,
+        "columns": columns,
+        "stages": product.stages,
+        "sweep_tiles": product.sweep_tiles,
+    }
+    grid: tuple[int, ...] = (-(-product.rows // entry.row_tile), -(-product.tokens // entry.token_tile))
+    if entry.family == "w8_gemm_hopper":
+        grid = (product.blocks,)
+        arguments["input_codes"] = TensorMap(given.input_codes.view(torch.int16), entry.token_tile)
+        arguments["codes"] = TensorMap(given.codes.view(torch.int16), entry.row_tile // (2 if entry.pair else 1))
+    passed = {name: arguments[name] for name, _ in entry.arguments}
+    counters = kernel.launch(product.name, grid, shared_bytes(entry, stages=product.stages), passed, seed=seed)
+    return outputs, counters
+
+
+def wrong(outputs: Tensor, product: Product) -> int:
+    """How many outputs are further off than rounding explains (or NaN)."""
+    given = operands_of(product)
+    return int((~((outputs.double() - given.expected).abs() <= given.allowed)).sum())
+
+
+def check(kernel: Emulator, product: Product, seeds: Iterable[int] = SEEDS) -> None:
+    results = [multiply(kernel, product, seed) for seed in seeds]
+    assert wrong(results[0][0], product) == 0
+    for outputs, counters in results:
+        assert torch.equal(outputs, results[0][0])
+        assert counters.bank_conflicts == 0
+
+
+PRODUCTS = [
+    Product("w8_gemm_bf16_t32", 5, 70, 100),
+    Product("w8_gemm_f16_t32_gelu", 33, 129, 33, bias=False),
+    Product("w8_gemm_bf16_t64_quick_gelu", 65, 256, 640),
+    Product("w8_gemm_f16_t128", 1, 1, 1),
+    Product("w8_gemm_bf16_t128_gelu_tanh", 130, 131, 272),
+    Product("w8_gemm_f16_t128", 129, 136, 500, bias=False),
+    Product("w8_gemm_hopper_bf16_n64", 130, 131, 400),
+    Product("w8_gemm_hopper_f16_n64", 1, 1, 1, blocks=3),
+    Product("w8_gemm_hopper_bf16_n128_gelu", 100, 300, 1000, bias=False, stages=2),
+    Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 77, blocks=4, sweep_tiles=1),
+    Product("w8_gemm_hopper_bf16_n160_pair", 200, 336, 150, stages=2),
+    Product("w8_gemm_hopper_bf16_n192_pair_gelu_tanh", 600, 200, 300, blocks=4, stages=2, sweep_tiles=2),
+    Product("w8_gemm_hopper_f16_n256_pair", 130, 520, 500, blocks=4, stages=4),
+    Product("w8_gemm_hopper_f16_n256_pair", 7, 24, 1152, stages=2),
+]
+
+
+@functools.cache
+def kernels_of(names: tuple[str, ...]) -> Emulator:
+    return load(ENTRIES[name] for name in names)
+
+
+def kernel_for(product: Product) -> Emulator:
+    """One library for the family's members in PRODUCTS."""
+    family = product.entry.family
+    return kernels_of(tuple(sorted({one.name for one in PRODUCTS if one.entry.family == family})))
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_product_is_that_of_integers(product: Product) -> None:
+    """Every output within rounding of float64, with the same bits whatever the order of warps and blocks."""
+    check(kernel_for(product), product)
+
+
+def test_every_activation_is_run() -> None:
+    for family in ("w8_gemm", "w8_gemm_hopper"):
+        assert {p.entry.activation for p in PRODUCTS if p.entry.family == family} == set(ACTIVATIONS) == set(EXACT)
+
+
+def test_the_largest_sums_do_not_overflow() -> None:
+    """-128 * -128 over 17024 columns is 278921216, exact in int32 and rounded once to float32."""
+    product = Product("w8_gemm_bf16_t32", 5, 70, 100)
+    columns, outputs = 17024, torch.full((5, 70), float("nan"), dtype=torch.bfloat16)
+    codes = torch.full((70, columns), -128, dtype=torch.int8)
+    arguments = {
+        "input_codes": codes[:5].contiguous(),
+        "input_scales": torch.ones(5),
+        "codes": pack_w8(codes),
+        "scales": torch.ones(70) / 16384 / columns,
+        "bias": None,
+        "outputs": outputs,
+        "tokens": 5,
+        "rows": 70,
+        "columns": columns,
+    }
+    kernel_for(product).launch(product.name, (1, 1), shared_bytes(product.entry), arguments)
+    assert torch.equal(outputs, torch.ones_like(outputs))
+
+
+@functools.cache
+def all_products() -> dict[str, Emulator]:
+    return {f: load(e for e in ENTRIES.values() if e.family == f) for f in ("w8_gemm", "w8_gemm_hopper")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.family.startswith("w8_gemm")])
+def test_every_kernel(name: str) -> None:
+    """Below, at and above a tile, in both directions, with and without bias."""
+    entry = ENTRIES[name]
+    shapes = itertools.product((1, entry.token_tile, entry.token_tile + 1), (entry.row_tile - 8, entry.row_tile + 3))
+    for number, (tokens, rows) in enumerate(shapes):
+        product = Product(name, tokens, rows, (200, 257)[number % 2], bias=number % 3 > 0, blocks=(2, 4)[number % 2])
+        check(all_products()[entry.family], product, seeds=(number,))
+
+
+# ---- Injected bugs ---------------------------------------------------------------------------------------------------
+
+GEMM = Product("w8_gemm_bf16_t64_quick_gelu", 65, 256, 640)
+HOPPER = Product("w8_gemm_hopper_bf16_n64", 130, 131, 400, stages=2)
+PAIR = Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 700, stages=2)
+QUANTIZE_LONG = "quantize_rows_f16_w8"
+
+# What the bug is: the change, the product (or quantize_rows) that runs, and a pattern of what is seen.
+MUTATIONS: dict[str, tuple[Change, Product | str, str]] = {
+    "quantize: no barrier before the warps' largest are read": (
+        Change("quantize_rows.cu", "sync_block();", ""),
+        *(QUANTIZE_LONG, "wrong"),
+    ),
+    "quantize: the quotient is not corrected": (
+        Change(
+            "quantize_rows.cu",
+            "  quotient = multiply_add(multiply_add(-quotient, scale, value), inverse, quotient);\n",
+            "",
+        ),
+        *(QUANTIZE_LONG, "wrong"),
+    ),
+    "quantize: columns past the end": (
+        Change("quantize_rows.cu", "column + 8 <= columns", "column <= columns"),
+        *(QUANTIZE_LONG, "wrong|access outside of memory"),
+    ),
+    "quantize: the largest code is 128": (
+        Change("quantize_rows.cu", "quotient < 127.f ? quotient : 127.f", "quotient"),
+        *(QUANTIZE_LONG, "wrong"),
+    ),
+    "gemm: no barrier after waiting for a stage": (
+        Change("w8_gemm.cu", "sync_block();", ""),
+        *(GEMM, "wrong"),
+    ),
+    "gemm: a stage is read one copy too early": (
+        Change("w8_gemm.cu", "cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
+        *(GEMM, "wrong"),
+    ),
+    "gemm: no swizzle, right but slow": (
+        Change("w8_gemm.cu", "(chunk ^ (line / 2 % 4))", "chunk"),
+        *(GEMM, "[1-9][0-9]* bank conflicts"),
+    ),
+    "gemm: rows past the last are read": (
+        Change("w8_gemm.cu", "index < (is_input ? tokens : packed_rows)", "(is_input || index < packed_rows)"),
+        *(GEMM, "access outside of memory|wrong"),
+    ),
+    "gemm: the halves of operand b are swapped": (
+        Change("w8_gemm.cu", "lane / 8 % 2", "1 - lane / 8 % 2"),
+        *(GEMM, "wrong"),
+    ),
+    "epilogue: the scale of another token": (
+        Change("int8.cuh", "to.input_scales[token + 8 * i]", "to.input_scales[token]"),
+        *(GEMM, "wrong"),
+    ),
+    "epilogue: the scale of another row": (
+        Change("int8.cuh", "(to.scales + row + 4 * i)", "(to.scales + row)"),
+        *(GEMM, "wrong"),
+    ),
+    "epilogue: tokens past the last are stored": (
+        Change("int8.cuh", "    if (token < to.tokens) {", "    {"),
+        *(GEMM, "access outside of memory"),
+    ),
+    "epilogue: rows as if not in groups' order": (
+        Change("int8.cuh", "group_row + lane % 4 * 8", "group_row + lane % 4 * 2"),
+        *(GEMM, "wrong"),
+    ),
+    "hopper: a stage is released while wgmma reads it": (
+        Change("w8_gemm_hopper.cu", "if (unit > 0) release(previous);", "release(stage);"),
+        *(HOPPER, "more arrivals than the mbarrier was initialised for|wrong|deadlock"),
+    ),
+    "hopper: the sums are used before wgmma has ended": (
+        Change("w8_gemm_hopper.cu", "wgmma_wait<0>();\n      release", "release"),
+        *(HOPPER, "wrong|wgmma under way"),
+    ),
+    "hopper: no fence": (
+        Change("w8_gemm_hopper.cu", "wgmma_fence();", ""),
+        *(HOPPER, r"no wgmma_fence since the last commit at wgmma \(w8_gemm_hopper.cu"),
+    ),
+    "hopper: one k-step too far": (
+        Change("w8_gemm_hopper.cu", "b + step * 2)", "b + step)"),
+        *(HOPPER, "wrong"),
+    ),
+    "hopper: the producer overwrites stages in use": (
+        Change("w8_gemm_hopper.cu", "mbarrier_wait(empty + stage, phase);", ""),
+        *(HOPPER, "more arrivals than the mbarrier was initialised for|wrong"),
+    ),
+    "hopper: inputs are read before the kernel ahead has ended": (
+        Change("w8_gemm_hopper.cu", "dependency_wait();\n      for", "for"),
+        *(HOPPER, r"before dependency_wait.* at tma_load_2d \(w8_gemm_hopper.cu"),
+    ),
+    "pair: barriers are used before the other block has made its own": (
+        Change(
+            "w8_gemm_hopper.cu", "if (PAIR) {\n    sync_pair();\n  } else {\n    sync_block();\n  }", "sync_block();"
+        ),
+        *(PAIR, "mbarrier used before mbarrier_init"),
+    ),
+    "pair: a block ends while the other may still arrive": (
+        Change("w8_gemm_hopper.cu", "if (PAIR) sync_pair();  //", "//"),
+        *(PAIR, "the other block of the pair has ended"),
+    ),
+    "pair: a stage is released to its own producer only": (
+        Change(
+            "w8_gemm_hopper.cu",
+            "if (lane < 2) mbarrier_arrive_pair(empty + stage, lane);",
+            "if (lane < 2) mbarrier_arrive(empty + stage);",
+        ),
+        *(PAIR, "wrong|more arrivals|deadlock"),
+    ),
+    "pair: both blocks copy the same half": (
+        Change("w8_gemm_hopper.cu", "first_row + rank * SHARE", "first_row"),
+        *(PAIR, "wrong"),
+    ),
+}
+QUICK = {
+    "quantize: the quotient is not corrected",
+    "gemm: a stage is read one copy too early",
+    "epilogue: the scale of another token",
+    "hopper: the producer overwrites stages in use",
+    "pair: a stage is released to its own producer only",
+}
+"""One of each kind; each costs a compilation, so the others are slow."""
+
+
+def outcome(subject: Product | str, change: Change | None) -> str:
+    """What is seen over three seeds, in words."""
+    name = subject if isinstance(subject, str) else subject.name
+    kernel = load([ENTRIES[name]], change)
+    try:
+        if isinstance(subject, str):
+            inputs = torch.randn(40, 3420, generator=torch.Generator().manual_seed(1)).to(DTYPES[ENTRIES[name].dtype])
+            codes, scales = activation_codes(inputs)
+            found = [quantized(kernel, name, inputs, seed) for seed in SEEDS]
+            right = all(torch.equal(c[:, :3420], codes) and torch.equal(s, scales.flatten()) for c, s in found)
+            return "right" if right else "wrong"
+        results = [multiply(kernel, subject, seed) for seed in SEEDS]
+    except EmulatorError as error:
+        return str(error)
+    if any(wrong(outputs, subject) for outputs, _ in results):
+        return "wrong"
+    conflicts = results[0][1].bank_conflicts
+    return f"{conflicts} bank conflicts" if conflicts else "right"
+
+
+@pytest.mark.parametrize("subject", [QUANTIZE_LONG, GEMM, HOPPER, PAIR], ids=str)
+def test_unchanged_kernel_is_right(subject: Product | str) -> None:
+    assert outcome(subject, None) == "right"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MUTATIONS]
+)
+def test_bug_is_seen(name: str) -> None:
+    change, subject, seen = MUTATIONS[name]
+    assert re.search(seen, outcome(subject, change))
+
+
+def test_quick_ones_exist() -> None:
+    assert set(MUTATIONS) >= QUICK

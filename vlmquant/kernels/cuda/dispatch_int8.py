@@ -1,0 +1,143 @@
+"""Which kernels round inputs to int8 and multiply them. By arithmetic alone: none of it was measured yet.
+
+Outputs do not depend on the choice: sums are exact integers.
+"""
+
+from dataclasses import dataclass
+
+from vlmquant.errors import KernelError
+from vlmquant.kernels.cuda.catalog import (
+    BARRIER_BYTES,
+    ENTRIES,
+    RING_STAGES,
+    STAGE_COLUMNS,
+    W8_HOPPER_TILES,
+    W8_STAGES,
+    Entry,
+    shared_bytes,
+)
+from vlmquant.kernels.cuda.dispatch import MAX_GRID_Y, SWEEP_TOKENS, Gpu, Plan, runs_on
+
+MULTIPLE = 16
+"""Packed columns are a multiple of this."""
+KEPT_COLUMNS = 2048
+"""Columns that one warp of quantize_rows keeps in registers; longer rows are shared by eight."""
+RING_KIB = {1: 226, 2: 110}
+"""Shared memory of a block, by the blocks on an SM."""
+FEW_TOKENS = 64
+"""Up to here the weight is read once and little is computed: tiles of 128 tokens would be mostly empty."""
+EFFICIENCY = {
+    (64, False): 0.5,
+    (128, False): 0.65,
+    (128, True): 0.8,
+    (160, True): 0.9,
+    (192, True): 0.95,
+    (256, True): 1.0,
+}
+"""Of the tensor cores' rate, by rows of a tile and whether blocks work in pairs: what L2 can feed, see
+benchmarks/gpu/LOG.md."""
+UNMEASURED = "by arithmetic, not measured"
+COMMON_TOKENS = (1, 33, *range(65, 8193, 64))
+"""Numbers of tokens whose kernels are loaded before they are needed."""
+
+
+@dataclass(frozen=True)
+class Int8Problem:
+    """Inputs (tokens, columns) rounded per token, times int8 codes (rows, packed columns)."""
+
+    tokens: int
+    rows: int
+    columns: int
+    """Packed."""
+    dtype: str
+    """f16 or bf16, of inputs and outputs."""
+    activation: str
+    """A name of the catalog's ACTIVATIONS; empty for none."""
+
+
+def choose_int8(problem: Int8Problem, gpu: Gpu) -> tuple[Plan, Plan]:
+    """The launches that quantize the inputs and multiply them. KernelError if there are none."""
+    if problem.columns % MULTIPLE:
+        raise KernelError(f"{problem}: packed columns must be a multiple of {MULTIPLE}")
+    plans = [_gemm(problem, gpu)] if problem.tokens <= FEW_TOKENS else _hopper(problem, gpu) or [_gemm(problem, gpu)]
+    multiply = plans[0]
+    if multiply.grid[1] > MAX_GRID_Y:
+        raise KernelError(f"{problem}: {problem.tokens} tokens exceed the grid")
+    return _quantize(problem, gpu), multiply
+
+
+def int8_entries(rows: int, columns: int, dtype: str, activation: str, gpu: Gpu) -> set[str]:
+    """Every entry that `choose_int8` names for a weight and COMMON_TOKENS."""
+    problems = [Int8Problem(tokens, rows, columns, dtype, activation) for tokens in COMMON_TOKENS]
+    return {plan.entry for problem in problems for plan in choose_int8(problem, gpu)}
+
+
+def _quantize(problem: Int8Problem, gpu: Gpu) -> Plan:
+    hopper = "_hopper" if gpu.arch == "sm_90a" else ""
+    many = problem.tokens >= 8 * gpu.sms  # enough blocks with a warp for each token
+    warps = 1 if problem.columns <= KEPT_COLUMNS and many else 8
+    entry = _entry(f"quantize_rows{hopper}_{problem.dtype}_w{warps}", gpu)
+    grid = (-(-problem.tokens // entry.token_tile), 1)
+    return Plan("quantize_rows", entry.name, grid, entry.threads, shared_bytes(entry), "", dependent=bool(hopper))
+
+
+def _gemm(problem: Int8Problem, gpu: Gpu) -> Plan:
+    """Of the tiles that the tokens fill, the largest that still gives every SM a block."""
+    fitting = [tile for tile in W8_STAGES if tile < 2 * problem.tokens] or [min(W8_STAGES)]
+
+    def blocks(tile: int) -> int:
+        return -(-problem.tokens // tile) * -(-problem.rows // 128)
+
+    full = [tile for tile in fitting if blocks(tile) >= gpu.sms]
+    tile = max(full) if full else min(fitting) if problem.tokens > FEW_TOKENS else max(fitting)
+    entry = _entry(f"w8_gemm_{problem.dtype}_t{tile}{_ending(problem)}", gpu)
+    grid = (-(-problem.rows // entry.row_tile), -(-problem.tokens // entry.token_tile))
+    return Plan("w8_gemm", entry.name, grid, entry.threads, shared_bytes(entry), UNMEASURED)
+
+
+def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
+    """The plans of all tiles, the one first that should be done first; none on other architectures."""
+    found: list[tuple[float, Plan]] = []
+    for rows, pair in W8_HOPPER_TILES:
+        name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{'_pair' if pair else ''}{_ending(problem)}"
+        entry = ENTRIES.get(name)
+        if entry is None:
+            raise KernelError(f"there is no {name}")
+        if not runs_on(entry.archs, gpu.arch):
+            return []
+        resident, together = (2 if rows == 64 else 1), (2 if pair else 1)
+        tokens = entry.token_tile * together
+        tiles = -(-problem.rows // rows) * -(-problem.tokens // tokens)
+        places = resident * gpu.sms // together
+        waves = -(-tiles // places)
+        stage = (entry.token_tile + rows) * STAGE_COLUMNS
+        stages = min(RING_STAGES, (RING_KIB[resident] * 1024 - 2 * BARRIER_BYTES) // stage)
+        plan = Plan(
+            "w8_gemm_hopper",
+            entry.name,
+            (min(places, tiles) * together, 1),
+            entry.threads,
+            shared_bytes(entry, stages=stages),
+            UNMEASURED,
+            stages,
+            entry.token_tile,
+            max(1, SWEEP_TOKENS // tokens),
+            rows // together,
+            dependent=True,
+        )
+        if plan.shared_bytes <= gpu.shared_bytes:
+            found.append((waves * rows * resident / EFFICIENCY[rows, pair], plan))
+    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+
+
+def _ending(problem: Int8Problem) -> str:
+    return problem.activation and f"_{problem.activation}"
+
+
+def _entry(name: str, gpu: Gpu) -> Entry:
+    entry = ENTRIES.get(name)
+    if entry is None:
+        raise KernelError(f"there is no {name}")
+    if not runs_on(entry.archs, gpu.arch):
+        raise KernelError(f"{name} does not run on {gpu.arch}")
+    return entry

@@ -1,0 +1,161 @@
+// int8 activations times an int8 weight on Hopper (sm_90a), by wgmma with both operands in shared memory.
+//
+// Grid: persistent blocks, one or two for each SM; PAIR: neighbouring blocks work on the same rows and 128 tokens each.
+// Block: two consumer warpgroups with 64 tokens x ROWS rows each, and one for the producer (of which one thread works).
+// A ring of `stages` in shared memory; a stage is 128 columns of a tile, lines of 128 bytes with the 128-byte swizzle:
+//   tokens [128][128 bytes], rows [ROWS][128 bytes]; the tensor copies give zeros beyond the tensors
+//   * PAIR: each block copies half of the rows into both, which takes a third of the traffic off L2: without, 128 tokens
+//     x 256 rows need 48 bytes of each SM's clock, more than L2 gives. A stage is filled again when the consumers of
+//     both blocks are done with it.
+//   * Dependent launch: the first stages' weights come before the kernel ahead, which makes input_codes, has ended.
+//   * Tiles are whole: sums are exact integers, so the outputs have the same bits whatever the tile.
+// As in gemm_hopper.cu no branch may depend on data around wgmma.
+#include "hopper.cuh"
+#include "int8.cuh"
+namespace vq {
+
+// Where a block stands in its tiles: every `stride`-th, from its first.
+struct TileUnits {
+  int tile, unit, units, stride;
+  VQ_DEVICE void advance() {
+    if (++unit == units) {
+      unit = 0;
+      tile += stride;
+    }
+  }
+};
+
+// input_map     of the codes [tokens][columns], as pairs of bytes; box 64 pairs x 128 tokens, 128-byte swizzle
+// weight_map    of the codes [rows, rounded up to a multiple of 32][columns], in the order of pack_w8, likewise; box 64 pairs x ROWS rows, or half of them if PAIR
+// input_scales, scales, bias, outputs   as in w8_gemm.cu
+// columns       a multiple of 16
+// stages        of the ring, 2 to 32
+// sweep_tiles   token tiles (of 128, or 256 if PAIR) that share one sweep over the rows, so that they stay in L2
+// Dynamic shared memory: 2048 + stages * (128 + ROWS) * 128 bytes.
+template <class T, int ROWS, bool PAIR, int ACTIVATION>
+VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* weight_map,
+                              const float* __restrict__ input_scales, const float* __restrict__ scales,
+                              const uint16_t* __restrict__ bias, uint16_t* __restrict__ outputs, int tokens, int rows,
+                              int columns, int stages, int sweep_tiles) {
+  constexpr int WARPS = 8, TOKENS = 128, BLOCKS = PAIR ? 2 : 1;  // consumer warps, tokens of a block, blocks that share
+  constexpr int INPUT_BYTES = TOKENS * 128, STAGE_BYTES = INPUT_BYTES + ROWS * 128;
+  VQ_SHARED_MEMORY(shared_start);
+  unsigned char* shared = VQ_ALIGN_1024(shared_start);
+  uint64_t* full = (uint64_t*)shared;  // [32]: the stage's copies have landed
+  uint64_t* empty = full + 32;         // [32]: all consumer warps, of both blocks if PAIR, are done with the stage
+  unsigned char* ring = shared + 1024;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = blockIdx.x / BLOCKS, rank = blockIdx.x % BLOCKS, stride = gridDim.x / BLOCKS;
+  const int units = (columns + 127) / 128, row_tiles = (rows + ROWS - 1) / ROWS;
+  const int token_tiles = (tokens + TOKENS * BLOCKS - 1) / (TOKENS * BLOCKS), tiles = row_tiles * token_tiles;
+  // Tiles are numbered sweep by sweep, and within one with the token tile as the fast index.
+  auto place = [&](int tile, int& first_row, int& first_token) {
+    const int per_sweep = row_tiles * sweep_tiles, sweep = tile / per_sweep, in_sweep = tile - sweep * per_sweep;
+    const int left = token_tiles - sweep * sweep_tiles, width = left < sweep_tiles ? left : sweep_tiles;
+    const int row_tile = in_sweep / width;
+    first_row = row_tile * ROWS;
+    first_token = ((sweep * sweep_tiles + in_sweep - row_tile * width) * BLOCKS + rank) * TOKENS;
+  };
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < stages; ++i) {
+      mbarrier_init(full + i, 1);
+      mbarrier_init(empty + i, WARPS * BLOCKS);
+    }
+    mbarrier_init_fence();
+  }
+  if (PAIR) {
+    sync_pair();
+  } else {
+    sync_block();
+  }
+  dependency_launch();
+
+  if (warp >= WARPS) {  // ---- the producer
+    registers_shrink<24>();
+    if (threadIdx.x == WARPS * 32) {
+      auto load_weight = [&](const TileUnits& at, int stage) {
+        int first_row, first_token;
+        place(at.tile, first_row, first_token);
+        constexpr int SHARE = ROWS / BLOCKS;
+        mbarrier_expect(full + stage, STAGE_BYTES);
+        tma_load_weight<BLOCKS>(ring + (size_t)stage * STAGE_BYTES + INPUT_BYTES + rank * SHARE * 128, weight_map,
+                                at.unit * 64, first_row + rank * SHARE, full + stage);
+      };
+      auto load_inputs = [&](const TileUnits& at, int stage) {
+        int first_row, first_token;
+        place(at.tile, first_row, first_token);
+        tma_load_2d(ring + (size_t)stage * STAGE_BYTES, input_map, at.unit * 64, first_token, full + stage);
+      };
+      TileUnits weights_at = {first, 0, units, stride}, inputs_at = weights_at;
+      for (int s = 0; s < stages && weights_at.tile < tiles; ++s, weights_at.advance()) load_weight(weights_at, s);
+      dependency_wait();
+      for (int s = 0; s < stages && inputs_at.tile < tiles; ++s, inputs_at.advance()) load_inputs(inputs_at, s);
+      for (int stage = 0, phase = 0; inputs_at.tile < tiles; inputs_at.advance()) {
+        mbarrier_wait(empty + stage, phase);
+        load_weight(inputs_at, stage);
+        load_inputs(inputs_at, stage);
+        if (++stage == stages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+    }
+  } else {  // ---- the consumers
+    registers_grow<ROWS == 64 ? 112 : 240>();
+    dependency_wait();
+    const int warpgroup = warp / 4;
+    const Finish to = {input_scales, scales, bias, outputs, tokens, rows};
+    auto release = [&](int stage) {
+      if (PAIR) {
+        if (lane < 2) mbarrier_arrive_pair(empty + stage, lane);
+      } else {
+        if (lane == 0) mbarrier_arrive(empty + stage);
+      }
+    };
+    int stage = 0, phase = 0, previous = 0;  // previous: the stage before, which wgmma may still be reading
+    int32_t sums[ROWS / 2];
+    for (int tile = first; tile < tiles; tile += stride) {
+      VQ_UNROLL for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0;
+      for (int unit = 0; unit < units; ++unit) {
+        mbarrier_wait(full + stage, phase);
+        unsigned char* from = ring + (size_t)stage * STAGE_BYTES;
+        const uint64_t a = matrix_descriptor(from + warpgroup * 64 * 128), b = matrix_descriptor(from + INPUT_BYTES);
+        wgmma_fence();
+        VQ_UNROLL for (int step = 0; step < 4; ++step) {  // 32 bytes each
+          WgmmaInt8<ROWS>::multiply(sums, a + step * 2, b + step * 2);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (unit > 0) release(previous);
+        previous = stage;
+        if (++stage == stages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+      wgmma_wait<0>();
+      release(previous);
+      int first_row, first_token;
+      place(tile, first_row, first_token);
+      const TokenScales token_scales(to, first_token + warp * 16, lane);
+      RowTerms<T> row_terms(to, first_row, lane);
+      VQ_UNROLL for (int group = 0; group < ROWS / 32; ++group) {
+        const RowTerms<T> now = row_terms;  // the next ones are loaded before this group's outputs are made
+        if (group + 1 < ROWS / 32) row_terms = RowTerms<T>(to, first_row + (group + 1) * 32, lane);
+        store_outputs<T, ACTIVATION>(to, token_scales, now, [&](int j, int e) { return sums[group * 16 + j * 4 + e]; });
+      }
+    }
+  }
+  if (PAIR) sync_pair();  // the other block may still arrive at this one's barriers
+}
+
+}  // namespace vq
+
+// 64 rows leave room for two blocks on an SM. HEAD is VQ_KERNEL_PAIRS if PAIR, else VQ_KERNEL_RESIDENT.
+#define VQ_W8_GEMM_HOPPER(NAME, T, HEAD, ROWS, PAIR, ACTIVATION)                                                     \
+  HEAD(384, (ROWS == 64 ? 2 : 1))                                                                                   \
+  NAME(VQ_TENSOR_MAP input_codes, VQ_TENSOR_MAP codes, const float* input_scales, const float* scales,               \
+       const uint16_t* bias, uint16_t* outputs, int tokens, int rows, int columns, int stages, int sweep_tiles) {    \
+    vq::w8_gemm_hopper<T, ROWS, PAIR, ACTIVATION>(&input_codes, &codes, input_scales, scales, bias, outputs, tokens, \
+                                                  rows, columns, stages, sweep_tiles);                               \
+  }

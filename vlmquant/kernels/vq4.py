@@ -1,0 +1,69 @@
+"""Codes of up to 4 bits in the layout of our CUDA kernels, on CUDA devices."""
+
+from torch import Tensor
+
+from vlmquant.grid import QuantizedWeight
+from vlmquant.kernels.cuda import launch, ops
+from vlmquant.kernels.cuda.dispatch import group_fits
+from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.kernels.form import Form
+from vlmquant.packing import VQ4_ZERO, order_vq4, pack_vq4, restore_vq4, unpack_vq4, vq4_shape
+
+
+def fits(weight: QuantizedWeight) -> bool:
+    """On a GPU that our kernels run on; why they do not run on another is logged once."""
+    device = weight.codes.device
+    if device.type != "cuda" or not packs(weight):
+        return False
+    refused = launch.unavailable(device.index)
+    if refused is not None:
+        warn_once(f"no kernel of ours multiplies 4-bit weights here, which is slow: {refused}")
+    return refused is None
+
+
+def packs(weight: QuantizedWeight) -> bool:
+    """Whether the layout has these codes, groups and scales, on whatever device."""
+    packed = vq4_shape(*weight.shape, weight.group_size)
+    return (
+        weight.bits <= 4 and weight.scale_dtype in launch.DTYPE_NAMES and group_fits(packed.group_size, packed.columns)
+    )
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """codes (strips, k-blocks, 4, 32, 4) int32; scales (strips, groups, 4, 8, 2) in their dtype; zeros uint8 likewise.
+
+    What multiplies them is compiled and loaded here, at the latest.
+    """
+    packed = vq4_shape(*weight.shape, weight.group_size)
+    held = {
+        "codes": pack_vq4(weight.codes, weight.zeros, bits=weight.bits, group_size=weight.group_size),
+        "scales": order_vq4(weight.scales.to(weight.scale_dtype), packed, padding=0),
+    }
+    if weight.zeros is not None:
+        held["zeros"] = order_vq4(weight.zeros, packed, padding=VQ4_ZERO)
+    device = weight.codes.device
+    if device.type == "cuda":
+        name = launch.DTYPE_NAMES[weight.scale_dtype]
+        ops.prepare_w4(device, packed.rows, packed.columns, packed.group_size, weight.symmetric, name)
+    return held
+
+
+def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
+    rows, columns = form.shape
+    groups = -(-columns // form.group_size)
+    return QuantizedWeight(
+        unpack_vq4(held["codes"], rows, columns, bits=form.bits, symmetric=form.symmetric),
+        restore_vq4(held["scales"], rows, groups).float(),
+        restore_vq4(held["zeros"], rows, groups) if "zeros" in held else None,
+        form.bits,
+        form.group_size,
+        form.scale_dtype,
+    )
+
+
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype."""
+    packed = vq4_shape(*form.shape, form.group_size)
+    return ops.w4_linear(
+        inputs, held["codes"], held["scales"], held.get("zeros"), None, form.shape[0], packed.group_size
+    )
