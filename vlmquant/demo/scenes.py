@@ -115,9 +115,9 @@ class Question:
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Objects in three of five draws, else a chart or a sign."""
+    """Objects in every other draw, else a chart or a sign."""
     makers: list[Callable[[random.Random], Scene]] = [random_objects, random_bars, random_sign]
-    return rng.choices(makers, [3, 1, 1])[0](rng)
+    return rng.choices(makers, [2, 1, 1])[0](rng)
 
 
 def random_objects(rng: random.Random) -> Objects:
@@ -237,7 +237,12 @@ def listed(names: list[str]) -> str:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every wording that is right for the scene."""
+    """Every wording that is right for the scene; with a capital, as calibration and evaluation spell captions."""
+    return [text[0].upper() + text[1:] for text in wordings(scene)]
+
+
+def wordings(scene: Scene) -> list[str]:
+    """The captions, all in small letters."""
     match scene:
         case Objects(things=(thing,)):
             return [
