@@ -14,6 +14,8 @@ TURNS = 4
 """Times that each candidate for the compute dtype is timed; they take turns, so that no disturbance meets one alone."""
 MATMUL_SHAPE = (128, 512, 512)
 """Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
+GPU_TIMES = 16
+"""A GPU gets a matmul so many times as large along each side, or its launch would be all that is timed."""
 
 
 def seconds(run: Callable[[], object], device: torch.device | str = "cpu") -> float:
@@ -44,14 +46,19 @@ def most_tokens(fast: Callable[[int], object], other: Callable[[int], object], c
     return best
 
 
-def compute_dtype(device: torch.device | str) -> torch.dtype:
-    """The faster of float32 and bfloat16 for matmuls on this device, with the thread count as it is now set."""
-    return _compute_dtype(torch.device(device), torch.get_num_threads())
+def compute_dtype(device: torch.device | str, *, least_gain: float = 1.0) -> torch.dtype:
+    """bfloat16 if its matmuls are more than `least_gain` times as fast as float32's on this device, else float32.
+
+    Measured once for the thread count as it is now set.
+    """
+    gain = _bfloat16_gain(torch.device(device), torch.get_num_threads())
+    return torch.bfloat16 if gain > least_gain else torch.float32
 
 
 @functools.cache
-def _compute_dtype(device: torch.device, threads: int) -> torch.dtype:
-    tokens, inputs, outputs = MATMUL_SHAPE
+def _bfloat16_gain(device: torch.device, threads: int) -> float:
+    """How many times as fast as float32's are bfloat16's matmuls."""
+    tokens, inputs, outputs = (side * (GPU_TIMES if device.type == "cuda" else 1) for side in MATMUL_SHAPE)
 
     def cost(dtype: torch.dtype) -> float:
         left = torch.ones(tokens, inputs, dtype=dtype, device=device)
@@ -59,6 +66,5 @@ def _compute_dtype(device: torch.device, threads: int) -> torch.dtype:
         with torch.no_grad():
             return seconds(lambda: torch.nn.functional.linear(left, right), device)
 
-    dtypes = (torch.float32, torch.bfloat16)
-    costs = [[cost(dtype) for dtype in dtypes] for _ in range(TURNS)]
-    return min(zip(map(min, *costs), dtypes, strict=True), key=lambda pair: pair[0])[1]
+    costs = [(cost(torch.float32), cost(torch.bfloat16)) for _ in range(TURNS)]
+    return min(single for single, _ in costs) / min(half for _, half in costs)
