@@ -5,6 +5,7 @@ transformers' own loader for compressed-tensors makes 16-bit weights of everythi
 """
 
 import contextlib
+import ctypes
 import json
 import logging
 from collections.abc import Iterator
@@ -166,7 +167,14 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
         _cast_kept(model, dtype)
     if device.type != "cpu" and not arguments:
         _move(model, device)
+    _give_back_freed_memory()
     return model.eval()
+
+
+def _give_back_freed_memory() -> None:
+    """Let glibc return what packing needed for a moment; other C libraries do so by themselves, or have no such call."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _method_of(path: Path) -> str | None:
