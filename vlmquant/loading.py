@@ -172,7 +172,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 
 
 def _give_back_freed_memory() -> None:
-    """Let glibc return what packing needed for a moment; other C libraries do so by themselves, or have no such call."""
+    """Let glibc return what packing needed for a moment; other C libraries do so by themselves or have no such call."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
