@@ -35,7 +35,8 @@ def test_without_a_gpu_it_says_what_the_cpu_does() -> None:
     text = "\n".join(doctor.lines(found))
     assert found["gpus"] == []
     assert "GPU: torch finds none, so packed weights are multiplied on the CPU" in text
-    assert f"holds 4-bit weights as {found['cpu']['layout']}" in text
+    assert found["cpu"]["layouts"] == {"float32": "bag4", "bfloat16": "int4"}
+    assert "holds 4-bit weights as bag4 for float32, int4 for bfloat16" in text
     assert found["cache"]["kernels"] == 0
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests import tiny_vlm
 from vlmquant.components import resolve_components
-from vlmquant.families import FAMILIES, Fold
+from vlmquant.families import ACTIVATIONS, FAMILIES, Fold, shared_inputs
 
 TEXT_NORM_FOLDS = {"gate_proj", "up_proj", "q_proj"}
 """Ends of names of the inputs that every family's language layers can take from a norm."""
@@ -78,3 +78,41 @@ def test_a_wrong_gain_would_be_seen(tiny: Callable[..., Path]) -> None:
 
 def test_every_family_of_the_table_has_a_tiny_model() -> None:
     assert set(FAMILIES) == set(tiny_vlm.KINDS)
+
+
+@pytest.mark.parametrize("kind", tiny_vlm.KINDS)
+def test_linears_of_one_group_get_the_same_inputs(kind: str) -> None:
+    model = tiny_vlm.make_model(kind)
+    groups: dict[tuple[str, ...], list[nn.Module]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            groups.setdefault(shared_inputs(name), []).append(module)
+    together = [group for group in groups.values() if len(group) > 1]
+    assert together
+    seen: dict[nn.Module, Tensor] = {}
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]}) if inputs else None)
+    with torch.no_grad():
+        model(**tiny_vlm.image_inputs(kind))
+    for group in together:
+        assert all(seen[module] is seen[group[0]] for module in group)
+
+
+@pytest.mark.parametrize("kind", tiny_vlm.KINDS)
+def test_what_a_linear_puts_out_goes_through_its_activation(kind: str) -> None:
+    model = tiny_vlm.make_model(kind)
+    row = ACTIVATIONS.get(model.config.vision_config.model_type)
+    if row is None:
+        assert kind in ("qwen2_5_vl", "mistral3")  # gated: a product of two linears
+        return
+    linears = {name: module for name, module in model.named_modules() if name.endswith(f".{row[0]}")}
+    pairs = [(linears[name], model.get_submodule(name.removesuffix(row[0]) + row[1])) for name in linears]
+    put_out: dict[nn.Module, Tensor] = {}
+    taken: dict[nn.Module, Tensor] = {}
+    for one, other in pairs:
+        one.register_forward_hook(lambda module, inputs, outputs: put_out.update({module: outputs}))
+        other.register_forward_pre_hook(lambda module, inputs: taken.update({module: inputs[0]}))
+    with torch.no_grad():
+        model(**tiny_vlm.image_inputs(kind))
+    assert pairs
+    assert all(put_out[one] is taken[other] for one, other in pairs)

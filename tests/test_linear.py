@@ -1,19 +1,22 @@
 """QuantLinear and QuantEmbedding against the weights they were made of."""
 
+import copy
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
-from vlmquant.kernels import reference
-from vlmquant.linear import QuantEmbedding, QuantLinear
+from vlmquant.kernels import int8, int8_cuda, reference
+from vlmquant.linear import FollowingActivation, PackedRows, QuantEmbedding, QuantLinear, can_share, share
 from vlmquant.recipe import SHORT_SCHEMES, Scheme
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 """Outputs reach 64, where two steps of bfloat16 are 0.5."""
 
 
-def round_to(scheme: Scheme, rows: int, columns: int) -> QuantizedWeight:
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+def round_to(scheme: Scheme, rows: int, columns: int, *, seed: int = 0) -> QuantizedWeight:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     group_size = scheme.group_size or columns
     scales, zeros = minmax_grid(weight, bits=scheme.bits, group_size=group_size, symmetric=scheme.symmetric)
     return quantize_nearest(
@@ -50,7 +53,7 @@ def test_dequantize_is_that_of_the_codes(name: str) -> None:
 
 def test_no_copy_of_the_weight_is_a_parameter() -> None:
     layer = QuantLinear(round_to(SHORT_SCHEMES["w4a16"], 1024, 1024), SHORT_SCHEMES["w4a16"], torch.zeros(1024))
-    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert [name for name, _ in layer.named_parameters()] == ["packed.bias"]
     assert layer.packed_bytes < 1024 * 1024 * 4.5 / 8
 
 
@@ -75,3 +78,179 @@ def test_another_dtype_changes_outputs_and_not_the_codes() -> None:
     model.to(torch.bfloat16)
     assert torch.equal(model[0].dequantize(), weight.dequantize())
     assert model(torch.tensor([3, 5])).dtype == torch.bfloat16
+
+
+# --- another place, another layout ---
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w3a16", "w8a16"])
+def test_the_layout_follows_the_dtype(name: str) -> None:
+    scheme = SHORT_SCHEMES[name]
+    weight, bias = round_to(scheme, 96, 256), torch.linspace(-1, 1, 96)
+    layer = QuantLinear(weight, scheme, bias, dtype=torch.bfloat16)
+    inputs, layouts = torch.randn(3, 256, generator=torch.Generator().manual_seed(1)), [layer.layout]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        layer.to(dtype)
+        layouts.append(layer.layout)
+        assert layer.dtype == layer.weight.dtype == layer.bias.dtype == dtype
+        assert torch.equal(layer.to_weight().codes, weight.codes)
+        assert torch.equal(layer.to_weight().scales, weight.scales)
+        expected = reference.linear(inputs, weight, bias, dynamic_int8=False)
+        assert (layer(inputs) - expected).abs().max() < (1e-3 if dtype == torch.float32 else 1e-2)
+    assert layouts == (["int8"] * 4 if name == "w8a16" else ["int4", "bag4", "bag4", "int4"])
+    held = [name for name, _ in layer.named_buffers() if "held" in name]
+    assert len(held) == len(layer.packed.held)  # nothing of the layouts before is left
+
+
+def test_a_move_that_fails_leaves_the_weight_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = SHORT_SCHEMES["w4a16"]
+    weight = round_to(scheme, 96, 256)
+    layer = QuantLinear(weight, scheme, None, dtype=torch.bfloat16)
+    monkeypatch.setattr(QuantizedWeight, "to", lambda weight, device: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        layer.to(torch.float32)
+    assert torch.equal(layer.to_weight().codes, weight.codes)
+    assert layer(torch.ones(1, 256, dtype=torch.bfloat16)).isfinite().all()
+
+
+def test_to_the_meta_device_and_back_keeps_shapes() -> None:
+    layer = QuantLinear(round_to(SHORT_SCHEMES["w4a16"], 96, 256), SHORT_SCHEMES["w4a16"], torch.zeros(96))
+    there = copy.deepcopy(layer).to("meta")
+    assert {tensor.device.type for tensor in there.packed.held.values()} == {"meta"}
+    assert there.packed_bytes == layer.packed_bytes
+
+
+# --- one product for several linears ---
+
+
+class Attention(nn.Module):
+    """As in transformers: three linears called one after the other with the same tensor."""
+
+    def __init__(self, name: str, bias: bool = True) -> None:
+        super().__init__()
+        scheme = SHORT_SCHEMES[name]
+        self.weights = [round_to(scheme, rows, 256, seed=rows) for rows in (128, 64, 72)]
+        self.biases = [torch.linspace(-1, rows, rows) if bias else None for rows in (128, 64, 72)]
+        linears = [QuantLinear(weight, scheme, one) for weight, one in zip(self.weights, self.biases, strict=True)]
+        self.q_proj, self.k_proj, self.v_proj = linears
+
+    def linears(self) -> list[QuantLinear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([linear(inputs) for linear in self.linears()], dim=-1)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every product made."""
+    rows: list[int] = []
+    forward = PackedRows.forward
+
+    def counted(self: PackedRows, inputs: Tensor) -> Tensor:
+        rows.append(self.form.shape[0])
+        return forward(self, inputs)
+
+    monkeypatch.setattr(PackedRows, "forward", counted)
+    return rows
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", sorted(SHORT_SCHEMES))
+def test_shared_linears_give_what_each_gave_alone(name: str, bias: bool, products: list[int]) -> None:
+    module = Attention(name, bias)
+    inputs = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(2))
+    alone = module(inputs)
+    assert can_share(module.linears())
+    share(module.linears())
+    products.clear()
+    torch.testing.assert_close(module(inputs), alone, rtol=1e-5, atol=1e-4)
+    assert products == [264]
+    for linear, weight, one in zip(module.linears(), module.weights, module.biases, strict=True):
+        assert torch.equal(linear.to_weight().codes, weight.codes)
+        assert torch.equal(linear.dequantize(), weight.dequantize())
+        assert (linear.bias is None) == (one is None)
+        assert one is None or torch.equal(linear.bias, one)
+        assert linear.form.shape == (linear.out_features, 256)
+    whole = module.q_proj.packed
+    assert whole.packed_bytes - 2 <= sum(linear.packed_bytes for linear in module.linears()) <= whole.packed_bytes
+    assert whole.made is None
+
+
+def test_a_product_is_shared_only_for_the_very_same_inputs(products: list[int]) -> None:
+    module, inputs = Attention("w4a16"), torch.ones(2, 256)
+    expected = [linear(inputs) for linear in module.linears()]
+    other = [linear(inputs + 1) for linear in module.linears()]
+    share(module.linears())
+    products.clear()
+    assert_all_close([module.v_proj(inputs), module.q_proj(inputs)], [expected[2], expected[0]])
+    assert_all_close([module.k_proj(inputs + 1)], [other[1]])  # somebody else's turn: made anew
+    assert_all_close([module.q_proj(inputs), module.k_proj(inputs)], expected[:2])
+    assert len(products) == 3
+    inputs.add_(1)  # the same tensor, but not the same values
+    assert_all_close([module.v_proj(inputs)], other[2:])
+    assert len(products) == 4
+    with torch.inference_mode():
+        again = torch.ones(2, 256)
+        assert_all_close([linear(again) for linear in module.linears()], expected)
+
+
+def assert_all_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(SHORT_SCHEMES))
+def test_shared_linears_compile_without_a_break(name: str, dtype: torch.dtype) -> None:
+    module = Attention(name).to(dtype)
+    share(module.linears())
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for count in (1, 40):
+        inputs = torch.randn(count, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(inputs), module(inputs))
+
+
+def test_shared_linears_copy_and_move_together() -> None:
+    module = Attention("w4a16")
+    share(module.linears())
+    inputs = torch.randn(3, 256, generator=torch.Generator().manual_seed(3))
+    expected = module(inputs)
+    copied = copy.deepcopy(module)
+    assert copied.q_proj.packed is copied.v_proj.packed is not module.q_proj.packed
+    copied.to(torch.float32)
+    assert {linear.layout for linear in copied.linears()} == {"bag4"}
+    torch.testing.assert_close(copied(inputs), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_only_weights_of_one_kind_are_shared() -> None:
+    first, other, grouped = (Attention(name).linears()[0] for name in ("w4a16", "w4a16-asym", "w4a16"))
+    assert can_share([first, grouped])
+    assert not can_share([first])
+    assert not can_share([first, other])
+    assert not can_share([first, Attention("w4a16", bias=False).q_proj])
+    assert not can_share([first, Attention("w4a16").to(torch.float32).q_proj])
+    scheme = SHORT_SCHEMES["w4a16"]
+    assert not can_share([first, QuantLinear(round_to(scheme, 64, 384), scheme, torch.zeros(64))])
+
+
+# --- an activation in the product ---
+
+
+def test_an_activation_is_left_out_only_where_the_product_has_applied_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = SHORT_SCHEMES["w8a8-dynamic"]
+    weight, bias = round_to(scheme, 96, 256), torch.linspace(-1, 1, 96)
+    inputs = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
+    expected = nn.functional.gelu(reference.linear(inputs, weight, bias, dynamic_int8=True))
+    for layout in ("int8", "int8_cuda"):
+        if layout == "int8_cuda":
+            monkeypatch.setattr(int8_cuda, "fits", int8.fits)
+        linear = QuantLinear(weight, scheme, bias, activation="gelu")
+        model = nn.Sequential(linear, FollowingActivation(nn.GELU(), linear))
+        assert linear.layout == layout
+        assert linear.packed.activates == (layout == "int8_cuda")
+        assert (linear(inputs).min() < -0.2) == (layout == "int8")  # a GELU has no values below -0.17
+        assert (model(inputs) - expected).abs().max() < 1e-4
+        assert (copy.deepcopy(model)(inputs) - expected).abs().max() < 1e-4

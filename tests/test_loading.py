@@ -22,7 +22,7 @@ from vlmquant.errors import CheckpointError, InputError, UsageError
 from vlmquant.formats import bitsandbytes
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.reference import round_activations
-from vlmquant.linear import QuantEmbedding, QuantLinear
+from vlmquant.linear import QuantEmbedding, QuantLinear, SharedRows
 from vlmquant.loading import load_model
 from vlmquant.planning import make_plan
 from vlmquant.recipe import load_recipe
@@ -153,6 +153,26 @@ def test_memory_holds_the_codes_and_no_second_copy(checkpoint: Callable[[str, st
     stored = sum(tensor.nbytes for tensor in load_file(path / WEIGHTS).values())
     # The op's table has a second number per group, 2 bytes for 128 codes; tiles are padded to 64 rows.
     assert kept + held < stored * 1.1
+
+
+@pytest.mark.parametrize("kind", tiny_vlm.KINDS)
+def test_linears_with_the_same_inputs_share_a_product(kind: str, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    packed.write_packed(tiny(kind), tmp_path / "packed", packed.ASYMMETRIC)
+    model, inputs = load_model(tmp_path / "packed", dtype=torch.float32), tiny_vlm.image_inputs(kind)
+    shared = {module.packed for module in model.modules() if isinstance(module, QuantLinear)}
+    shared = {rows for rows in shared if isinstance(rows, SharedRows)}
+    layers = model.config.get_text_config().num_hidden_layers
+    assert {rows.sharers for rows in shared} == {2, 3}
+    assert len(shared) >= 2 * layers
+    with torch.no_grad():
+        found = model(**inputs).logits
+        assert all(rows.made is None for rows in shared), "activations are kept longer than they are needed"
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantLinear):
+                model.set_submodule(name, QuantLinear(module.to_weight(), module.scheme, module.bias))
+        apart = model(**inputs).logits
+    assert (found - apart).abs().max() < 3e-2  # an activation between two int8 codes may fall to either side
+    assert (found - apart).norm() / apart.norm() < 3e-3
 
 
 def test_unquantized_models_load_as_they_are(tiny_llava: Path) -> None:

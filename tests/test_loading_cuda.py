@@ -16,7 +16,7 @@ from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels import int8, int8_cuda, vq4
 from vlmquant.kernels.cuda import ops
 from vlmquant.kernels.cuda.catalog import ENTRIES
-from vlmquant.linear import QuantLinear
+from vlmquant.linear import FollowingActivation, PackedRows, QuantLinear
 from vlmquant.loading import load_model
 
 Checkpoint = tuple[Path, dict[str, QuantizedWeight]]
@@ -38,7 +38,7 @@ def checkpoint(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vq4, "fits", vq4.packs)
+    monkeypatch.setattr(vq4, "fits", lambda form, place: vq4.packs(form))
     monkeypatch.setattr(int8_cuda, "fits", int8.fits)
 
 
@@ -77,6 +77,29 @@ def test_saving_writes_the_tensors_that_were_loaded(checkpoint: Callable[[str], 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("kind", tiny_vlm.KINDS)
+def test_the_activation_of_a_vision_encoder_is_part_of_the_product(
+    kind: str, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    packed.write_packed(tiny(kind), tmp_path / "packed", "{vision_encoder: w8a8-dynamic}")
+    model, inputs = load_model(tmp_path / "packed", dtype=torch.float32), tiny_vlm.image_inputs(kind)
+    followers = [module for module in model.modules() if isinstance(module, FollowingActivation)]
+    gated = kind in ("qwen2_5_vl", "mistral3")  # silu(gate) * up is no function of one linear
+    layers = {"mllama": 3}.get(kind, 2)
+    assert len(followers) == (0 if gated else layers)
+    with torch.no_grad():
+        found = model(**inputs).logits
+        for follower in followers:
+            assert follower.linear[0].packed.activates
+            follower.linear[0].packed.activation = ""
+            follower.linear[0].packed._hold(follower.linear[0].packed.held)
+            assert not follower.linear[0].packed.activates
+        apart = model(**inputs).logits
+    # An activation on the border between two int8 codes may fall to either side.
+    assert (found - apart).abs().max() < (3e-2 if followers else 1e-9)
+    assert (found - apart).norm() / apart.norm() < 3e-3
+
+
 @pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
 def test_a_whole_model_runs_on_emulated_kernels(
     tiny_llava: Path, checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
@@ -97,7 +120,8 @@ def test_a_whole_model_runs_on_emulated_kernels(
     families = {ENTRIES[started.entry].family for started in fake.started}
     assert families & {"skinny_hopper", "gemm_hopper"}
     assert families & {"w8_gemm", "w8_gemm_hopper"}
-    linears = layouts(by_torch)
-    int8_linears = sum(layout == "int8_cuda" for layout in linears.values())
-    assert len(fake.started) >= len(linears) + int8_linears  # int8 is two launches
+    products = [module.layout for module in by_torch.modules() if isinstance(module, PackedRows)]
+    assert len(products) < len(layouts(by_torch))  # linears with the same inputs have one in common
+    assert len(fake.started) >= len(products) + products.count("int8_cuda")  # int8 is two launches
+    assert any(ENTRIES[started.entry].activation == "quick_gelu" for started in fake.started)
     assert (found - exact).norm() < 1.5 * (expected - exact).norm()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.errors import InputError
-from vlmquant.families import FAMILIES, FOLDS, SHARED_INPUTS, Family
+from vlmquant.families import FAMILIES, FOLDS, SHARED_INPUTS, Family, shared_inputs
 from vlmquant.recipe import COMPONENTS
 from vlmquant.shards import Shards, TensorEntry, open_shards
 
@@ -142,16 +142,8 @@ class ComponentMap:
         """The block's linears, together where they share an input and a serving kernel (q,k,v / gate,up)."""
         groups: dict[tuple[str, ...], list[LinearInfo]] = {}
         for linear in block.linears:
-            groups.setdefault(_group_key(linear.local), []).append(linear)
+            groups.setdefault(shared_inputs(linear.local), []).append(linear)
         return [tuple(sorted(group, key=lambda one: _rank(one.local))) for group in groups.values()]
-
-
-def _group_key(local: str) -> tuple[str, ...]:
-    """Equal for linears that share an input: their parent, and the row of SHARED_INPUTS."""
-    for row in SHARED_INPUTS:
-        if any(f".{local}".endswith(f".{leaf}") for leaf in row):
-            return (local.rpartition(".")[0], *row)
-    return (local,)
 
 
 def _rank(local: str) -> int:

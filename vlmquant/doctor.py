@@ -11,18 +11,19 @@ import torch
 
 import vlmquant
 from vlmquant.errors import KernelError
-from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels import choose
 from vlmquant.kernels.cuda import build, dispatch, launch
 from vlmquant.kernels.cuda.catalog import ENTRIES
 from vlmquant.kernels.cuda.dispatch import Gpu, Plan, Problem
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8
+from vlmquant.kernels.form import Form, Place
 from vlmquant.kernels.probe import compute_dtype
 
 PACKAGES = ("torch", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc", "bitsandbytes")
 SHOWN_SHAPE = (4096, 4096)
 """Rows and columns of the weight that stands for all in the list of kernels."""
 SHOWN_TOKENS = (1, 16, 32, 64, 128, 256, 1024)
+SHOWN_DTYPES = (torch.float32, torch.bfloat16)
 GROUP_SIZE = 128
 
 
@@ -51,7 +52,8 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     nvrtc = found["nvrtc"]
     yield f"NVRTC: {nvrtc['version'] or nvrtc['problem']}"
     cpu = found["cpu"]
-    yield f"CPU: {cpu['threads']} threads, computes fastest in {cpu['dtype']}, holds 4-bit weights as {cpu['layout']}"
+    layouts = ", ".join(f"{layout} for {dtype}" for dtype, layout in cpu["layouts"].items())
+    yield f"CPU: {cpu['threads']} threads, computes fastest in {cpu['dtype']}, holds 4-bit weights as {layouts}"
     if not found["gpus"]:
         yield "GPU: torch finds none, so packed weights are multiplied on the CPU"
     for gpu in found["gpus"]:
@@ -127,13 +129,17 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    codes = torch.zeros(64, GROUP_SIZE, dtype=torch.uint8)
-    weight = QuantizedWeight(codes, torch.ones(64, 1), None, 4, GROUP_SIZE, torch.bfloat16)
+    form = Form(SHOWN_SHAPE, 4, GROUP_SIZE, True, torch.bfloat16, dynamic_int8=False)
+    cpu = torch.device("cpu")
     return {
         "threads": torch.get_num_threads(),
-        "dtype": str(compute_dtype("cpu")).removeprefix("torch."),
-        "layout": choose(weight),
+        "dtype": _name(compute_dtype("cpu")),
+        "layouts": {_name(dtype): choose(form, Place(cpu, dtype)) for dtype in SHOWN_DTYPES},
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _nvrtc() -> dict[str, Any]:

@@ -134,3 +134,24 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
     ("gate_proj", "up_proj"),
 )
 """Name endings of linears of one module that get the same inputs and that serving fuses; the first fit counts."""
+
+ACTIVATIONS: dict[str, tuple[str, str]] = {
+    "clip_vision_model": ("mlp.fc1", "mlp.activation_fn"),
+    "siglip_vision_model": ("mlp.fc1", "mlp.activation_fn"),
+    "idefics3_vision": ("mlp.fc1", "mlp.activation_fn"),
+    "smolvlm_vision": ("mlp.fc1", "mlp.activation_fn"),
+    "internvl_vision": ("mlp.fc1", "mlp.activation_fn"),
+    "mllama_vision_model": ("mlp.fc1", "mlp.activation_fn"),
+    "qwen2_vl_vision": ("mlp.fc1", "mlp.act"),
+    "qwen3_vl_vision": ("mlp.linear_fc1", "mlp.act_fn"),
+}
+"""By a vision encoder's model_type: a linear of its blocks whose outputs go through an activation and nowhere else; the
+activation."""
+
+
+def shared_inputs(name: str) -> tuple[str, ...]:
+    """Equal for linears that get the same inputs: their place, and their row of SHARED_INPUTS; or just the name."""
+    for row in SHARED_INPUTS:
+        if any(f".{name}".endswith(f".{leaf}") for leaf in row):
+            return (name.rpartition(".")[0], *row)
+    return (name,)

@@ -1,5 +1,6 @@
 """Integer grids: `QuantizedWeight` is the seam between algorithms and everything that stores or runs weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,6 +45,16 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
 
+    def rows(self, first: int, count: int) -> "QuantizedWeight":
+        """The weight of these output channels alone."""
+        some = slice(first, first + count)
+        zeros = None if self.zeros is None else self.zeros[some]
+        return replace(self, codes=self.codes[some], scales=self.scales[some], zeros=zeros)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in) in `dtype`: (code - zero) * scale, computed in float32. The definition of what the codes mean."""
         return dequantize_codes(self.codes, self.scales, self.zeros, bits=self.bits, group_size=self.group_size).to(
@@ -54,6 +65,17 @@ class QuantizedWeight:
         """The weight with row r multiplied by factors[r] > 0: only the scales change (rounded to `scale_dtype`)."""
         scales = round_scales(self.scales * factors.float()[:, None], self.scale_dtype)
         return replace(self, scales=scales)
+
+
+def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of the same inputs, bits, groups and symmetry, one behind the other."""
+    first = weights[0]
+    return replace(
+        first,
+        codes=torch.cat([one.codes for one in weights]),
+        scales=torch.cat([one.scales for one in weights]),
+        zeros=None if first.zeros is None else torch.cat([one.zeros for one in weights if one.zeros is not None]),
+    )
 
 
 def mid_code(bits: int) -> int:

@@ -1,95 +1,255 @@
 """What stands in for nn.Linear and nn.Embedding in a loaded model: weights stay packed, and are never held twice."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import QuantizedWeight
-from vlmquant.kernels import ADD_BIAS, LAYOUTS, choose, words
-from vlmquant.kernels.form import form_of
+from vlmquant.grid import QuantizedWeight, join_rows
+from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, choose, prepare, words
+from vlmquant.kernels.form import Form, Place, form_of
 from vlmquant.recipe import Scheme
 
 
-class _Packed(nn.Module):
-    """A weight held as buffers of its layout."""
+class PackedRows(nn.Module):
+    """inputs (..., in) -> (..., rows) of the same dtype, by a weight that is held in the layout that suits its place.
 
-    def __init__(self, weight: QuantizedWeight, scheme: Scheme, *, layout: str, dtype: torch.dtype | None) -> None:
+    `.to(...)` changes the layout where another suits the new place better; codes and scales stay as they are.
+    bias: (rows,) or None. dtype: the model's. layout: None for the one that suits. activation: what outputs go through
+    next in the model, a name of kernels.reference.ACTIVATIONS; whether the product has done it, `activates` says.
+    """
+
+    mark: Tensor
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        scheme: Scheme,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        layout: str | None = None,
+        activation: str = "",
+    ) -> None:
         super().__init__()
-        self.scheme, self.layout = scheme, layout
+        self.scheme, self.fixed_layout, self.activation = scheme, layout, activation
         self.form = form_of(weight, dynamic_int8=scheme.activations == "dynamic-int8")
-        self.out_features, self.in_features = weight.shape
-        self.held_names: list[str] = []
-        for name, tensor in LAYOUTS[layout].hold(weight).items():
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_buffer("mark", torch.empty(0, dtype=dtype, device=weight.codes.device), persistent=False)
+        self.layout, self.held_names = self._layout_at(self.place), list[str]()
+        self._hold(LAYOUTS[self.layout].hold(weight))
+
+    def _layout_at(self, place: Place) -> str:
+        return self.fixed_layout or choose(self.form, place)
+
+    def _hold(self, held: dict[str, Tensor]) -> None:
+        """Let these buffers, of self.layout, stand for the weight from now on."""
+        for name in self.held_names:
+            delattr(self, f"held_{name}")
+        for name, tensor in held.items():
             self.register_buffer(f"held_{name}", tensor.contiguous(), persistent=False)
-            self.held_names.append(name)
-        self.register_buffer("dtype_mark", torch.empty(0, dtype=dtype or weight.scale_dtype), persistent=False)
+        self.held_names = list(held)
+        self.form = replace(self.form, activation=self.activation if self.activates else "")
+        prepare(self.layout, held, self.form, self.place)
 
     @property
     def held(self) -> dict[str, Tensor]:
         return {name: getattr(self, f"held_{name}") for name in self.held_names}
 
     @property
+    def place(self) -> Place:
+        """Where the weight is, and the model's dtype there."""
+        return Place(self.mark.device, self.mark.dtype)
+
+    @property
+    def activates(self) -> bool:
+        return bool(self.activation) and self.form.dynamic_int8 and self.layout in APPLIES_ACTIVATIONS
+
+    @property
     def packed_bytes(self) -> int:
-        """Bytes of memory that the weight takes."""
         return sum(tensor.nbytes for tensor in self.held.values())
 
     def to_weight(self) -> QuantizedWeight:
-        """The codes, unpacked."""
         weight: QuantizedWeight = LAYOUTS[self.layout].release(self.held, self.form)
         return weight
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        outputs: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
+        return outputs.view(*inputs.shape[:-1], self.form.shape[0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
+        """Every module's way to be moved or cast, which is what `fn` does to a tensor."""
+        mark, kept = fn(self.mark), {id(tensor) for tensor in self.held.values()}
+        layout, held = self.layout, None
+        if mark.device.type != "meta" and self._layout_at(Place(mark.device, mark.dtype)) != layout:
+            layout = self._layout_at(Place(mark.device, mark.dtype))
+            held = LAYOUTS[layout].hold(self.to_weight().to(mark.device))
+
+        def move(tensor: Tensor) -> Tensor:
+            if id(tensor) not in kept:
+                return fn(tensor)
+            if held is not None:
+                return tensor  # to be replaced
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        self.layout = layout
+        self._hold(held or self.held)
+        return self
+
+
+class SharedRows(PackedRows):
+    """The rows of several linears with the same inputs: the first one that asks has the product made for all."""
+
+    def __init__(
+        self, weight: QuantizedWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype, *, sharers: int
+    ) -> None:
+        super().__init__(weight, scheme, bias, dtype)
+        self.sharers = sharers
+        self.made: tuple[Tensor, int | None, Tensor, int] | None = None
+        """The last inputs and their version, their outputs, and how many sharers have not asked for them yet."""
+
+    def some(self, inputs: Tensor, first: int, count: int) -> Tensor:
+        """inputs (..., in) -> (..., count): the outputs of rows `first` and after."""
+        made, version = self.made, _version(inputs)
+        if made is not None and made[0] is inputs and made[1] == version:
+            _, _, outputs, waiting = made
+        else:
+            outputs, waiting = self(inputs), self.sharers
+        self.made = (inputs, version, outputs, waiting - 1) if waiting > 1 else None
+        return outputs[..., first : first + count]
+
+
+def _version(inputs: Tensor) -> int | None:
+    """Changes with every change in place, where torch counts these; nobody changes a linear's inputs in between."""
+    return None if torch.compiler.is_compiling() or inputs.is_inference() else inputs._version
+
+
+class _Packed(nn.Module):
+    """Stands for a module of the model, with a weight that lies in PackedRows, alone or among others."""
+
+    def __init__(self, packed: PackedRows) -> None:
+        super().__init__()
+        self.packed, self.scheme, self.first = packed, packed.scheme, 0
+        self.out_features, self.in_features = packed.form.shape
+
+    @property
+    def form(self) -> Form:
+        return replace(self.packed.form, shape=(self.out_features, self.in_features))
+
+    @property
+    def layout(self) -> str:
+        return self.packed.layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's dtype; follows `.to(dtype)`, while codes and scales keep their own meaning."""
+        return self.packed.place.dtype
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of memory that the weight takes."""
+        return self.packed.packed_bytes * self.out_features // self.packed.form.shape[0]
+
+    def to_weight(self) -> QuantizedWeight:
+        """The codes, unpacked."""
+        return self.packed.to_weight().rows(self.first, self.out_features)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in): equal to the QuantizedWeight's own."""
         return self.to_weight().dequantize(dtype)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The model's dtype; follows `.to(dtype)`, while codes and scales keep their own meaning."""
-        assert isinstance(self.dtype_mark, Tensor)
-        return self.dtype_mark.dtype
-
-    @property
     def weight(self) -> Tensor:
         """Dequantized at every call, for code that looks at a layer's weight instead of calling the layer."""
         return self.dequantize(self.dtype)
 
-    def extra_repr(self) -> str:
+    def __repr__(self) -> str:
         form = self.form
         what = f"{form.bits} bits, groups of {form.group_size}, {'' if form.symmetric else 'a'}symmetric"
         inputs = ", dynamic int8 inputs" if form.dynamic_int8 else ""
-        return f"{self.in_features} -> {self.out_features}, {what}{inputs}, held as {self.layout}"
+        shared = ", one product with its neighbours" if isinstance(self.packed, SharedRows) else ""
+        shape = f"{self.in_features} -> {self.out_features}"
+        return f"{type(self).__name__}({shape}, {what}{inputs}, held as {self.layout}{shared})"
 
 
 class QuantLinear(_Packed):
     """inputs (..., in) -> (..., out) of the same dtype; `kernels.reference.linear` up to rounding of that dtype.
 
-    bias: (out,) or None. dtype: what `weight` is shown in; inputs may have any float dtype.
+    bias: (out,) or None. dtype: what `weight` is shown in and the inputs to expect; they may have any float dtype.
+    activation: see PackedRows.
     """
 
     def __init__(
-        self, weight: QuantizedWeight, scheme: Scheme, bias: Tensor | None, *, dtype: torch.dtype | None = None
+        self,
+        weight: QuantizedWeight,
+        scheme: Scheme,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype | None = None,
+        activation: str = "",
     ) -> None:
-        super().__init__(weight, scheme, layout=choose(weight), dtype=dtype)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        super().__init__(PackedRows(weight, scheme, bias, dtype or weight.scale_dtype, activation=activation))
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.packed.bias
+        return None if bias is None else bias[self.first : self.first + self.out_features]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        flat = inputs.reshape(-1, self.in_features)
-        layout = LAYOUTS[self.layout]
-        outputs: Tensor
-        if self.layout in ADD_BIAS:
-            outputs = layout.matmul(flat, self.held, self.form, self.bias)
-        else:
-            outputs = layout.matmul(flat, self.held, self.form)
-            if self.bias is not None:
-                outputs = outputs + self.bias.to(outputs.dtype)
-        return outputs.view(*inputs.shape[:-1], self.out_features)
+        packed = self.packed
+        if isinstance(packed, SharedRows):
+            return packed.some(inputs, self.first, self.out_features)
+        outputs: Tensor = packed(inputs)
+        return outputs
+
+
+def can_share(linears: Sequence[QuantLinear]) -> bool:
+    """Whether weights that get the same inputs can be multiplied as one: the same but for their rows."""
+    kinds = {
+        (replace(one.form, shape=(0, one.in_features)), one.scheme, one.packed.place, one.bias is None)
+        for one in linears
+    }
+    return len(linears) > 1 and len(kinds) == 1 and not any(one.packed.activation for one in linears)
+
+
+def share(linears: Sequence[QuantLinear]) -> None:
+    """Hold the weights of linears for which `can_share` one behind the other, so that one product serves them all."""
+    first = linears[0]
+    biases = [one.bias for one in linears if one.bias is not None]
+    weight = join_rows([one.to_weight() for one in linears])
+    bias = torch.cat(biases) if biases else None
+    shared = SharedRows(weight, first.scheme, bias, first.dtype, sharers=len(linears))
+    start = 0
+    for one in linears:
+        one.packed, one.first = shared, start
+        start += one.out_features
+
+
+class FollowingActivation(nn.Module):
+    """A model's activation after a linear, which is left out where the linear's product has applied it."""
+
+    def __init__(self, function: nn.Module, linear: QuantLinear) -> None:
+        super().__init__()
+        self.function = function
+        self.linear = [linear]  # in a list, or it would count as a part of this module too
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.linear[0].packed.activates:
+            return values
+        outputs: Tensor = self.function(values)
+        return outputs
 
 
 class QuantEmbedding(_Packed):
     """indices (...) -> (..., features) in the model's dtype: only the rows asked for are dequantized."""
 
     def __init__(self, weight: QuantizedWeight, scheme: Scheme, *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(weight, scheme, layout="words", dtype=dtype)
+        super().__init__(PackedRows(weight, scheme, None, dtype or weight.scale_dtype, layout="words"))
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, indices: Tensor) -> Tensor:
-        return words.read_rows(indices, self.held, self.form, self.dtype)
+        return words.read_rows(indices, self.packed.held, self.packed.form, self.dtype)

@@ -14,18 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
+from vlmquant.families import ACTIVATIONS, shared_inputs
 from vlmquant.formats import bitsandbytes
 from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
-from vlmquant.grid import QuantizedWeight
-from vlmquant.linear import QuantEmbedding, QuantLinear
+from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, can_share, share
 from vlmquant.recipe import Scheme
 from vlmquant.shards import open_shards
 
 READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
+FUSED_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+}
+"""transformers' name of an activation -> that of kernels.reference.ACTIVATIONS for the same function."""
 SHOWN = 5
 """Names of a long list that an error message shows."""
 
@@ -46,8 +55,8 @@ class _Arriving(nn.Module):
             self.leaves.append(leaf)
         self.bias = getattr(module, "bias", None)
 
-    def finish(self, name: str) -> QuantLinear | QuantEmbedding:
-        """What stays, once all tensors are there."""
+    def finish(self, name: str, activation: str) -> QuantLinear | QuantEmbedding:
+        """What stays, once all tensors are there; activation: what outputs go through next, if that is known."""
         for leaf in self.leaves:
             # transformers makes up what it did not find on disk, and marks what it found.
             if not getattr(getattr(self, leaf), "_is_hf_initialized", False):
@@ -55,7 +64,7 @@ class _Arriving(nn.Module):
         weight = decode(name, lambda full: getattr(self, full.rpartition(".")[2]).data, self.scheme)
         if self.embedding:
             return QuantEmbedding(weight, self.scheme, dtype=self.dtype)
-        return QuantLinear(weight, self.scheme, self.bias, dtype=self.dtype)
+        return QuantLinear(weight, self.scheme, self.bias, dtype=self.dtype, activation=activation)
 
 
 class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
@@ -81,9 +90,15 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         return result
 
     def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
+        activations = _activations(model)
         for name, module in list(model.named_modules()):
             if isinstance(module, _Arriving):
-                model.set_submodule(name, module.finish(name))
+                follower, activation = activations.get(name, ("", ""))
+                finished = module.finish(name, activation)
+                model.set_submodule(name, finished)
+                if isinstance(finished, QuantLinear) and activation:
+                    model.set_submodule(follower, FollowingActivation(model.get_submodule(follower), finished))
+        _share_inputs(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,12 +106,39 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         state = model.state_dict()
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear | QuantEmbedding):
+                state.pop(f"{name}.packed.bias", None)
                 state |= encode(name, module.to_weight(), module.scheme)
+            if isinstance(module, QuantLinear) and module.bias is not None:
+                state[f"{name}.bias"] = module.bias.clone()
         return state, {}
 
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _activations(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Linear -> the activation its outputs go through, and that one's name in kernels.reference.ACTIVATIONS."""
+    names = {type(ACT2FN[theirs]): ours for theirs, ours in FUSED_ACTIVATIONS.items()}
+    found = {}
+    for root, part in model.named_modules():
+        row = ACTIVATIONS.get(part.config.model_type) if isinstance(part, PreTrainedModel) else None
+        for name, module in part.named_modules() if row else ():
+            path = f"{root}.{name}".strip(".")
+            if row and f".{path}".endswith(f".{row[1]}") and type(module) in names:
+                found[path.removesuffix(row[1]) + row[0]] = (path, names[type(module)])
+    return found
+
+
+def _share_inputs(model: nn.Module) -> None:
+    """Let linears that get the same inputs lie together, where their weights are of one kind."""
+    groups: dict[tuple[str, ...], list[QuantLinear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            groups.setdefault(shared_inputs(name), []).append(module)
+    for group in groups.values():
+        if can_share(group):
+            share(group)
 
 
 def _choose_quantizer(config: Any, **arguments: Any) -> CompressedTensorsHfQuantizer:
@@ -166,7 +208,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     if arguments and dtype is not None:
         _cast_kept(model, dtype)
     if device.type != "cpu" and not arguments:
-        _move(model, device)
+        model.to(device)
     _give_back_freed_memory()
     return model.eval()
 
@@ -209,20 +251,3 @@ def _cast_kept(model: nn.Module, dtype: torch.dtype) -> None:
         if not type(module).__module__.startswith("bitsandbytes"):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
-
-
-def _move(model: nn.Module, device: torch.device) -> None:
-    """The model to another device, each packed weight in the layout that suits it there."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            weight = _weight_on(module.to_weight(), device)
-            bias = None if module.bias is None else module.bias.to(device)
-            model.set_submodule(name, QuantLinear(weight, module.scheme, bias, dtype=module.dtype))
-    model.to(device)
-
-
-def _weight_on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
-    zeros = None if weight.zeros is None else weight.zeros.to(device)
-    return QuantizedWeight(
-        weight.codes.to(device), weight.scales.to(device), zeros, weight.bits, weight.group_size, weight.scale_dtype
-    )

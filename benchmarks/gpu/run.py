@@ -35,7 +35,7 @@ from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
-from vlmquant.kernels.reference import activation_codes  # noqa: E402
+from vlmquant.kernels.reference import ACTIVATIONS, activation_codes  # noqa: E402
 from vlmquant.packing import W8_TILE, order_vq4, pack_vq4, pack_w8, vq4_shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -311,7 +311,7 @@ def int8_cases() -> Iterator[Int8Case]:
     for tokens in (1, 31, 64, 65, 200, 729):
         yield Int8Case(tokens, 300, 500, "gelu_tanh")
         yield Int8Case(tokens, 1152, 1152, dtype="f16")
-    for activation in ops.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         yield Int8Case(130, 4304, 1152, activation)
     yield Int8Case(1025, 1280, 3420)
     yield Int8Case(4096, 3840, 1280)
@@ -328,7 +328,7 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
     bias = bias.to(dtype)
     input_codes, input_scales = activation_codes(inputs)
     exact = (input_codes.double() @ codes.double().T) * input_scales.double() * scales.double().T + bias.double()
-    exact = ops.ACTIVATIONS[case.activation](exact)
+    exact = ACTIVATIONS[case.activation](exact)
     try:
         found = [
             ops.w8_linear(inputs, pack_w8(codes), scales.flatten(), bias, activation=case.activation)
@@ -938,7 +938,7 @@ def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation:
     """As a vision encoder's linear, and the activation behind it."""
     if kind == "int8":
         return ops.w8_linear(inputs, *weight["int8"], activation=activation)
-    return ops.ACTIVATIONS[activation](nn.functional.linear(inputs, weight["bf16"]))
+    return ACTIVATIONS[activation](nn.functional.linear(inputs, weight["bf16"]))
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

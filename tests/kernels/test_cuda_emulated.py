@@ -59,7 +59,7 @@ def test_product_of_the_operator_is_that_of_float64(case: tuple, monkeypatch: py
 
 def test_a_model_of_packed_linears_runs_on_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     fake, _ = emulate(monkeypatch, HOPPER)
-    monkeypatch.setattr(vq4, "fits", vq4.packs)
+    monkeypatch.setattr(vq4, "fits", lambda form, place: vq4.packs(form))
     on_cuda = SimpleNamespace(w4_linear=ops.w4_linear_cuda)
     monkeypatch.setattr(torch.ops, "vlmquant", on_cuda)
     scheme = SHORT_SCHEMES["w4a16"]

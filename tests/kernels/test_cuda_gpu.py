@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.kernels.test_layouts import packed, relative, tokens
+from tests.kernels.test_layouts import chosen, packed, relative, tokens
 from vlmquant.grid import QuantizedWeight
-from vlmquant.kernels import choose, vq4
+from vlmquant.kernels import vq4
 from vlmquant.kernels.form import form_of
 from vlmquant.linear import QuantLinear
 from vlmquant.recipe import SHORT_SCHEMES
@@ -20,10 +20,7 @@ RELATIVE_ERROR = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 
 
 def on_gpu(weight: QuantizedWeight) -> QuantizedWeight:
-    zeros = None if weight.zeros is None else weight.zeros.cuda()
-    return QuantizedWeight(
-        weight.codes.cuda(), weight.scales.cuda(), zeros, weight.bits, weight.group_size, weight.scale_dtype
-    )
+    return weight.to(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -32,7 +29,7 @@ def on_gpu(weight: QuantizedWeight) -> QuantizedWeight:
 def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype) -> None:
     rows, columns, group, symmetric = case
     weight = on_gpu(packed(rows, columns, 4, group, symmetric, dtype))
-    assert choose(weight) == "vq4"
+    assert chosen(weight, dtype) == "vq4"
     held, form, inputs = vq4.hold(weight), form_of(weight, dynamic_int8=False), tokens(count, columns, dtype).cuda()
     found = [vq4.matmul(inputs, held, form) for _ in range(3)]
     assert relative(found[0], inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[dtype]

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_layouts import packed, relative, tokens
+from tests.kernels.test_layouts import chosen, packed, relative, tokens
 from vlmquant.errors import KernelError
-from vlmquant.kernels import choose, int8, int8_cuda
+from vlmquant.kernels import int8, int8_cuda
 from vlmquant.kernels.cuda import ops
 from vlmquant.kernels.form import form_of
-from vlmquant.kernels.reference import activation_codes
+from vlmquant.kernels.reference import ACTIVATIONS, activation_codes
 from vlmquant.linear import QuantLinear
 from vlmquant.packing import pack_w8, unpack_w8
 from vlmquant.recipe import SHORT_SCHEMES
@@ -31,7 +31,7 @@ def test_release_inverts_hold(shape: tuple[int, int]) -> None:
     released = int8_cuda.release(held, form_of(weight, dynamic_int8=True))
     assert torch.equal(released.codes, weight.codes)
     assert torch.equal(released.scales, weight.scales)
-    assert choose(weight) == "int8"  # on the CPU
+    assert chosen(weight, torch.bfloat16) == "int8"  # on the CPU
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -75,7 +75,7 @@ def test_bias_and_activation_are_applied_before_rounding(activation: str) -> Non
 
 
 def test_activations_are_those_tested() -> None:
-    assert list(ops.ACTIVATIONS) == list(EXACT_ACTIVATIONS)
+    assert list(ACTIVATIONS) == list(EXACT_ACTIVATIONS)
 
 
 @pytest.mark.parametrize("activation", ["", "gelu"])

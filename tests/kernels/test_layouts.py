@@ -1,34 +1,42 @@
 """Every layout against float64, over shapes that fit it and shapes that do not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
-from vlmquant.kernels import LAYOUTS, choose, int4, int8
-from vlmquant.kernels.form import form_of
+from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8
+from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
 
 RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Of the output's norm. bfloat16 keeps 8 bits: half a unit of 2**-8 for the weight and as much for the output."""
 
-# rows, columns, bits, group size, symmetric, dtype of the scales, and the layout expected
+# rows, columns, bits, group size, symmetric, dtype of the scales; the layouts expected for bfloat16 and for float32
 CASES = [
-    (64, 128, 4, 128, True, torch.bfloat16, "int4"),
-    (192, 256, 4, 64, False, torch.bfloat16, "int4"),
-    (1100, 64, 4, 32, True, torch.bfloat16, "int4"),  # more than one pass of 512 rows, the last tile padded
-    (70, 256, 4, 128, False, torch.float16, "int4"),
-    (130, 96, 3, 32, True, torch.bfloat16, "int4"),
-    (64, 512, 4, 512, False, torch.bfloat16, "int4"),  # one group, which the op gets in two halves
-    (96, 384, 3, 384, True, torch.float32, "int4"),
-    (33, 100, 4, 20, True, torch.bfloat16, "words"),  # the op has no groups of 20
-    (64, 64, 4, 16, False, torch.bfloat16, "words"),
-    (17, 130, 4, 128, True, torch.bfloat16, "words"),  # a short last group
-    (600, 64, 8, 32, False, torch.bfloat16, "words"),
-    (96, 64, 8, 64, True, torch.bfloat16, "int8"),
-    (700, 101, 8, 101, True, torch.float16, "int8"),
-    (5, 1, 8, 1, True, torch.bfloat16, "int8"),
+    (64, 128, 4, 128, True, torch.bfloat16, "int4", "bag4"),
+    (192, 256, 4, 64, False, torch.bfloat16, "int4", "bag4"),
+    (1100, 64, 4, 32, True, torch.bfloat16, "int4", "bag4"),  # more than one pass of 512 rows, the last tile padded
+    (70, 256, 4, 128, False, torch.float16, "int4", "bag4"),
+    (130, 96, 3, 32, True, torch.bfloat16, "int4", "bag4"),
+    (64, 512, 4, 512, False, torch.bfloat16, "int4", "bag4"),  # one group: the op gets two halves, or four bags
+    (64, 512, 4, 256, False, torch.float32, "int4", "bag4"),  # two bags for each group
+    (96, 384, 3, 384, True, torch.float32, "int4", "bag4"),
+    (40, 300, 4, 300, False, torch.float32, "bag4", "bag4"),  # one group, the last bag short
+    (48, 576, 4, 192, True, torch.float16, "int4", "bag4"),  # groups that are no multiple of a bag
+    (33, 100, 4, 20, True, torch.bfloat16, "bag4", "bag4"),  # the op has no groups of 20
+    (64, 64, 4, 16, False, torch.bfloat16, "bag4", "bag4"),
+    (17, 130, 4, 128, True, torch.bfloat16, "words", "words"),  # a short last group
+    (600, 64, 8, 32, False, torch.bfloat16, "words", "words"),
+    (96, 64, 8, 64, True, torch.bfloat16, "int8", "int8"),
+    (700, 101, 8, 101, True, torch.float16, "int8", "int8"),
+    (5, 1, 8, 1, True, torch.bfloat16, "int8", "int8"),
 ]
+DTYPES = (torch.bfloat16, torch.float32)
+HELD = sorted({(*case[:6], layout) for case in CASES for layout in case[6:]}, key=str)
+"""Every weight with every layout that it is to be held in."""
 
 
 def packed(
@@ -49,12 +57,17 @@ def relative(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_layout_is_chosen_by_shape(case: tuple) -> None:
-    assert choose(packed(*case[:-1])) == case[-1]
+def chosen(weight: QuantizedWeight, dtype: torch.dtype) -> str:
+    return choose(form_of(weight, dynamic_int8=False), Place(weight.codes.device, dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout_is_chosen_by_shape_and_dtype(case: tuple) -> None:
+    assert tuple(chosen(packed(*case[:6]), dtype) for dtype in DTYPES) == case[6:]
+    assert chosen(packed(*case[:6]), torch.float16) == case[7]
+
+
+@pytest.mark.parametrize("case", HELD, ids=str)
 def test_release_inverts_hold(case: tuple) -> None:
     weight = packed(*case[:-1])
     layout = LAYOUTS[case[-1]]
@@ -72,19 +85,23 @@ def test_release_inverts_hold(case: tuple) -> None:
 @pytest.fixture(autouse=True)
 def _every_way_has_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to four tokens go to what is meant for few, on whatever machine this runs."""
-    monkeypatch.setattr(int4, "_op_tokens", lambda threads: 4)
-    monkeypatch.setattr(int4, "_code_tokens", lambda threads: 4)
+    monkeypatch.setattr(int4, "_op_tokens", lambda: 4)
+    monkeypatch.setattr(bag4, "_bag_tokens", lambda: 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
 @pytest.mark.parametrize("count", [1, 3, 150])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", HELD, ids=str)
 def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype) -> None:
-    weight = packed(*case[:-1])
+    weight, bias = packed(*case[:-1]), torch.linspace(-9, 9, case[0])
     layout, inputs = LAYOUTS[case[-1]], tokens(count, weight.shape[1], dtype)
-    found = layout.matmul(inputs, layout.hold(weight), form_of(weight, dynamic_int8=False))
+    held, form = layout.hold(weight), form_of(weight, dynamic_int8=False)
+    exact = inputs.double() @ weight.dequantize().double().T
+    found = layout.matmul(inputs, held, form)
     assert found.dtype == dtype
-    assert relative(found, inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[dtype]
+    assert relative(found, exact) < RELATIVE_ERROR[dtype]
+    assert relative(layout.matmul(inputs, held, form, bias), exact + bias.double()) < RELATIVE_ERROR[dtype]
+    assert layout.matmul(inputs[:0], held, form, bias).shape == (0, case[0])
 
 
 def test_all_ways_through_int4_tiles_agree() -> None:
@@ -94,15 +111,25 @@ def test_all_ways_through_int4_tiles_agree() -> None:
         exact = inputs.double() @ weight.dequantize().double().T
         for product in (int4._op_matmul(inputs, held), int4._tile_matmul(inputs, held, form)):
             assert relative(product, exact) < RELATIVE_ERROR[torch.bfloat16]
-        for multiply in (int4._code_matmul, int4._tile_matmul):
-            assert relative(multiply(inputs.float(), held, form), exact) < RELATIVE_ERROR[torch.float32]
+        assert relative(int4._tile_matmul(inputs.float(), held, form), exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("values", [64, 5000, 1 << 21], ids=["a group at a time", "an odd part", "all"])
+def test_both_ways_through_bags_agree(values: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bag4, "VALUES_AT_ONCE", values)
+    weight, inputs = packed(70, 320, 4, 64, symmetric, torch.bfloat16), tokens(5, 320, torch.float32)
+    held, form = bag4.hold(weight), form_of(weight, dynamic_int8=False)
+    exact = inputs.double() @ weight.dequantize().double().T
+    for multiply in (bag4._bag_matmul, bag4._column_matmul):
+        assert relative(multiply(inputs, held, form)[:, :70], exact) < RELATIVE_ERROR[torch.float32]
 
 
 def test_a_weight_is_held_once() -> None:
     weight = packed(1024, 1024, 4, 128, True, torch.bfloat16)
-    held = sum(tensor.nbytes for tensor in int4.hold(weight).values())
-    codes, table = 1024 * 1024 // 2, 1024 * 8 * 2 * 2
-    assert held == codes + table
+    codes, scale_bytes = 1024 * 1024 // 2, 1024 * 8 * 2
+    assert sum(tensor.nbytes for tensor in int4.hold(weight).values()) == codes + 2 * scale_bytes
+    assert sum(tensor.nbytes for tensor in bag4.hold(weight).values()) == codes + 1024 * 4 + scale_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -110,7 +137,7 @@ def test_a_weight_is_held_once() -> None:
 def test_dynamic_int8_multiplies_the_rounded_inputs(
     dtype: torch.dtype, integers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "_integers_win", lambda threads, dtype: integers)
+    monkeypatch.setattr(int8, "_integers_win", lambda dtype: integers)
     weight, inputs = packed(96, 128, 8, 128, True, torch.bfloat16), tokens(9, 128, dtype)
     codes, scales = activation_codes(inputs)
     exact = (codes.double() * scales.double()) @ weight.dequantize().double().T
@@ -130,9 +157,24 @@ def test_int8_rows_that_torch_cannot_multiply_are_right_all_the_same(columns: in
     assert relative(found, values @ weight.dequantize().double().T) < RELATIVE_ERROR[torch.bfloat16]
 
 
-def test_tiles_are_left_alone_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_and_bags_are_left_alone_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4, "_tile_shape", lambda: None)
-    assert choose(packed(64, 128, 4, 128, True, torch.bfloat16)) == "words"
+    weight = packed(64, 128, 4, 128, True, torch.bfloat16)
+    assert chosen(weight, torch.bfloat16) == "bag4"
+    monkeypatch.setattr(bag4, "_available", lambda: False)
+    assert chosen(weight, torch.bfloat16) == chosen(weight, torch.float32) == "words"
+
+
+@pytest.mark.parametrize("broken", ["rows from the wrong nibble", "no such operator"])
+def test_bags_that_mean_something_else_are_not_used(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bag4._available.__wrapped__()
+    real = torch.ops.quantized
+    unpack = lambda table: real.embedding_bag_4bit_unpack(table).flip(1)  # noqa: E731
+    operators = {"embedding_bag_4bit_rowwise_offsets": real.embedding_bag_4bit_rowwise_offsets}
+    if broken != "no such operator":
+        operators["embedding_bag_4bit_unpack"] = unpack
+    monkeypatch.setattr(torch.ops, "quantized", SimpleNamespace(**operators))
+    assert not bag4._available.__wrapped__()
 
 
 def test_an_unknown_tile_order_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

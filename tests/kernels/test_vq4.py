@@ -1,7 +1,5 @@
 """The layout of the CUDA kernels and its operator, by their CPU implementation."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +7,7 @@ from torch import Tensor, nn
 from tests.kernels.test_layouts import packed, relative, tokens
 from vlmquant.kernels import choose, vq4
 from vlmquant.kernels.cuda import launch
-from vlmquant.kernels.form import form_of
+from vlmquant.kernels.form import Place, form_of
 from vlmquant.linear import QuantLinear
 from vlmquant.packing import vq4_shape
 from vlmquant.recipe import SHORT_SCHEMES
@@ -40,21 +38,18 @@ REFUSED = [
 
 @pytest.mark.parametrize("case", CASES + REFUSED, ids=str)
 def test_weights_on_the_cpu_are_held_otherwise(case: tuple) -> None:
-    weight = packed(*case)
-    assert not vq4.fits(weight)
-    assert choose(weight) != "vq4"
-    assert vq4.packs(weight) == (case in CASES)
+    form = form_of(packed(*case), dynamic_int8=False)
+    assert choose(form, Place(torch.device("cpu"), torch.bfloat16)) != "vq4"
+    assert vq4.packs(form) == (case in CASES)
 
 
 @pytest.mark.parametrize(("refused", "fits"), [(None, True), ("compute capability 7.5 is too old", False)])
 def test_weights_on_a_gpu_are_held_for_its_kernels(
     refused: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weight = packed(64, 128, 4, 128, True, torch.bfloat16)
-    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), shape=weight.codes.shape)
-    there = SimpleNamespace(**{**weight.__dict__, "codes": on_gpu, "shape": weight.shape})
+    form = form_of(packed(64, 128, 4, 128, True, torch.bfloat16), dynamic_int8=False)
     monkeypatch.setattr(launch, "unavailable", lambda index: refused)
-    assert vq4.fits(there) == fits  # type: ignore[arg-type]
+    assert (choose(form, Place(torch.device("cuda", 0), torch.bfloat16)) == "vq4") == fits
     assert (str(refused) in caplog.text) == (not fits)
 
 
@@ -115,7 +110,7 @@ def test_meta_has_the_shape_of_the_outputs() -> None:
 @pytest.fixture
 def on_vq4(monkeypatch: pytest.MonkeyPatch) -> None:
     """QuantLinear takes the layout as it would on a GPU."""
-    monkeypatch.setattr(vq4, "fits", vq4.packs)
+    monkeypatch.setattr(vq4, "fits", lambda form, place: vq4.packs(form))
 
 
 def layers() -> list[QuantLinear]:

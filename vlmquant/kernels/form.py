@@ -1,4 +1,4 @@
-"""What every layout of a packed weight knows besides its buffers."""
+"""What every layout of a packed weight knows besides its buffers, and where it is to be held."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Form:
-    """A QuantizedWeight without its tensors, and whether its inputs are rounded to int8 per token."""
+    """A QuantizedWeight without tensors; whether inputs are rounded to int8 per token, and what outputs go through."""
 
     shape: tuple[int, int]
     bits: int
@@ -20,6 +20,16 @@ class Form:
     symmetric: bool
     scale_dtype: torch.dtype
     dynamic_int8: bool
+    activation: str = ""
+    """What the kernel puts its outputs through, a name of `reference.ACTIVATIONS`: int8_cuda only."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a weight is to be multiplied, and the dtype of the inputs that are to be expected there."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 def form_of(weight: QuantizedWeight, *, dynamic_int8: bool) -> Form:

@@ -1,21 +1,19 @@
-"""Codes of up to 4 bits, held in the tiles of torch's int4 matmul for CPUs.
+"""Codes of up to 4 bits, held in the tiles of torch's int4 matmul for CPUs, for bfloat16.
 
-One layout serves three ways to multiply. `_weight_int4pack_mm_for_cpu` is several times as fast as bfloat16 for a few
-tokens, and several times slower for hundreds; for those, tiles are dequantized some at a time. A few float32 tokens are
-multiplied with the bare codes, group by group, and scales and zeros follow: fewer steps over the weight.
+`_weight_int4pack_mm_for_cpu` is several times as fast as bfloat16 for a few tokens, and several times slower for
+hundreds; for those, tiles are dequantized some at a time.
 
 A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and each byte holds the codes of two rows in
 one column. Which two depends on the CPU's vector length, so `_tile_shape` asks torch, by packing row numbers.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.kernels.form import ROWS_AT_ONCE, Form, form_of
-from vlmquant.kernels.probe import most_tokens
+from vlmquant.kernels.form import ROWS_AT_ONCE, Form, Place, form_of
+from vlmquant.kernels.probe import measured, most_tokens
+from vlmquant.kernels.reference import add_bias
 
 ROWS = 64
 """Rows are padded to a multiple of this, which is one or more whole tiles on every CPU."""
@@ -26,11 +24,11 @@ PROBE_SHAPE = (1024, 1024)
 PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def fits(weight: QuantizedWeight) -> bool:
+def fits(form: Form, place: Place) -> bool:
     return (
-        weight.bits <= 4
-        and weight.codes.device.type == "cpu"
-        and _op_group(weight.group_size, weight.shape[1]) is not None
+        form.bits <= 4
+        and place == Place(torch.device("cpu"), torch.bfloat16)
+        and _op_group(form.group_size, form.shape[1]) is not None
         and _tile_shape() is not None
     )
 
@@ -73,16 +71,11 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     )
 
 
-def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
-    on_cpu = inputs.device.type == "cpu"
-    if on_cpu and inputs.dtype == torch.bfloat16 and len(inputs) <= _op_tokens(torch.get_num_threads()):
-        outputs = _op_matmul(inputs, held)
-    elif inputs.dtype == torch.float32 and len(inputs) <= _code_tokens(torch.get_num_threads()):
-        outputs = _code_matmul(inputs, held, form)
-    else:
-        outputs = _tile_matmul(inputs, held, form)
-    return outputs[:, : form.shape[0]]
+    few = inputs.dtype == torch.bfloat16 and len(inputs) <= _op_tokens()
+    outputs = _op_matmul(inputs, held) if few else _tile_matmul(inputs, held, form)
+    return add_bias(outputs[:, : form.shape[0]], bias)
 
 
 def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
@@ -108,26 +101,6 @@ def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
         weights = torch.empty(codes.shape, dtype=inputs.dtype, device=inputs.device).copy_(codes).mul_(scales[part])
         weights = weights.view(-1, columns, width).transpose(0, 1).reshape(columns, -1)
         outputs[:, start * width : start * width + weights.shape[1]] = inputs @ weights
-    return outputs
-
-
-def _code_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
-    """sum over groups of scale * (x codes - zero * sum x); float32 only: in 16 bits the difference would be noise."""
-    tiles, scales = held["tiles"], _by_tile(_scales(held)).to(inputs.dtype)
-    zeros = torch.full_like(scales, mid_code(form.bits))
-    if "zeros" in held:
-        zeros = _by_tile(held["zeros"]).to(inputs.dtype)
-    columns, groups, width = tiles.shape[1], scales.shape[1], _width()
-    grouped = inputs.reshape(len(inputs), groups, -1).transpose(0, 1).contiguous()
-    sums = grouped.sum(-1, keepdim=True)
-    outputs = inputs.new_empty(len(inputs), len(tiles) * width)
-    at_once = ROWS_AT_ONCE // width
-    for start in range(0, len(tiles), at_once):
-        part = slice(start, start + at_once)
-        codes = _codes(tiles[part]).view(-1, groups, columns // groups, width)
-        values = torch.empty(codes.shape, dtype=inputs.dtype, device=inputs.device).copy_(codes)
-        products = (grouped @ values).addcmul_(sums, zeros[part], value=-1).mul_(scales[part]).sum(1)
-        outputs[:, start * width : start * width + len(products) * width] = products.transpose(0, 1).flatten(1)
     return outputs
 
 
@@ -166,7 +139,7 @@ def _op_group(group_size: int, columns: int) -> int | None:
     return None if columns % size else next((group for group in GROUPS if size % group == 0), None)
 
 
-@functools.cache
+@measured
 def _tile_shape() -> tuple[int, int] | None:
     """The width of a tile, and the run of `_split` that puts its rows in order; None if this CPU has no such tiles."""
     columns = 32
@@ -190,24 +163,13 @@ def _width() -> int:
     return shape[0]
 
 
-@functools.cache
-def _op_tokens(threads: int) -> int:
+@measured
+def _op_tokens() -> int:
     """Up to how many bfloat16 tokens the op is faster than dequantizing."""
     held, form = _probe_weight()
     return most_tokens(
-        lambda tokens: _op_matmul(_probe_inputs(tokens, torch.bfloat16), held),
-        lambda tokens: _tile_matmul(_probe_inputs(tokens, torch.bfloat16), held, form),
-        PROBE_TOKENS,
-    )
-
-
-@functools.cache
-def _code_tokens(threads: int) -> int:
-    """Up to how many float32 tokens the product with bare codes is faster than dequantizing."""
-    held, form = _probe_weight()
-    return most_tokens(
-        lambda tokens: _code_matmul(_probe_inputs(tokens, torch.float32), held, form),
-        lambda tokens: _tile_matmul(_probe_inputs(tokens, torch.float32), held, form),
+        lambda tokens: _op_matmul(_probe_inputs(tokens), held),
+        lambda tokens: _tile_matmul(_probe_inputs(tokens), held, form),
         PROBE_TOKENS,
     )
 
@@ -219,5 +181,5 @@ def _probe_weight() -> tuple[dict[str, Tensor], Form]:
     return hold(weight), form_of(weight, dynamic_int8=False)
 
 
-def _probe_inputs(tokens: int, dtype: torch.dtype) -> Tensor:
-    return torch.ones(tokens, PROBE_SHAPE[1], dtype=dtype)
+def _probe_inputs(tokens: int) -> Tensor:
+    return torch.ones(tokens, PROBE_SHAPE[1], dtype=torch.bfloat16)

@@ -5,15 +5,13 @@ which is faster depends on the CPU and is measured. Without, weights become floa
 bfloat16 tokens torch's own mixed product is faster.
 """
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.kernels.form import ROWS_AT_ONCE, Form
-from vlmquant.kernels.probe import most_tokens, seconds
-from vlmquant.kernels.reference import activation_codes
+from vlmquant.kernels.form import ROWS_AT_ONCE, Form, Place
+from vlmquant.kernels.probe import measured, most_tokens, seconds
+from vlmquant.kernels.reference import activation_codes, add_bias
 
 PROBE_SHAPE = (1024, 1024)
 """Outputs and inputs of the probe weight."""
@@ -26,8 +24,8 @@ MANY_TOKENS = 64
 """Tokens of the probe that chooses between the integer and the float product of int8 inputs: an image has hundreds."""
 
 
-def fits(weight: QuantizedWeight) -> bool:
-    return weight.bits == 8 and weight.symmetric and weight.group_size >= weight.shape[1]
+def fits(form: Form, place: Place) -> bool:
+    return form.bits == 8 and form.symmetric and form.group_size >= form.shape[1]
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -40,19 +38,26 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     return QuantizedWeight(codes, held["scales"].float()[:, None], None, 8, form.group_size, form.scale_dtype)
 
 
-def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
-    """inputs (tokens, in) -> (tokens, out), same dtype."""
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype; bias is added before outputs are rounded to it."""
     codes, scales = held["codes"], held["scales"].float()
-    if not form.dynamic_int8:
-        if _op_fits(inputs) and len(inputs) <= _op_tokens(torch.get_num_threads()):
-            return _op_matmul(inputs, codes, scales)
-        return (_float_product(inputs, codes).float() * scales).to(inputs.dtype)
+    if form.dynamic_int8:
+        product = _rounded_product(inputs, codes).mul_(scales)
+    elif _op_fits(inputs) and len(inputs) <= _op_tokens():
+        product = _op_matmul(inputs, codes, scales)
+    else:
+        product = _float_product(inputs, codes).float().mul_(scales)
+    return add_bias(product, bias).to(inputs.dtype)
+
+
+def _rounded_product(inputs: Tensor, codes: Tensor) -> Tensor:
+    """inputs (tokens, in), rounded to int8 per token, times codes (out, in) int8 -> (tokens, out) float32."""
     rounded, input_scales = activation_codes(inputs)
-    if _integers_fit(inputs) and _integers_win(torch.get_num_threads(), inputs.dtype):
+    if _integers_fit(inputs) and _integers_win(inputs.dtype):
         product = torch._int_mm(rounded, codes.T).float()
     else:
         product = _float_product(rounded.to(inputs.dtype), codes).float()
-    return product.mul_(input_scales).mul_(scales).to(inputs.dtype)
+    return product.mul_(input_scales)
 
 
 def _float_product(inputs: Tensor, codes: Tensor) -> Tensor:
@@ -77,8 +82,8 @@ def _integers_fit(inputs: Tensor) -> bool:
     return inputs.device.type == "cpu" and inputs.shape[1] % INTEGER_COLUMNS == 0
 
 
-@functools.cache
-def _op_tokens(threads: int) -> int:
+@measured
+def _op_tokens() -> int:
     """Up to how many bfloat16 tokens torch's mixed product is faster than converting the weight."""
     codes, scales = torch.ones(PROBE_SHAPE, dtype=torch.int8), torch.ones(PROBE_SHAPE[0], dtype=torch.bfloat16)
 
@@ -92,8 +97,8 @@ def _op_tokens(threads: int) -> int:
     )
 
 
-@functools.cache
-def _integers_win(threads: int, dtype: torch.dtype) -> bool:
+@measured
+def _integers_win(dtype: torch.dtype) -> bool:
     """Whether the integer product is faster than that of floats in `dtype`."""
     codes, rounded = (torch.ones(rows, PROBE_SHAPE[1], dtype=torch.int8) for rows in (PROBE_SHAPE[0], MANY_TOKENS))
     return seconds(lambda: torch._int_mm(rounded, codes.T)) < seconds(lambda: _float_product(rounded.to(dtype), codes))

@@ -7,21 +7,24 @@ from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import int8
 from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.cuda.ops import prepare_w8, w8_linear
-from vlmquant.kernels.form import Form
+from vlmquant.kernels.form import Form, Place
 from vlmquant.packing import pack_w8, unpack_w8
 
 
-def fits(weight: QuantizedWeight) -> bool:
-    return weight.codes.device.type == "cuda" and int8.fits(weight)
+def fits(form: Form, place: Place) -> bool:
+    return place.device.type == "cuda" and int8.fits(form, place)
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """codes (padded out, padded in) int8, centred on zero, as `pack_w8` orders them; scales (out,) float32."""
-    packed = pack_w8((weight.codes ^ mid_code(8)).view(torch.int8))
-    device = packed.device
-    if device.type == "cuda" and launch.unavailable(device.index) is None:
-        prepare_w8(device, weight.shape[0], packed.shape[1], launch.DTYPE_NAMES.get(weight.scale_dtype, "bf16"))
-    return {"codes": packed, "scales": weight.scales.flatten()}
+    return {"codes": pack_w8((weight.codes ^ mid_code(8)).view(torch.int8)), "scales": weight.scales.flatten()}
+
+
+def prepare(held: dict[str, Tensor], form: Form, place: Place) -> None:
+    """Compile and load what multiplies the held weight."""
+    if form.dynamic_int8 and place.dtype in launch.DTYPE_NAMES and launch.unavailable(place.device.index) is None:
+        name = launch.DTYPE_NAMES[place.dtype]
+        prepare_w8(place.device, form.shape[0], held["codes"].shape[1], name, form.activation)
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
@@ -29,11 +32,10 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
-    """inputs (tokens, in) -> (tokens, out), same dtype; bias (out,) or None is added before outputs are rounded."""
+    """inputs (tokens, in) -> (tokens, out), same dtype; bias and activation come before outputs are rounded to it."""
     if form.dynamic_int8:
-        return w8_linear(inputs, held["codes"], held["scales"].float(), bias)
-    outputs = int8.matmul(inputs, _unpadded(held, form), form)
-    return outputs if bias is None else outputs + bias.to(outputs.dtype)
+        return w8_linear(inputs, held["codes"], held["scales"].float(), bias, activation=form.activation)
+    return int8.matmul(inputs, _unpadded(held, form), form, bias)
 
 
 def _unpadded(held: dict[str, Tensor], form: Form) -> dict[str, Tensor]:

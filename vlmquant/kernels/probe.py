@@ -3,8 +3,12 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+
+Asked = ParamSpec("Asked")
+Answer = TypeVar("Answer")
 
 ROUNDS = 5
 """Timings of each candidate, at least, after one warm-up; the fastest counts, since others only add disturbance."""
@@ -16,6 +20,21 @@ MATMUL_SHAPE = (128, 512, 512)
 """Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
 GPU_TIMES = 16
 """A GPU gets a matmul so many times as large along each side, or its launch would be all that is timed."""
+
+
+def measured(function: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
+    """Keep what the function finds out, for each number of threads; torch.compile takes the answer for a constant."""
+
+    @functools.cache
+    def kept(threads: int, *asked: Asked.args, **more: Asked.kwargs) -> Answer:
+        return function(*asked, **more)
+
+    @functools.wraps(function)
+    def answer(*asked: Asked.args, **more: Asked.kwargs) -> Answer:
+        return kept(torch.get_num_threads(), *asked, **more)  # type: ignore[arg-type]  # all hashable
+
+    constant: Callable[Asked, Answer] = torch.compiler.assume_constant_result(answer)  # type: ignore[no-untyped-call]
+    return constant
 
 
 def seconds(run: Callable[[], object], device: torch.device | str = "cpu") -> float:

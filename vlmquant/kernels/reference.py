@@ -1,5 +1,7 @@
 """What the kernels compute, in plain torch: the definition of the right answer."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -9,6 +11,13 @@ ACTIVATION_STEPS = 127.5
 """Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
 ACTIVATION_FLOOR = 1e-12
 """Smallest activation scale; a token of zeros gets it, and its codes are exact zeros."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda values: values,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda values: nn.functional.gelu(values, approximate="tanh"),
+    "quick_gelu": lambda values: values * torch.sigmoid(1.702 * values),
+}
+"""What the outputs of a product may go through last, by name; nothing, if empty."""
 
 
 def activation_codes(inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,3 +44,8 @@ def linear(inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, dyna
     if dynamic_int8:
         inputs = round_activations(inputs)
     return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
+
+
+def add_bias(product: Tensor, bias: Tensor | None) -> Tensor:
+    """product (tokens, out) plus bias (out,), if there is one, in place."""
+    return product if bias is None else product.add_(bias.to(product.dtype))

@@ -6,34 +6,28 @@ from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.cuda import launch, ops
 from vlmquant.kernels.cuda.dispatch import group_fits
 from vlmquant.kernels.cuda.notices import warn_once
-from vlmquant.kernels.form import Form
+from vlmquant.kernels.form import Form, Place
 from vlmquant.packing import VQ4_ZERO, order_vq4, pack_vq4, restore_vq4, unpack_vq4, vq4_shape
 
 
-def fits(weight: QuantizedWeight) -> bool:
+def fits(form: Form, place: Place) -> bool:
     """On a GPU that our kernels run on; why they do not run on another is logged once."""
-    device = weight.codes.device
-    if device.type != "cuda" or not packs(weight):
+    if place.device.type != "cuda" or not packs(form):
         return False
-    refused = launch.unavailable(device.index)
+    refused = launch.unavailable(place.device.index)
     if refused is not None:
         warn_once(f"no kernel of ours multiplies 4-bit weights here, which is slow: {refused}")
     return refused is None
 
 
-def packs(weight: QuantizedWeight) -> bool:
+def packs(form: Form) -> bool:
     """Whether the layout has these codes, groups and scales, on whatever device."""
-    packed = vq4_shape(*weight.shape, weight.group_size)
-    return (
-        weight.bits <= 4 and weight.scale_dtype in launch.DTYPE_NAMES and group_fits(packed.group_size, packed.columns)
-    )
+    packed = vq4_shape(*form.shape, form.group_size)
+    return form.bits <= 4 and form.scale_dtype in launch.DTYPE_NAMES and group_fits(packed.group_size, packed.columns)
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """codes (strips, k-blocks, 4, 32, 4) int32; scales (strips, groups, 4, 8, 2) in their dtype; zeros uint8 likewise.
-
-    What multiplies them is compiled and loaded here, at the latest.
-    """
+    """codes (strips, k-blocks, 4, 32, 4) int32; scales (strips, groups, 4, 8, 2), zeros uint8 likewise."""
     packed = vq4_shape(*weight.shape, weight.group_size)
     held = {
         "codes": pack_vq4(weight.codes, weight.zeros, bits=weight.bits, group_size=weight.group_size),
@@ -41,11 +35,14 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     }
     if weight.zeros is not None:
         held["zeros"] = order_vq4(weight.zeros, packed, padding=VQ4_ZERO)
-    device = weight.codes.device
-    if device.type == "cuda":
-        name = launch.DTYPE_NAMES[weight.scale_dtype]
-        ops.prepare_w4(device, packed.rows, packed.columns, packed.group_size, weight.symmetric, name)
     return held
+
+
+def prepare(held: dict[str, Tensor], form: Form, place: Place) -> None:
+    """Compile and load what multiplies the held weight; kernels want inputs in the dtype of the scales."""
+    if place.dtype == form.scale_dtype:
+        packed, name = vq4_shape(*form.shape, form.group_size), launch.DTYPE_NAMES[place.dtype]
+        ops.prepare_w4(place.device, packed.rows, packed.columns, packed.group_size, form.symmetric, name)
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
@@ -61,9 +58,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     )
 
 
-def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
-    packed = vq4_shape(*form.shape, form.group_size)
-    return ops.w4_linear(
-        inputs, held["codes"], held["scales"], held.get("zeros"), None, form.shape[0], packed.group_size
-    )
+    group_size = vq4_shape(*form.shape, form.group_size).group_size
+    return ops.w4_linear(inputs, held["codes"], held["scales"], held.get("zeros"), bias, form.shape[0], group_size)

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, dequantize_codes
-from vlmquant.kernels.form import ROWS_AT_ONCE, Form
+from vlmquant.kernels.form import ROWS_AT_ONCE, Form, Place
+from vlmquant.kernels.reference import add_bias
 from vlmquant.packing import pack_codes, unpack_codes
 
 
-def fits(weight: QuantizedWeight) -> bool:
+def fits(form: Form, place: Place) -> bool:
     """Every weight fits, on every device."""
     return True
 
@@ -26,7 +27,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     )
 
 
-def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
     outputs = inputs.new_empty(len(inputs), form.shape[0])
     for start in range(0, form.shape[0], ROWS_AT_ONCE):
@@ -40,7 +41,7 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
             group_size=form.group_size,
         )
         outputs[:, rows] = nn.functional.linear(inputs, weight.to(inputs.dtype))
-    return outputs
+    return add_bias(outputs, bias)
 
 
 def read_rows(indices: Tensor, held: dict[str, Tensor], form: Form, dtype: torch.dtype) -> Tensor:

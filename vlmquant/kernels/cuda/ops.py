@@ -5,7 +5,6 @@ planned kernel runs; everywhere else, and where no kernel can, torch computes th
 definition of the answer. Weights are padded, 4-bit ones in the layout VQ4 of packing.py; inputs and outputs are not.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,18 +17,11 @@ from vlmquant.kernels.cuda.catalog import ENTRIES, STRIP_ROWS
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entries_for, plan
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, int8_entries
 from vlmquant.kernels.cuda.notices import warn_once
-from vlmquant.kernels.reference import activation_codes
+from vlmquant.kernels.reference import ACTIVATIONS, activation_codes, add_bias
 from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4, unpack_w8
 
 INT_MM_TOKENS, INT_MM_MULTIPLE = 17, 8
 """What torch's integer product on CUDA wants: so many tokens at least; rows and columns in such multiples."""
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda values: values,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda values: nn.functional.gelu(values, approximate="tanh"),
-    "quick_gelu": lambda values: values * torch.sigmoid(1.702 * values),
-}
-"""What w8_linear may end with."""
 STRIPS_AT_ONCE = 64
 """Strips expanded together where no kernel runs: 4096 rows."""
 
@@ -95,7 +87,7 @@ def w4_expanded(
             group_size=group_size,
         )
         outputs[..., some] = nn.functional.linear(inputs, weight.to(inputs.dtype))
-    return outputs if bias is None else outputs.add_(bias.to(outputs.dtype))
+    return add_bias(outputs, bias)
 
 
 def w4_linear_cuda(
@@ -159,8 +151,7 @@ def _run_w4(
         start_w4(device, ready, aligned(flat, padded_columns), codes, scales, zeros, outputs)
     if padded_rows != rows:
         outputs = outputs[:, :rows].contiguous()
-    if bias is not None:
-        outputs.add_(bias.to(outputs.dtype))
+    add_bias(outputs, bias)
     return outputs if inputs.dim() == 2 else outputs.view(*inputs.shape[:-1], rows)
 
 
@@ -275,10 +266,7 @@ def w8_by_torch(
     rounded, input_scales = activation_codes(inputs.reshape(-1, columns))
     product = unpack_w8(_integer_product(rounded, codes).T, rows, len(rounded)).T  # its columns are the weight's rows
     outputs = product.float().contiguous() * input_scales * scales
-    if bias is not None:
-        outputs += bias.float()
-    outputs = ACTIVATIONS[activation](outputs)
-    return outputs.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+    return ACTIVATIONS[activation](add_bias(outputs, bias)).to(inputs.dtype).view(*inputs.shape[:-1], rows)
 
 
 def _integer_product(rounded: Tensor, codes: Tensor) -> Tensor:
@@ -391,12 +379,12 @@ def _aligned_row(values: Tensor) -> Tensor:
     return values.clone() if values.data_ptr() % launch.ALIGNMENT else values
 
 
-def prepare_w8(device: torch.device, rows: int, columns: int, name: str) -> None:
+def prepare_w8(device: torch.device, rows: int, columns: int, name: str, activation: str) -> None:
     """Compile and load what products with an int8 weight (rows, packed columns) will run."""
     with torch.cuda.device(device):
         kept = launch.device(torch.cuda.current_device())
         try:
-            kept.prepare(ENTRIES[entry] for entry in int8_entries(rows, columns, name, "", kept.gpu))
+            kept.prepare(ENTRIES[entry] for entry in int8_entries(rows, columns, name, activation, kept.gpu))
         except KernelError as error:
             warn_once(f"kernels are not ready before their first use: {error}")
         torch.cuda.synchronize()  # as in prepare_w4
@@ -408,7 +396,7 @@ def _taken(chosen: Plan, values: dict[str, launch.Value]) -> dict[str, launch.Va
     return {name: value for name, value in values.items() if name in names}
 
 
-def _w8_fake(inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def _w8_fake(inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], scales.shape[0])
 
 

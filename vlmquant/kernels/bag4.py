@@ -1,0 +1,150 @@
+"""Codes of up to 4 bits, held as the table of torch's quantized embedding bag, for float32 and float16 on CPUs.
+
+A bag sums rows of a table, each times a number of its own, and unpacks their 4-bit codes on the way: with a row for
+each column of the weight, and a token's inputs as the numbers, it multiplies. A bag makes one partial sum, so it lies
+inside of a group; scales follow. torch's int4 product (see int4.py) is faster for bfloat16, and slow for all else.
+
+For many tokens the codes of some columns at a time become floats.
+"""
+
+import torch
+from torch import Tensor
+
+from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kernels.form import Form, Place, form_of
+from vlmquant.kernels.probe import measured, most_tokens
+from vlmquant.kernels.reference import add_bias
+
+ROW_MULTIPLE = 32
+"""Rows are padded to a multiple of this: 16 bytes of codes."""
+BAG_COLUMNS = 128
+"""Columns of a bag where a group allows it: bags are what threads share among themselves."""
+VALUES_AT_ONCE = 1 << 21
+"""Codes that become floats together: 8 MiB. Half or twice as many are slower (measured)."""
+HEADER_BYTES = 4
+"""At the end of a row, two float16: what its codes are multiplied by, and what is added then. Here 1 and minus the
+middle code, both exact."""
+PROBE_SHAPE = (1024, 1024)
+"""Outputs and inputs of the probe weight."""
+PROBE_TOKENS = (1, 2, 4, 8, 16, 32)
+
+
+def fits(form: Form, place: Place) -> bool:
+    return (
+        form.bits <= 4
+        and place.device.type == "cpu"
+        and (form.group_size >= form.shape[1] or form.shape[1] % form.group_size == 0)
+        and _available()
+    )
+
+
+def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The buffers that stand for the weight; its rows are padded to a multiple of ROW_MULTIPLE.
+
+    table (columns, rows / 2 + HEADER_BYTES) uint8, of two rows the first in the low nibble; scales (groups, rows) in
+    their dtype; zeros (groups, rows) uint8 if asymmetric.
+    """
+    padding = (0, 0, 0, -weight.shape[0] % ROW_MULTIPLE)
+    codes = torch.nn.functional.pad(weight.codes, padding).T
+    header = torch.tensor([1, -mid_code(weight.bits)], dtype=torch.float16).view(torch.uint8)
+    octets = codes[:, ::2] | codes[:, 1::2] << 4
+    held = {
+        "table": torch.cat((octets, header.expand(len(codes), -1)), dim=1),
+        "scales": torch.nn.functional.pad(weight.scales, padding).T.to(weight.scale_dtype).contiguous(),
+    }
+    if weight.zeros is not None:
+        held["zeros"] = torch.nn.functional.pad(weight.zeros, padding).T.contiguous()
+    return held
+
+
+def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
+    rows = form.shape[0]
+    octets = held["table"][:, :-HEADER_BYTES]
+    codes = torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
+    return QuantizedWeight(
+        codes.T[:rows].contiguous(),
+        held["scales"].T[:rows].float().contiguous(),
+        held["zeros"].T[:rows].contiguous() if "zeros" in held else None,
+        form.bits,
+        form.group_size,
+        form.scale_dtype,
+    )
+
+
+def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
+    """inputs (tokens, in) -> (tokens, out), same dtype; computed in float32."""
+    values = inputs.float()
+    few = 0 < len(inputs) <= _bag_tokens()
+    multiply = _bag_matmul if few else _column_matmul
+    outputs = multiply(values, held, form)[:, : form.shape[0]]
+    return add_bias(outputs, bias).to(inputs.dtype)
+
+
+def _bag_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """sum over groups of scale * (x codes - zero * sum x), codes and zeros counted from the middle code."""
+    table, scales, (tokens, columns) = held["table"], held["scales"], inputs.shape
+    groups = len(scales)
+    # A sole group may be cut anywhere, others where all their bags get the same size.
+    width = BAG_COLUMNS if groups == 1 or columns // groups % BAG_COLUMNS == 0 else columns // groups
+    rows = torch.arange(columns, dtype=torch.int32).repeat(tokens)
+    starts = torch.arange(0, columns, width, dtype=torch.int32)
+    bags = (starts + columns * torch.arange(tokens, dtype=torch.int32)[:, None]).flatten()
+    sums: Tensor = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(
+        table, rows, bags, False, 0, False, inputs.flatten(), None, False
+    )
+    sums = sums.view(tokens, groups, -1, sums.shape[1])
+    sums = sums[:, :, 0] if sums.shape[2] == 1 else sums.sum(2)
+    if "zeros" in held:
+        totals = inputs.reshape(tokens, groups, -1).sum(2, keepdim=True)
+        sums = sums.addcmul_(totals, _offsets(held["zeros"], form), value=-1)
+    return sums.mul_(scales).sum(1)
+
+
+def _column_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    table, scales, columns = held["table"], held["scales"], inputs.shape[1]
+    groups, rows = scales.shape
+    size = columns // groups
+    at_once = max(1, VALUES_AT_ONCE // (rows * size))
+    outputs = inputs.new_zeros(len(inputs), rows)
+    for start in range(0, groups, at_once):
+        part = slice(start, start + at_once)
+        some = slice(start * size, (start + at_once) * size)
+        values: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(table[some])
+        grouped = values.view(-1, size, rows)
+        if "zeros" in held:
+            grouped -= _offsets(held["zeros"][part], form)[:, None]
+        grouped *= scales[part, None]
+        outputs.addmm_(inputs[:, some], values)
+    return outputs
+
+
+def _offsets(zeros: Tensor, form: Form) -> Tensor:
+    return zeros.float() - mid_code(form.bits)
+
+
+@measured
+def _available() -> bool:
+    """Whether this build of torch has the operators, and they mean by a table what `hold` writes."""
+    codes = torch.arange(ROW_MULTIPLE, dtype=torch.uint8)[:, None] * torch.tensor([1, 7], dtype=torch.uint8) % 16
+    weight = QuantizedWeight(codes, torch.ones(ROW_MULTIPLE, 1), None, 4, 2, torch.float32)
+    form, inputs = form_of(weight, dynamic_int8=False), torch.tensor([[1.0, -3.0]])
+    expected = inputs @ weight.dequantize().T
+    try:
+        held = hold(weight)
+        found = [multiply(inputs, held, form) for multiply in (_bag_matmul, _column_matmul)]
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return all(torch.equal(one, expected) for one in found)
+
+
+@measured
+def _bag_tokens() -> int:
+    """Up to how many tokens bags are faster than dequantizing."""
+    codes, scales = torch.zeros(PROBE_SHAPE, dtype=torch.uint8), torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
+    weight = QuantizedWeight(codes, scales, None, 4, 128, torch.bfloat16)
+    held, form = hold(weight), form_of(weight, dynamic_int8=False)
+    return most_tokens(
+        lambda tokens: _bag_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
+        lambda tokens: _column_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
+        PROBE_TOKENS,
+    )
