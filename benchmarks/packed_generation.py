@@ -39,7 +39,7 @@ def dequantize_linears(model: Any, dtype: Any) -> None:
                 module.in_features, module.out_features, bias=module.bias is not None, device="meta"
             )
             dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
-            dense.bias = module.bias
+            dense.bias = None if module.bias is None else torch.nn.Parameter(module.bias.clone(), requires_grad=False)
             if module.form.dynamic_int8:
                 dense.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]), *inputs[1:]))
             model.set_submodule(name, dense)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.kernels.form import Form, Place, form_of
+from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
 from vlmquant.kernels.probe import measured, most_tokens
 from vlmquant.kernels.reference import add_bias
 
@@ -19,8 +19,6 @@ ROW_MULTIPLE = 32
 """Rows are padded to a multiple of this: 16 bytes of codes."""
 BAG_COLUMNS = 128
 """Columns of a bag where a group allows it: bags are what threads share among themselves."""
-VALUES_AT_ONCE = 1 << 21
-"""Codes that become floats together: 8 MiB. Half or twice as many are slower (measured)."""
 HEADER_BYTES = 4
 """At the end of a row, two float16: what its codes are multiplied by, and what is added then. Here 1 and minus the
 middle code, both exact."""

@@ -6,8 +6,8 @@ import torch
 
 from vlmquant.grid import QuantizedWeight
 
-ROWS_AT_ONCE = 512
-"""Rows of a weight dequantized together: few enough to stay near the CPU; more gain nothing (measured)."""
+VALUES_AT_ONCE = 1 << 21
+"""Codes that become floats together: few enough to stay near the CPU, enough for a product (half or twice: slower)."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +41,8 @@ def form_of(weight: QuantizedWeight, *, dynamic_int8: bool) -> Form:
         scale_dtype=weight.scale_dtype,
         dynamic_int8=dynamic_int8,
     )
+
+
+def rows_at_once(columns: int) -> int:
+    """Rows of a weight that become floats together."""
+    return max(1, VALUES_AT_ONCE // columns)

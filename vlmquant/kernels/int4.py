@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.kernels.form import ROWS_AT_ONCE, Form, Place, form_of
+from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
 from vlmquant.kernels.probe import measured, most_tokens
 from vlmquant.kernels.reference import add_bias
 
@@ -93,13 +93,13 @@ def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     zeros = _by_tile(held["zeros"]).view(torch.int8) if "zeros" in held else mid_code(form.bits)
     columns, groups, width = tiles.shape[1], scales.shape[1], _width()
     outputs = inputs.new_empty(len(inputs), len(tiles) * width)
-    at_once = ROWS_AT_ONCE // width
+    at_once = max(1, VALUES_AT_ONCE // (columns * width))
     for start in range(0, len(tiles), at_once):
         part = slice(start, start + at_once)
         codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, columns // groups, width)
         codes -= zeros[part] if isinstance(zeros, Tensor) else zeros
-        weights = torch.empty(codes.shape, dtype=inputs.dtype, device=inputs.device).copy_(codes).mul_(scales[part])
-        weights = weights.view(-1, columns, width).transpose(0, 1).reshape(columns, -1)
+        weights = inputs.new_empty(columns, len(codes) * width)
+        weights.view(groups, -1, len(codes), width).permute(2, 0, 1, 3).copy_(codes).mul_(scales[part])
         outputs[:, start * width : start * width + weights.shape[1]] = inputs @ weights
     return outputs
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.kernels.form import ROWS_AT_ONCE, Form, Place
+from vlmquant.kernels.form import Form, Place, rows_at_once
 from vlmquant.kernels.probe import measured, most_tokens, seconds
 from vlmquant.kernels.reference import activation_codes, add_bias
 
@@ -63,8 +63,9 @@ def _rounded_product(inputs: Tensor, codes: Tensor) -> Tensor:
 def _float_product(inputs: Tensor, codes: Tensor) -> Tensor:
     """inputs (tokens, in) float times codes (out, in) int8 -> (tokens, out) in the inputs' dtype."""
     outputs = inputs.new_empty(len(inputs), len(codes))
-    for start in range(0, len(codes), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    at_once = rows_at_once(codes.shape[1])
+    for start in range(0, len(codes), at_once):
+        rows = slice(start, start + at_once)
         outputs[:, rows] = nn.functional.linear(inputs, codes[rows].to(inputs.dtype))
     return outputs
 

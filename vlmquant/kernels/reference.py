@@ -27,7 +27,7 @@ def activation_codes(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = inputs.float()
     scales = (values.abs().amax(-1, keepdim=True) / ACTIVATION_STEPS).clamp_min(ACTIVATION_FLOOR)
-    return (values / scales).round().clamp(-128, 127).to(torch.int8), scales
+    return (values / scales).round_().clamp_(-128, 127).to(torch.int8), scales
 
 
 def round_activations(inputs: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, dequantize_codes
-from vlmquant.kernels.form import ROWS_AT_ONCE, Form, Place
+from vlmquant.kernels.form import Form, Place, rows_at_once
 from vlmquant.kernels.reference import add_bias
 from vlmquant.packing import pack_codes, unpack_codes
 
@@ -30,8 +30,9 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
     outputs = inputs.new_empty(len(inputs), form.shape[0])
-    for start in range(0, form.shape[0], ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    at_once = rows_at_once(form.shape[1])
+    for start in range(0, form.shape[0], at_once):
+        rows = slice(start, start + at_once)
         part = {name: tensor[rows] for name, tensor in held.items()}
         weight = dequantize_codes(
             unpack_codes(part["words"], form.bits, form.shape[1]),
