@@ -35,8 +35,10 @@ def test_without_a_gpu_it_says_what_the_cpu_does() -> None:
     text = "\n".join(doctor.lines(found))
     assert found["gpus"] == []
     assert "GPU: torch finds none, so packed weights are multiplied on the CPU" in text
-    assert found["cpu"]["layouts"] == {"float32": "bag4", "bfloat16": "int4"}
-    assert "holds 4-bit weights as bag4 for float32, int4 for bfloat16" in text
+    layouts = found["cpu"]["layouts"]
+    assert f"holds 4-bit weights as {layouts['float32']} for float32, {layouts['bfloat16']} for bfloat16" in text
+    assert layouts["float32"] == "bag4"
+    assert layouts["bfloat16"] in ("int4", "bag4")  # whichever is faster here
     assert found["cache"]["kernels"] == 0
 
 

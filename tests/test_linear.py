@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
-from vlmquant.kernels import int8, int8_cuda, reference
+from vlmquant.kernels import int4, int8, int8_cuda, reference
 from vlmquant.linear import FollowingActivation, PackedRows, QuantEmbedding, QuantLinear, can_share, share
 from vlmquant.recipe import SHORT_SCHEMES, Scheme
 
@@ -84,7 +84,8 @@ def test_another_dtype_changes_outputs_and_not_the_codes() -> None:
 
 
 @pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w3a16", "w8a16"])
-def test_the_layout_follows_the_dtype(name: str) -> None:
+def test_the_layout_follows_the_dtype(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int4, "_beats_bags", lambda: True)
     scheme = SHORT_SCHEMES[name]
     weight, bias = round_to(scheme, 96, 256), torch.linspace(-1, 1, 96)
     layer = QuantLinear(weight, scheme, bias, dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
-from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8
+from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, probe
 from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
 
@@ -85,6 +85,7 @@ def test_release_inverts_hold(case: tuple) -> None:
 @pytest.fixture(autouse=True)
 def _every_way_has_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to four tokens go to what is meant for few, on whatever machine this runs."""
+    monkeypatch.setattr(int4, "_beats_bags", lambda: True)
     monkeypatch.setattr(int4, "_op_tokens", lambda: 4)
     monkeypatch.setattr(bag4, "_bag_tokens", lambda: 4)
 
@@ -175,6 +176,33 @@ def test_bags_that_mean_something_else_are_not_used(broken: str, monkeypatch: py
         operators["embedding_bag_4bit_unpack"] = unpack
     monkeypatch.setattr(torch.ops, "quantized", SimpleNamespace(**operators))
     assert not bag4._available.__wrapped__()
+
+
+def test_the_faster_of_tiles_and_bags_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = packed(64, 128, 4, 128, True, torch.bfloat16)
+    monkeypatch.setattr(int4, "_beats_bags", lambda: False)
+    assert chosen(weight, torch.bfloat16) == "bag4"
+    monkeypatch.setattr(bag4, "_available", lambda: False)
+    assert chosen(weight, torch.bfloat16) == "int4"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("layout", ["int4", "int8", "words"])
+def test_products_are_in_float32_where_the_cpu_has_none_in_16_bits(
+    layout: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiplied: list[torch.dtype] = []
+    record = lambda real: lambda one, other: multiplied.append(one.dtype) or real(one, other)  # noqa: E731
+    monkeypatch.setattr(probe, "_is_fast", lambda dtype: fast)
+    monkeypatch.setattr(torch.nn.functional, "linear", record(torch.nn.functional.linear))
+    monkeypatch.setattr(Tensor, "__matmul__", record(Tensor.__matmul__))
+    bits = 8 if layout == "int8" else 4
+    weight, inputs = packed(96, 128, bits, 128, True, torch.bfloat16), tokens(50, 128, torch.bfloat16)
+    found = LAYOUTS[layout].matmul(inputs, LAYOUTS[layout].hold(weight), form_of(weight, dynamic_int8=False))
+    assert set(multiplied) == {torch.bfloat16 if fast else torch.float32}
+    assert found.dtype == torch.bfloat16
+    exact = inputs.double() @ weight.dequantize().double().T
+    assert relative(found, exact) < (RELATIVE_ERROR[torch.bfloat16] if fast else 2.5e-3)  # only the output is rounded
 
 
 def test_an_unknown_tile_order_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:

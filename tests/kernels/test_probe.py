@@ -18,7 +18,7 @@ def test_the_faster_dtype_wins_and_is_remembered(slow: torch.dtype, monkeypatch:
         return inputs
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    probe._bfloat16_gain.cache_clear()
+    probe._gain.cache_clear()
     try:
         other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[slow]
         assert probe.compute_dtype("cpu") == other
@@ -28,7 +28,7 @@ def test_the_faster_dtype_wins_and_is_remembered(slow: torch.dtype, monkeypatch:
         assert probe.compute_dtype("cpu", least_gain=1e9) == torch.float32
         assert probe.compute_dtype("cpu", least_gain=0.0) == torch.bfloat16
     finally:
-        probe._bfloat16_gain.cache_clear()
+        probe._gain.cache_clear()
 
 
 def test_most_tokens_stops_where_the_other_is_faster() -> None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kernels import bag4
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
-from vlmquant.kernels.probe import measured, most_tokens
+from vlmquant.kernels.probe import measured, most_tokens, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
 
 ROWS = 64
@@ -30,6 +31,7 @@ def fits(form: Form, place: Place) -> bool:
         and place == Place(torch.device("cpu"), torch.bfloat16)
         and _op_group(form.group_size, form.shape[1]) is not None
         and _tile_shape() is not None
+        and (not bag4.fits(form, place) or _beats_bags())
     )
 
 
@@ -89,7 +91,8 @@ def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
 
 
 def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
-    tiles, scales = held["tiles"], _by_tile(_scales(held)).to(inputs.dtype)
+    values = inputs.to(product_dtype(inputs))
+    tiles, scales = held["tiles"], _by_tile(_scales(held)).to(values.dtype)
     zeros = _by_tile(held["zeros"]).view(torch.int8) if "zeros" in held else mid_code(form.bits)
     columns, groups, width = tiles.shape[1], scales.shape[1], _width()
     outputs = inputs.new_empty(len(inputs), len(tiles) * width)
@@ -98,9 +101,9 @@ def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
         part = slice(start, start + at_once)
         codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, columns // groups, width)
         codes -= zeros[part] if isinstance(zeros, Tensor) else zeros
-        weights = inputs.new_empty(columns, len(codes) * width)
+        weights = values.new_empty(columns, len(codes) * width)
         weights.view(groups, -1, len(codes), width).permute(2, 0, 1, 3).copy_(codes).mul_(scales[part])
-        outputs[:, start * width : start * width + weights.shape[1]] = inputs @ weights
+        outputs[:, start * width : start * width + weights.shape[1]] = values @ weights
     return outputs
 
 
@@ -164,9 +167,18 @@ def _width() -> int:
 
 
 @measured
+def _beats_bags() -> bool:
+    """Whether the op multiplies one token faster than bags: it is slow where torch has no vector code for the CPU."""
+    weight, form = _probe_weight()
+    tiles, bags, token = hold(weight), bag4.hold(weight), _probe_inputs(1)
+    return seconds(lambda: _op_matmul(token, tiles)) < seconds(lambda: bag4.matmul(token, bags, form))
+
+
+@measured
 def _op_tokens() -> int:
     """Up to how many bfloat16 tokens the op is faster than dequantizing."""
-    held, form = _probe_weight()
+    weight, form = _probe_weight()
+    held = hold(weight)
     return most_tokens(
         lambda tokens: _op_matmul(_probe_inputs(tokens), held),
         lambda tokens: _tile_matmul(_probe_inputs(tokens), held, form),
@@ -174,11 +186,11 @@ def _op_tokens() -> int:
     )
 
 
-def _probe_weight() -> tuple[dict[str, Tensor], Form]:
+def _probe_weight() -> tuple[QuantizedWeight, Form]:
     codes = torch.zeros(PROBE_SHAPE, dtype=torch.uint8)
     scales = torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
     weight = QuantizedWeight(codes, scales, None, 4, 128, torch.bfloat16)
-    return hold(weight), form_of(weight, dynamic_int8=False)
+    return weight, form_of(weight, dynamic_int8=False)
 
 
 def _probe_inputs(tokens: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels.form import Form, Place, rows_at_once
-from vlmquant.kernels.probe import measured, most_tokens, seconds
+from vlmquant.kernels.probe import measured, most_tokens, product_dtype, seconds
 from vlmquant.kernels.reference import activation_codes, add_bias
 
 PROBE_SHAPE = (1024, 1024)
@@ -61,12 +61,13 @@ def _rounded_product(inputs: Tensor, codes: Tensor) -> Tensor:
 
 
 def _float_product(inputs: Tensor, codes: Tensor) -> Tensor:
-    """inputs (tokens, in) float times codes (out, in) int8 -> (tokens, out) in the inputs' dtype."""
-    outputs = inputs.new_empty(len(inputs), len(codes))
+    """inputs (tokens, in) float times codes (out, in) int8 -> (tokens, out) in the inputs' dtype or float32."""
+    values = inputs.to(product_dtype(inputs))
+    outputs = values.new_empty(len(inputs), len(codes))
     at_once = rows_at_once(codes.shape[1])
     for start in range(0, len(codes), at_once):
         rows = slice(start, start + at_once)
-        outputs[:, rows] = nn.functional.linear(inputs, codes[rows].to(inputs.dtype))
+        outputs[:, rows] = nn.functional.linear(values, codes[rows].to(values.dtype))
     return outputs
 
 

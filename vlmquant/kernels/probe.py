@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 Asked = ParamSpec("Asked")
 Answer = TypeVar("Answer")
@@ -70,13 +71,23 @@ def compute_dtype(device: torch.device | str, *, least_gain: float = 1.0) -> tor
 
     Measured once for the thread count as it is now set.
     """
-    gain = _bfloat16_gain(torch.device(device), torch.get_num_threads())
+    gain = _gain(torch.bfloat16, torch.device(device), torch.get_num_threads())
     return torch.bfloat16 if gain > least_gain else torch.float32
 
 
+def product_dtype(inputs: Tensor) -> torch.dtype:
+    """What to multiply such inputs in: their own dtype, or float32 where the CPU has no fast product for that one."""
+    return inputs.dtype if inputs.is_cuda or _is_fast(inputs.dtype) else torch.float32
+
+
+@measured
+def _is_fast(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 or _gain(dtype, torch.device("cpu"), torch.get_num_threads()) > 1
+
+
 @functools.cache
-def _bfloat16_gain(device: torch.device, threads: int) -> float:
-    """How many times as fast as float32's are bfloat16's matmuls."""
+def _gain(other: torch.dtype, device: torch.device, threads: int) -> float:
+    """How many times as fast as float32's are matmuls of another dtype."""
     tokens, inputs, outputs = (side * (GPU_TIMES if device.type == "cuda" else 1) for side in MATMUL_SHAPE)
 
     def cost(dtype: torch.dtype) -> float:
@@ -85,5 +96,5 @@ def _bfloat16_gain(device: torch.device, threads: int) -> float:
         with torch.no_grad():
             return seconds(lambda: torch.nn.functional.linear(left, right), device)
 
-    costs = [(cost(torch.float32), cost(torch.bfloat16)) for _ in range(TURNS)]
-    return min(single for single, _ in costs) / min(half for _, half in costs)
+    costs = [(cost(torch.float32), cost(other)) for _ in range(TURNS)]
+    return min(single for single, _ in costs) / min(one for _, one in costs)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, dequantize_codes
 from vlmquant.kernels.form import Form, Place, rows_at_once
+from vlmquant.kernels.probe import product_dtype
 from vlmquant.kernels.reference import add_bias
 from vlmquant.packing import pack_codes, unpack_codes
 
@@ -29,6 +30,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
+    values = inputs.to(product_dtype(inputs))
     outputs = inputs.new_empty(len(inputs), form.shape[0])
     at_once = rows_at_once(form.shape[1])
     for start in range(0, form.shape[0], at_once):
@@ -41,7 +43,7 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
             bits=form.bits,
             group_size=form.group_size,
         )
-        outputs[:, rows] = nn.functional.linear(inputs, weight.to(inputs.dtype))
+        outputs[:, rows] = nn.functional.linear(values, weight.to(values.dtype))
     return add_bias(outputs, bias)
 
 
