@@ -6,16 +6,14 @@ Runs the command, then writes benchmarks/results/demo.json and demo.md (the tabl
 """
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-from vlmquant.evaluation.environment import environment
+from provenance import provenance
+
 from vlmquant.report.data import read_json
 from vlmquant.report.table import compare_rows, markdown_table
 
@@ -30,11 +28,7 @@ def main() -> None:
         seconds = time.monotonic() - started
         report = read_json(out / "comparison.json")
     result = {
-        "command": "vlmquant demo",
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("vlmquant", "torch", "transformers")},
-        "python": platform.python_version(),
-        "environment": environment(),
+        **provenance(),
         "seconds": round(seconds, 1),
         "exit_code": done.returncode,
         "samples": len(report.reference.samples),

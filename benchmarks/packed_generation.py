@@ -13,12 +13,11 @@ import os
 import statistics
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlmquant.evaluation.environment import environment
+from provenance import provenance
+
 from vlmquant.threads import QUIET_WAIT, set_threads
 
 RESULTS = Path(__file__).parent / "results" / "packed_generation"
@@ -105,10 +104,7 @@ def main() -> None:
     answers = {variant: found[0]["answers"] for variant, found in rounds.items()}
     pairs = list(zip(answers["packed"], answers["dequantized"], strict=True))
     result = {
-        "command": " ".join(["python benchmarks/packed_generation.py", *map(_plain, sys.argv[1:])]),
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("vlmquant", "torch", "transformers")},
-        "environment": environment(),
+        **provenance(),
         "equal_answers": sum(one == other for one, other in pairs),
         "answers": len(pairs),
         "different": [pair for pair in pairs if pair[0] != pair[1]],
@@ -139,11 +135,6 @@ def _row(variant: str, found: list[dict[str, Any]]) -> str:
         f"| {variant} | {statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f}) "
         f"| {first:.3f} | {resident / 2**20:.0f} |"
     )
-
-
-def _plain(word: str) -> str:
-    """A word of the command without this machine's folders."""
-    return Path(word).name if os.sep in word else word
 
 
 if __name__ == "__main__":

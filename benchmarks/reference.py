@@ -10,19 +10,16 @@ are complete, so the script may be stopped and restarted.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from provenance import command, provenance
+
 from vlmquant.calibration.sets import load_set
 from vlmquant.cli import parse_counts
-from vlmquant.evaluation.environment import environment
 from vlmquant.evaluation.metrics import kl_difference
 from vlmquant.evaluation.settings import Settings
 from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate
@@ -33,7 +30,6 @@ from vlmquant.report.table import compare_rows, markdown_table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SHOWN = ("vlmquant", "torch", "transformers")
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
 TEST_STRATA = "caption=80,vqa=60,object=60"
 RECIPES = [*sorted(path.stem for path in shipped("recipes").glob("*.yaml")), str(HERE / "int8-vision.yaml")]
@@ -83,14 +79,13 @@ def main() -> None:
         outputs.append(out)
         print(recipe, runs[recipe], file=sys.stderr, flush=True)
     strata = parse_counts(arguments.test_strata)
-    command = ("python", "benchmarks/reference.py", *(_plain(word) for word in sys.argv[1:]))
     report = evaluate(
         arguments.model,
         outputs,
         arguments.test,
         strata=strata,
         settings=Settings(dtype=arguments.dtype, wrong_image=arguments.wrong_image),
-        command=command,
+        command=tuple(command()),
     )
     work = arguments.work / "report.json"
     write_json(report, work)
@@ -98,12 +93,7 @@ def main() -> None:
         to_html(report, samples=load_set(arguments.test).samples), encoding="utf-8"
     )
     result = {
-        "command": " ".join(command),
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in SHOWN},
-        "python": platform.python_version(),
-        "environment": environment(),
-        "cores": os.cpu_count(),
+        **provenance(),
         "calibration_strata": arguments.calibration_strata,
         "test_strata": strata,
         "evaluation_sha256": report.hashes,
@@ -159,11 +149,6 @@ def kl_differences(report: Report) -> list[dict[str, Any]]:
         for one, other in PAIRS
         if one in runs and other in runs
     ]
-
-
-def _plain(word: str) -> str:
-    """A word of the command without this machine's folders."""
-    return Path(word).name if os.sep in word else word
 
 
 def _estimate(value: Any) -> list[float]:

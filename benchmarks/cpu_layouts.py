@@ -1,0 +1,132 @@
+"""Every layout that a CPU may choose, against dequantizing at every call and against an ordinary linear.
+
+    python benchmarks/cpu_layouts.py [--threads N] [--rounds N] [--isa avx2] [--out FILE]
+
+`packed` is QuantLinear as a loaded model has it; `per call` dequantizes the words on disk, then multiplies, at every
+call; `dense` is a product with the dequantized weight in the same dtype. They take turns, and each time is the median
+of the rounds. --isa avx2 keeps torch and oneDNN from everything newer, as on a CPU without 16-bit floats. Writes
+benchmarks/results/cpu_layouts[_ISA].{json,md}.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from provenance import provenance
+
+from vlmquant.threads import QUIET_WAIT
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {"768 wide": (2304, 768), "4096 wide": (4096, 4096)}
+"""Rows and columns: the query, key and value of a small language model; a linear of a large one."""
+TOKENS = (1, 4, 16, 64, 256)
+SCHEMES = ("w4a16", "w4a16-asym", "w3a16", "w8a16", "w8a8-dynamic")
+DTYPES = ("bfloat16", "float32", "float16")
+ISA = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
+LEAST_SECONDS = 0.02
+"""A candidate's turn takes at least so long."""
+
+
+def race(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of one call of each."""
+    counts = {}
+    for name, run in candidates.items():
+        run()
+        start = time.perf_counter()
+        run()
+        counts[name] = max(1, round(LEAST_SECONDS / max(time.perf_counter() - start, 1e-6)))
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                run()
+            taken[name].append((time.perf_counter() - start) / counts[name] * 1e3)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def candidates(linear: Any, weight: Any, inputs: Any) -> dict[str, Callable[[], object]]:
+    from torch.nn.functional import linear as multiply
+
+    from vlmquant.kernels import words
+    from vlmquant.kernels.reference import round_activations
+
+    on_disk, dense, form = words.hold(weight), weight.dequantize(inputs.dtype), linear.form
+
+    def per_call() -> object:
+        rounded = round_activations(inputs) if form.dynamic_int8 else inputs
+        return multiply(rounded, words.release(on_disk, form).dequantize(inputs.dtype))
+
+    return {"packed": lambda: linear(inputs), "per_call": per_call, "dense": lambda: multiply(inputs, dense)}
+
+
+def measure(rounds: int) -> list[dict[str, Any]]:
+    import torch
+
+    from vlmquant.algorithms.rtn import quantize_weight
+    from vlmquant.linear import QuantLinear
+    from vlmquant.recipe import SHORT_SCHEMES
+
+    found = []
+    for (shape_name, shape), scheme, dtype in itertools.product(SHAPES.items(), SCHEMES, DTYPES):
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+        weight = quantize_weight(values, scheme=SHORT_SCHEMES[scheme], scale_dtype=torch.bfloat16)
+        linear = QuantLinear(weight, SHORT_SCHEMES[scheme], None, dtype=getattr(torch, dtype))
+        row = {"shape": shape_name, "scheme": scheme, "dtype": dtype, "layout": linear.layout}
+        for tokens in TOKENS:
+            inputs = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(linear.dtype)
+            found.append({**row, "tokens": tokens, **race(candidates(linear, weight, inputs), rounds)})
+            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    rows, machine = result["rows"], result["environment"]
+    slower = [row for row in rows if row["packed"] > row["per_call"]]
+    lines = [
+        f"Measured {result['date']} by `{result['command']}`: {machine['cpu']}, {machine['threads']} threads, "
+        f"torch {machine['torch']}. Milliseconds, medians of {result['rounds']} rounds.",
+        f"Slower than dequantizing at every call: {len(slower)} of {len(rows)} rows.",
+    ]
+    for shape, (height, width) in SHAPES.items():
+        head = "".join(f" {tokens} | |" for tokens in TOKENS)
+        lines += ["", f"{height} x {width}, packed and (dense) by tokens:", "", f"| scheme | dtype | layout |{head}"]
+        lines += ["|---|---|---|" + "---:|---:|" * len(TOKENS)]
+        for scheme in SCHEMES:
+            for dtype in DTYPES:
+                chosen = [row for row in rows if (row["shape"], row["scheme"], row["dtype"]) == (shape, scheme, dtype)]
+                cells = "".join(f" {row['packed']:.2f} | ({row['dense']:.2f}) |" for row in chosen)
+                lines.append(f"| {scheme} | {dtype} | {chosen[0]['layout']} |{cells}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--isa", choices=sorted(ISA))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    wanted = QUIET_WAIT | ISA.get(arguments.isa, {})
+    if any(os.environ.get(name) != value for name, value in wanted.items()):  # torch reads them when it is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+    from vlmquant.threads import set_threads
+
+    set_threads(arguments.threads)
+    rows = measure(arguments.rounds)
+    result = {**provenance(), "rounds": arguments.rounds, "rows": rows}
+    out = arguments.out or RESULTS / ("cpu_layouts" + (f"_{arguments.isa}" if arguments.isa else ""))
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    out.with_suffix(".md").write_text(to_markdown(result))
+    print(to_markdown(result))
+
+
+if __name__ == "__main__":
+    main()

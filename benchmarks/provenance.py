@@ -1,0 +1,27 @@
+"""Where and how a result came about: what stands at the head of every results file."""
+
+import os
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vlmquant.evaluation.environment import environment
+
+PACKAGES = ("vlmquant", "torch", "transformers")
+
+
+def command() -> list[str]:
+    """The command line of this process, without this machine's folders."""
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    return ["python", str(script), *(Path(word).name if os.sep in word else word for word in sys.argv[1:])]
+
+
+def provenance() -> dict[str, Any]:
+    return {
+        "command": " ".join(command()),
+        "date": date.today().isoformat(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "environment": environment(),
+    }
