@@ -186,7 +186,7 @@ def test_quotas_are_in_proportion_or_as_asked() -> None:
     assert table == {"caption": (12, 12), "vqa": (6, 6), "chart": (2, 2)}
     selection = choose_samples(made, CalibrationSpec(strata={"chart": 12, "vqa": 3}))
     assert [(row.task, row.asked, row.got) for row in selection.strata] == [("chart", 12, 10), ("vqa", 3, 3)]
-    assert selection.shortfall == {"chart": 2}
+    assert [(row.task, row.asked - row.got) for row in selection.short] == [("chart", 2)]
 
 
 def test_an_unknown_stratum_is_named() -> None:

@@ -227,8 +227,10 @@ def evaluate(
     settings = settings or Settings()
     sample_set = load_set(data)
     selection = choose_samples(sample_set, _evaluation_spec(sample_set, limit, strata))
-    for task, missing in selection.shortfall.items():
-        raise InputError(f"{data}: has {missing} {task} samples fewer than were asked for; ask for fewer")
+    for row in selection.short:
+        raise InputError(
+            f"{data}: has {row.asked - row.got} {row.task} samples fewer than were asked for; ask for fewer"
+        )
     directories = [locate_model(model) for model in (reference, *models)]
     for model_dir in directories[1:]:
         _refuse_calibration_images(model_dir, selection, data)
@@ -327,8 +329,7 @@ def _calibration_notes(selection: Selection, made: BatchReport, spec: Calibratio
     """What of the calibration is not as it was asked for."""
     notes = [
         f"calibration: {row.got} {row.task} samples, though {row.asked} were asked for: the set {spec.set} has no more"
-        for row in selection.strata
-        if row.got < row.asked
+        for row in selection.short
     ]
     if made.too_long:
         notes.append(

@@ -34,9 +34,9 @@ class Selection:
     """Of the samples' texts and image files, in order."""
 
     @property
-    def shortfall(self) -> dict[str, int]:
-        """How many samples short of what was asked, by task; empty if every quota is met."""
-        return {row.task: row.asked - row.got for row in self.strata if row.got < row.asked}
+    def short(self) -> tuple[Stratum, ...]:
+        """The strata that got fewer samples than were asked for."""
+        return tuple(row for row in self.strata if row.got < row.asked)
 
 
 def choose_samples(sample_set: SampleSet, spec: CalibrationSpec) -> Selection:
