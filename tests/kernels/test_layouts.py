@@ -11,21 +11,28 @@ from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, probe
 from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
 
-RELATIVE_ERROR = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
-"""Of the output's norm. bfloat16 keeps 8 bits: half a unit of 2**-8 for the weight and as much for the output."""
+RELATIVE_ERROR = {torch.float32: 3e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
+"""Of the output's norm: the weight and the output are each rounded once, sums are float32."""
+
+
+def limit(dtype: torch.dtype, outputs: int) -> float:
+    """RELATIVE_ERROR, and a little more where outputs are too few for errors to average."""
+    return RELATIVE_ERROR[dtype] * (1 + 2 / outputs**0.5)
+
 
 # rows, columns, bits, group size, symmetric, dtype of the scales; the layouts expected for bfloat16 and for float32
 CASES = [
     (64, 128, 4, 128, True, torch.bfloat16, "int4", "bag4"),
     (192, 256, 4, 64, False, torch.bfloat16, "int4", "bag4"),
     (1100, 64, 4, 32, True, torch.bfloat16, "int4", "bag4"),  # more than one pass of 512 rows, the last tile padded
-    (70, 256, 4, 128, False, torch.float16, "int4", "bag4"),
+    (70, 256, 4, 128, False, torch.bfloat16, "int4", "bag4"),
     (130, 96, 3, 32, True, torch.bfloat16, "int4", "bag4"),
     (64, 512, 4, 512, False, torch.bfloat16, "int4", "bag4"),  # one group: the op gets two halves, or four bags
-    (64, 512, 4, 256, False, torch.float32, "int4", "bag4"),  # two bags for each group
-    (96, 384, 3, 384, True, torch.float32, "int4", "bag4"),
+    (64, 512, 4, 256, False, torch.bfloat16, "int4", "bag4"),  # two bags for each group
+    (64, 512, 4, 256, False, torch.float32, "bag4", "bag4"),  # scales that the op would round
+    (96, 384, 3, 384, False, torch.bfloat16, "int4", "bag4"),
     (40, 300, 4, 300, False, torch.float32, "bag4", "bag4"),  # one group, the last bag short
-    (48, 576, 4, 192, True, torch.float16, "int4", "bag4"),  # groups that are no multiple of a bag
+    (48, 576, 4, 192, True, torch.float16, "bag4", "bag4"),  # groups that are no multiple of a bag
     (33, 100, 4, 20, True, torch.bfloat16, "bag4", "bag4"),  # the op has no groups of 20
     (64, 64, 4, 16, False, torch.bfloat16, "bag4", "bag4"),
     (17, 130, 4, 128, True, torch.bfloat16, "words", "words"),  # a short last group
@@ -95,13 +102,15 @@ def _every_way_has_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", HELD, ids=str)
 def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype) -> None:
     weight, bias = packed(*case[:-1]), torch.linspace(-9, 9, case[0])
-    layout, inputs = LAYOUTS[case[-1]], tokens(count, weight.shape[1], dtype)
+    layout = LAYOUTS[case[-1]]
     held, form = layout.hold(weight), form_of(weight, dynamic_int8=False)
-    exact = inputs.double() @ weight.dequantize().double().T
-    found = layout.matmul(inputs, held, form)
-    assert found.dtype == dtype
-    assert relative(found, exact) < RELATIVE_ERROR[dtype]
-    assert relative(layout.matmul(inputs, held, form, bias), exact + bias.double()) < RELATIVE_ERROR[dtype]
+    for mean in (0.0, 1.0):  # inputs of one sign show what a layout does to zeros
+        inputs = (tokens(count, weight.shape[1], torch.float32) + mean).to(dtype)
+        exact, allowed = inputs.double() @ weight.dequantize().double().T, limit(dtype, count * case[0])
+        found = layout.matmul(inputs, held, form)
+        assert found.dtype == dtype
+        assert relative(found, exact) < allowed
+        assert relative(layout.matmul(inputs, held, form, bias), exact + bias.double()) < 2 * allowed
     assert layout.matmul(inputs[:0], held, form, bias).shape == (0, case[0])
 
 
@@ -111,7 +120,7 @@ def test_all_ways_through_int4_tiles_agree() -> None:
         held, form, inputs = int4.hold(weight), form_of(weight, dynamic_int8=False), tokens(5, 256, torch.bfloat16)
         exact = inputs.double() @ weight.dequantize().double().T
         for product in (int4._op_matmul(inputs, held), int4._tile_matmul(inputs, held, form)):
-            assert relative(product, exact) < RELATIVE_ERROR[torch.bfloat16]
+            assert relative(product, exact) < limit(torch.bfloat16, exact.numel())
         assert relative(int4._tile_matmul(inputs.float(), held, form), exact) < RELATIVE_ERROR[torch.float32]
 
 
@@ -138,12 +147,12 @@ def test_a_weight_is_held_once() -> None:
 def test_dynamic_int8_multiplies_the_rounded_inputs(
     dtype: torch.dtype, integers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8, "_integers_win", lambda dtype: integers)
+    monkeypatch.setattr(int8, "_integers_win", lambda: integers)
     weight, inputs = packed(96, 128, 8, 128, True, torch.bfloat16), tokens(9, 128, dtype)
     codes, scales = activation_codes(inputs)
     exact = (codes.double() * scales.double()) @ weight.dequantize().double().T
     found = int8.matmul(inputs, int8.hold(weight), form_of(weight, dynamic_int8=True))
-    assert relative(found, exact) < RELATIVE_ERROR[dtype]
+    assert relative(found, exact) < limit(dtype, exact.numel())
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 20, 100])
@@ -155,7 +164,8 @@ def test_int8_rows_that_torch_cannot_multiply_are_right_all_the_same(columns: in
         codes, scales = activation_codes(inputs)
         values = codes.double() * scales.double()
     found = int8.matmul(inputs, int8.hold(weight), form_of(weight, dynamic_int8=dynamic))
-    assert relative(found, values @ weight.dequantize().double().T) < RELATIVE_ERROR[torch.bfloat16]
+    exact = values @ weight.dequantize().double().T
+    assert relative(found, exact) < limit(torch.bfloat16, exact.numel())
 
 
 def test_tiles_and_bags_are_left_alone_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

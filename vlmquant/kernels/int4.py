@@ -28,6 +28,7 @@ PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 def fits(form: Form, place: Place) -> bool:
     return (
         form.bits <= 4
+        and form.scale_dtype == torch.bfloat16  # the op would round others
         and place == Place(torch.device("cpu"), torch.bfloat16)
         and _op_group(form.group_size, form.shape[1]) is not None
         and _tile_shape() is not None
@@ -38,35 +39,33 @@ def fits(form: Form, place: Place) -> bool:
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The buffers that stand for the weight; rows are padded with zeros to a multiple of ROWS.
 
-    tiles (rows / width, columns, width / 2) uint8; table (op groups, rows, 2) bfloat16 with scale and
-    (8 - zero) * scale, as the op wants them; scales (groups, rows) where the table does not say them exactly;
-    zeros (groups, rows) uint8 if asymmetric.
+    tiles (rows / width, columns, width / 2) uint8; table (op groups, rows, 2) bfloat16 with scale and offset
+    (8 - zero) * scale, as the op wants them; if asymmetric, rest (groups, rows) bfloat16: what the offset lost by
+    rounding, which counts for all columns of a group alike.
     """
-    short = -weight.shape[0] % ROWS
-    codes = torch.nn.functional.pad(weight.codes, (0, 0, 0, short))
-    scales = torch.nn.functional.pad(weight.scales, (0, 0, 0, short)).T
+    padding = (0, 0, 0, -weight.shape[0] % ROWS)
+    codes = torch.nn.functional.pad(weight.codes, padding)
     held = {"tiles": _convert(codes).view(-1, codes.shape[1], _width() // 2)}
-    zeros: Tensor | int = mid_code(weight.bits)
+    scales = torch.nn.functional.pad(weight.scales, padding).T
+    offsets = (8 - mid_code(weight.bits)) * scales
     if weight.zeros is not None:
-        zeros = held["zeros"] = torch.nn.functional.pad(weight.zeros, (0, 0, 0, short)).T.contiguous()
-    table = torch.stack((scales, (8.0 - zeros) * scales), dim=-1)
+        offsets = (8.0 - torch.nn.functional.pad(weight.zeros, padding).T) * scales
+        held["rest"] = (offsets - offsets.to(torch.bfloat16)).to(torch.bfloat16)
     group = _op_group(weight.group_size, weight.shape[1])
     assert group is not None
-    repeats = weight.shape[1] // group // len(scales)
-    held["table"] = table.repeat_interleave(repeats, dim=0).to(torch.bfloat16).contiguous()
-    if weight.scale_dtype != torch.bfloat16 or repeats > 1:
-        held["scales"] = scales.to(weight.scale_dtype).contiguous()
+    table = torch.stack((scales, offsets), dim=-1).to(torch.bfloat16)
+    held["table"] = table.repeat_interleave(weight.shape[1] // group // len(scales), dim=0)
     return held
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     out = form.shape[0]
     codes = _codes(held["tiles"]).transpose(1, 2).flatten(0, 1)
-    zeros = held["zeros"].T[:out].contiguous() if "zeros" in held else None
+    scales, zeros = _scales_and_zeros(held, form)
     return QuantizedWeight(
         codes[:out].contiguous(),
-        _scales(held).float().T[:out].contiguous(),
-        zeros,
+        scales.float().T[:out].contiguous(),
+        zeros.T[:out].contiguous() if isinstance(zeros, Tensor) else None,
         form.bits,
         form.group_size,
         form.scale_dtype,
@@ -75,7 +74,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
-    few = inputs.dtype == torch.bfloat16 and len(inputs) <= _op_tokens()
+    few = inputs.dtype == torch.bfloat16 and 0 < len(inputs) <= _op_tokens()
     outputs = _op_matmul(inputs, held) if few else _tile_matmul(inputs, held, form)
     return add_bias(outputs[:, : form.shape[0]], bias)
 
@@ -84,32 +83,42 @@ def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
     tiles, table = held["tiles"], held["table"]
     group = inputs.shape[1] // len(table)
     packed = tiles.view(table.shape[1], -1)
-    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        inputs.contiguous(), packed, group, table.to(inputs.dtype)
-    )
+    product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs.contiguous(), packed, group, table)
+    if "rest" in held:
+        totals = inputs.reshape(len(inputs), len(held["rest"]), -1).sum(2, dtype=torch.float32)
+        product = product.addmm(totals.to(product.dtype), held["rest"])
     return product
 
 
 def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     values = inputs.to(product_dtype(inputs))
-    tiles, scales = held["tiles"], _by_tile(_scales(held)).to(values.dtype)
-    zeros = _by_tile(held["zeros"]).view(torch.int8) if "zeros" in held else mid_code(form.bits)
-    columns, groups, width = tiles.shape[1], scales.shape[1], _width()
+    scales, zeros = _scales_and_zeros(held, form)
+    scales = _by_tile(scales).to(torch.promote_types(scales.dtype, values.dtype))
+    subtracted = _by_tile(zeros).view(torch.int8) if isinstance(zeros, Tensor) else zeros
+    tiles, groups, width = held["tiles"], scales.shape[1], _width()
+    columns = tiles.shape[1]
     outputs = inputs.new_empty(len(inputs), len(tiles) * width)
     at_once = max(1, VALUES_AT_ONCE // (columns * width))
     for start in range(0, len(tiles), at_once):
         part = slice(start, start + at_once)
         codes = _codes(tiles[part]).view(torch.int8).view(-1, groups, columns // groups, width)
-        codes -= zeros[part] if isinstance(zeros, Tensor) else zeros
+        codes -= subtracted[part] if isinstance(subtracted, Tensor) else subtracted
         weights = values.new_empty(columns, len(codes) * width)
         weights.view(groups, -1, len(codes), width).permute(2, 0, 1, 3).copy_(codes).mul_(scales[part])
         outputs[:, start * width : start * width + weights.shape[1]] = values @ weights
     return outputs
 
 
-def _scales(held: dict[str, Tensor]) -> Tensor:
-    """(groups, rows)."""
-    return held["scales"] if "scales" in held else held["table"][..., 0]
+def _scales_and_zeros(held: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor | int]:
+    """(groups, rows) each, bfloat16 and uint8, or the one zero of a symmetric weight."""
+    table = held["table"]
+    groups = -(-form.shape[1] // form.group_size)
+    scales, offsets = table[:: len(table) // groups].unbind(-1)
+    if form.symmetric:
+        return scales, mid_code(form.bits)
+    # An offset is rounded by less than a thirtieth of a scale; where rows are padded, both are 0.
+    steps = offsets.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+    return scales, (8 - steps.round()).to(torch.uint8)
 
 
 def _by_tile(values: Tensor) -> Tensor:

@@ -16,10 +16,9 @@ from vlmquant.kernels.reference import activation_codes, add_bias
 PROBE_SHAPE = (1024, 1024)
 """Outputs and inputs of the probe weight."""
 PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-OP_COLUMNS = 32
-"""torch 2.13's mixed product reads past the end of rows whose length is no multiple of 16 (wrong results, crashes)."""
-INTEGER_COLUMNS = 4
-"""torch 2.13's integer product is wrong for rows of a single column; int8 instructions take four at a time."""
+COLUMN_MULTIPLE = 32
+"""Columns are padded to a multiple of this: torch 2.13's mixed product reads past the end of rows of other lengths
+(wrong results, crashes), and its integer product is wrong for rows of a single column."""
 MANY_TOKENS = 64
 """Tokens of the probe that chooses between the integer and the float product of int8 inputs: an image has hundreds."""
 
@@ -29,12 +28,17 @@ def fits(form: Form, place: Place) -> bool:
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """codes (out, in) int8, centred on zero; scales (out,) float32."""
-    return {"codes": (weight.codes ^ mid_code(8)).view(torch.int8), "scales": weight.scales.flatten()}
+    """codes (out, padded in) int8, centred on zero; scales (out,) float32."""
+    return {"codes": _pad((weight.codes ^ mid_code(8)).view(torch.int8)), "scales": weight.scales.flatten()}
+
+
+def _pad(values: Tensor) -> Tensor:
+    """(n, in) -> (n, padded in), with zeros."""
+    return nn.functional.pad(values, (0, -values.shape[1] % COLUMN_MULTIPLE))
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
-    codes = held["codes"].view(torch.uint8) ^ mid_code(8)
+    codes = held["codes"][:, : form.shape[1]].contiguous().view(torch.uint8) ^ mid_code(8)
     return QuantizedWeight(codes, held["scales"].float()[:, None], None, 8, form.group_size, form.scale_dtype)
 
 
@@ -42,22 +46,20 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     """inputs (tokens, in) -> (tokens, out), same dtype; bias is added before outputs are rounded to it."""
     codes, scales = held["codes"], held["scales"].float()
     if form.dynamic_int8:
-        product = _rounded_product(inputs, codes).mul_(scales)
-    elif _op_fits(inputs) and len(inputs) <= _op_tokens():
-        product = _op_matmul(inputs, codes, scales)
+        rounded, input_scales = activation_codes(inputs)
+        product = _rounded_product(_pad(rounded), codes).mul_(input_scales).mul_(scales)
+    elif _op_fits(inputs, form) and len(inputs) <= _op_tokens():
+        product = _op_matmul(_pad(inputs), codes, scales)
     else:
-        product = _float_product(inputs, codes).float().mul_(scales)
+        product = _float_product(_pad(inputs), codes).float().mul_(scales)
     return add_bias(product, bias).to(inputs.dtype)
 
 
-def _rounded_product(inputs: Tensor, codes: Tensor) -> Tensor:
-    """inputs (tokens, in), rounded to int8 per token, times codes (out, in) int8 -> (tokens, out) float32."""
-    rounded, input_scales = activation_codes(inputs)
-    if _integers_fit(inputs) and _integers_win(inputs.dtype):
-        product = torch._int_mm(rounded, codes.T).float()
-    else:
-        product = _float_product(rounded.to(inputs.dtype), codes).float()
-    return product.mul_(input_scales)
+def _rounded_product(rounded: Tensor, codes: Tensor) -> Tensor:
+    """rounded (tokens, padded in) times codes (out, padded in), both int8 -> (tokens, out) float32."""
+    if rounded.device.type == "cpu" and _integers_win():
+        return torch._int_mm(rounded, codes.T).float()
+    return _float_product(rounded.float(), codes)
 
 
 def _float_product(inputs: Tensor, codes: Tensor) -> Tensor:
@@ -76,12 +78,9 @@ def _op_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return product
 
 
-def _op_fits(inputs: Tensor) -> bool:
-    return inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu" and inputs.shape[1] % OP_COLUMNS == 0
-
-
-def _integers_fit(inputs: Tensor) -> bool:
-    return inputs.device.type == "cpu" and inputs.shape[1] % INTEGER_COLUMNS == 0
+def _op_fits(inputs: Tensor, form: Form) -> bool:
+    """On a CPU, for bfloat16; other scales it would round."""
+    return inputs.dtype == form.scale_dtype == torch.bfloat16 and inputs.device.type == "cpu"
 
 
 @measured
@@ -100,7 +99,7 @@ def _op_tokens() -> int:
 
 
 @measured
-def _integers_win(dtype: torch.dtype) -> bool:
-    """Whether the integer product is faster than that of floats in `dtype`."""
+def _integers_win() -> bool:
+    """Whether the integer product is faster than that of float32."""
     codes, rounded = (torch.ones(rows, PROBE_SHAPE[1], dtype=torch.int8) for rows in (PROBE_SHAPE[0], MANY_TOKENS))
-    return seconds(lambda: torch._int_mm(rounded, codes.T)) < seconds(lambda: _float_product(rounded.to(dtype), codes))
+    return seconds(lambda: torch._int_mm(rounded, codes.T)) < seconds(lambda: _float_product(rounded.float(), codes))

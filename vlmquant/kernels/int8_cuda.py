@@ -28,15 +28,18 @@ def prepare(held: dict[str, Tensor], form: Form, place: Place) -> None:
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
-    return int8.release(_unpadded(held, form), form)
+    return int8.release(_as_int8(held, form), form)
 
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype; bias and activation come before outputs are rounded to it."""
     if form.dynamic_int8:
         return w8_linear(inputs, held["codes"], held["scales"].float(), bias, activation=form.activation)
-    return int8.matmul(inputs, _unpadded(held, form), form, bias)
+    return int8.matmul(inputs, _as_int8(held, form), form, bias)
 
 
-def _unpadded(held: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
-    return {"codes": unpack_w8(held["codes"], *form.shape), "scales": held["scales"]}
+def _as_int8(held: dict[str, Tensor], form: Form) -> dict[str, Tensor]:
+    """What int8 holds of the same weight."""
+    rows, columns = form.shape
+    columns += -columns % int8.COLUMN_MULTIPLE
+    return {"codes": unpack_w8(held["codes"], rows, columns), "scales": held["scales"]}
