@@ -32,7 +32,7 @@ needs_nvrtc = pytest.mark.skipif(_missing() is not None, reason=f"no NVRTC here:
 FAMILIES = sorted({entry.family for entry in ENTRIES.values()})
 ARCHS = [*build.EXACT_ARCHS.values(), build.PTX_ARCH]
 
-BLOCKS_PER_SM = {"skinny_hopper": 2, "w8_gemm": 2}
+BLOCKS_PER_SM = {"skinny_hopper": 2, "skinny_wide_hopper": 2, "w8_gemm": 2}
 """Blocks that must fit an SM; one for the other families."""
 SM_REGISTERS = 65536
 
@@ -41,6 +41,7 @@ OPCODES = {
     "gemm": ("HMMA", "LDSM", "LDGSTS"),
     "dequantize": ("LDG", "STG"),
     "skinny_hopper": ("HMMA", "LDSM", "UBLKCP", "UTMALDG", "ACQBULK", "SYNCS"),
+    "skinny_wide_hopper": ("HMMA", "LDSM", "UBLKCP", "UTMALDG", "ACQBULK", "SYNCS"),
     "gemm_hopper": ("HGMMA", "UBLKCP", "UTMALDG", "ACQBULK", "SYNCS", "USETMAXREG"),
     "quantize_rows": ("LDG", "STG"),
     "w8_gemm": ("IMMA", "LDSM", "LDGSTS"),
