@@ -1,5 +1,6 @@
 """The W4 kernels, run by the emulator from their CUDA sources, against float64."""
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -147,3 +148,14 @@ def test_every_number_of_tokens(tokens: int, all_kernels: dict[str, Emulator]) -
         ways += [How("skinny_wide_hopper", 1 + tokens % 9, stages=2 + tokens % 4)]
     for how in ways:
         check(all_kernels, problem, how, seeds=(tokens,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [17, 23, 24, 25, 31, 32, 33, 39, 40, 41, 47, 48])
+def test_skinny_wide_hopper_near_the_borders_of_its_tiles(tokens: int, all_kernels: dict[str, Emulator]) -> None:
+    """Every kind of group, row tiles and units that are not whole, and blocks from one to more than there is work."""
+    kinds = itertools.product((32, 64, 128, 0), (True, False), ("f16", "bf16"))
+    for number, (group_size, symmetric, dtype) in enumerate(kinds):
+        problem = Problem(tokens, (320, 130)[number % 2], (576, 1088)[number // 2 % 2], group_size, symmetric, dtype)
+        how = How("skinny_wide_hopper", blocks=(1, 2, 3, 5, 8, 20)[number % 6], stages=(2, 3, 4, 9)[number // 4])
+        check(all_kernels, problem, how)

@@ -47,10 +47,7 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "skinny_hopper": RING,
     "skinny_wide_hopper": RING,
     "gemm": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *SHAPE),
-    "gemm_hopper": (
-        *(("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE),
-        *(("stages", "int"), ("sweep_tiles", "int")),
-    ),
+    "gemm_hopper": (*RING, ("sweep_tiles", "int")),
     "dequantize": (*WEIGHT, ("dense", "pointer"), *SHAPE[1:], ("first_strip", "int")),
     "quantize_rows": (
         *(("inputs", "pointer"), ("codes", "pointer"), ("scales", "pointer")),

@@ -7,8 +7,9 @@
 //     take turns, one for each unit. A refill waits only for units before u, and those for earlier refills, so two
 //     stages are enough to go on.
 //   * Inputs are loaded one step (32 columns) ahead of their products.
-//   * SUM_GROUPS: a group's scale multiplies its float32 sums, which are then fewer than the group's weights in this
-//     lane. Otherwise it multiplies the weights (rounding them).
+//   * SUM_GROUPS: a group's scale multiplies its float32 sums, which takes fewer instructions and rounds no weight.
+//     Above 32 tokens there are too few registers for that, and groups below 128 have too many sums: then it multiplies
+//     the weights.
 #include "persistent.cuh"
 #include "vq4.cuh"
 namespace vq {
@@ -25,7 +26,7 @@ VQ_DEVICE void skinny_wide_hopper(const VqTensorMap* input_map, const uint4* __r
   constexpr int UNIT_GROUPS = 128 / GROUP;            // groups of a unit (at least a part of one)
   constexpr int FRAGMENTS = 2 * TOKEN_TILES;          // of 4 sums, in a lane
   constexpr bool SUM_GROUPS = GROUP == 128 && TOKEN_TILES <= 4;
-  constexpr bool TIGHT = TOKEN_TILES == 6;            // ptxas spills if it may begin a step before the last has ended
+  constexpr bool TIGHT = TOKEN_TILES == 6 && ASYMMETRIC;  // ptxas would spill if it began a step early
   VQ_SHARED_MEMORY(shared_start);
   unsigned char* shared = VQ_ALIGN_1024(shared_start);
   uint64_t* full = (uint64_t*)shared;                 // [32]: the stage's copies have landed
