@@ -121,7 +121,7 @@ def test_cases_of_a_gpu_are_right_in_the_emulator(script: ModuleType, monkeypatc
     fake, _ = emulate(monkeypatch, HOPPER)
     place = SimpleNamespace(type="cuda", index=0)
     cases = chosen_cases(script)
-    assert len(cases) == 5
+    assert len(cases) == 6
     for case in cases:
         numbers = (case.rows, case.columns, case.group_size, case.symmetric, case.dtype)
         weight = script.random_weight(*numbers, torch.device("cpu"))

@@ -236,6 +236,18 @@ def cases() -> Iterator[Case]:
     for problem in small:
         for choice in (None, skinny, ring, double):
             yield Case(*problem, choice)
+    wide = [
+        (17, 192, 1088, 64, True, "bf16"),
+        (29, 4096, 4096, 128, True, "bf16"),
+        (32, 256, 1024, 128, False, "f16"),
+        (33, 320, 640, 640, True, "f16"),
+        (40, 200, 1024, 32, False, "bf16"),
+        (48, 28672, 8192, 128, True, "bf16"),
+        (47, 4096, 14336, 64, False, "f16"),
+    ]
+    for problem in wide:
+        for blocks in (1, 2):
+            yield Case(*problem, Choice("skinny_wide_hopper", blocks, 110))
     for choice in (None, Choice("gemm")):
         yield Case(64, 256, 512, 128, True, "f16", choice)
         yield Case(50, 256, 512, 64, True, "bf16", choice)

@@ -30,6 +30,7 @@
 
 #define VQ_DEVICE inline __attribute__((always_inline))
 #define VQ_UNROLL
+#define VQ_UNROLL_NOT
 #define VQ_KERNEL(threads) extern "C" void
 #define VQ_KERNEL_RESIDENT(threads, blocks) extern "C" void
 #define VQ_KERNEL_PAIRS(threads, blocks) extern "C" void

@@ -120,6 +120,7 @@ def entry_of(problem: Problem, how: How) -> Entry:
     middle = {
         "skinny": f"_m{1 if tiles == 1 else 2 if tiles == 2 else 4}_g{kind}",
         "skinny_hopper": f"_m{tiles}_g{kind}",
+        "skinny_wide_hopper": f"_m{tiles}_g{kind}",
         "gemm": f"_m64{'_g32' if kind == 32 else ''}",
         "gemm_hopper": f"_n{how.token_tile}_c{how.warpgroups}{'_g32' if kind == 32 else ''}",
         "dequantize": "",

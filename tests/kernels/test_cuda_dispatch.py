@@ -8,7 +8,7 @@ import pytest
 
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build, dispatch
-from vlmquant.kernels.cuda.catalog import ENTRIES, shared_bytes
+from vlmquant.kernels.cuda.catalog import ENTRIES, SKINNY_WIDE_TOKENS, shared_bytes
 from vlmquant.kernels.cuda.dispatch import Choice, Gpu, Plan, Problem, choose, even_grid, plan, split_count
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", "sm_90a", 132, 227 << 10)
@@ -96,6 +96,36 @@ def test_h100_runs_what_was_measured_there(row: dict) -> None:
     assert found.stages == (row["ring_kib"] * 1024 - 2048) // stage
     assert found.shared_bytes == 2048 + found.stages * stage
     assert entry.archs == ("sm_90a",)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tiles", "blocks", "ring_kib", "stages"),
+    [
+        (17, 3, 1, 226, 9),
+        (24, 3, 2, 110, 4),
+        (32, 4, 2, 110, 4),
+        (40, 5, 2, 110, 4),
+        (41, 6, 2, 110, 3),
+        (48, 6, 1, 226, 7),
+    ],
+)
+def test_skinny_wide_hopper_is_planned(tokens: int, tiles: int, blocks: int, ring_kib: int, stages: int) -> None:
+    """A stage holds 2 KiB of inputs for a tile of 8 tokens, 16 KiB of codes and 512 bytes of scales, in whole KiB."""
+    choice = Choice("skinny_wide_hopper", blocks_per_sm=blocks, ring_kib=ring_kib)
+    found = plan(Problem(tokens, 28672, 8192, 128, True, "bf16"), H100, choice)
+    assert isinstance(found, Plan)
+    assert (found.kernel, found.entry) == ("skinny_wide_hopper", f"w4_skinny_wide_hopper_bf16_m{tiles}_g128")
+    assert (found.grid, found.threads, found.dependent) == ((132 * blocks, 1), 256, True)
+    assert (found.token_box, found.stages) == (8 * tiles, stages)
+    assert found.shared_bytes == 2048 + stages * (2 * tiles + 16 + 1) * 1024
+    assert blocks * (found.shared_bytes + 1024) <= 228 << 10  # of an SM, which keeps 1 KiB for each block
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 49])
+def test_skinny_wide_hopper_takes_17_to_48_tokens(tokens: int) -> None:
+    assert tokens not in SKINNY_WIDE_TOKENS
+    found = plan(Problem(tokens, 28672, 8192, 128, True, "bf16"), H100, Choice("skinny_wide_hopper"))
+    assert found == f"there is no w4_skinny_wide_hopper_bf16_m{-(-tokens // 8)}_g128"
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ CHOICES = [
     Choice("dequantize"),
     Choice("skinny_hopper", ring_kib=110),
     Choice("skinny_hopper", blocks_per_sm=2, ring_kib=76),
+    Choice("skinny_wide_hopper", blocks_per_sm=2, ring_kib=110),
     Choice("gemm_hopper", tile_tokens=64, warpgroups=4),
     Choice("gemm_hopper", tile_tokens=256, warpgroups=2, grid="even"),
 ]

@@ -11,7 +11,7 @@ pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
 from tests.kernels.fake_cuda import A100, H100, FakeDriver, install
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build, dispatch, launch, timing, tune
-from vlmquant.kernels.cuda.catalog import ENTRIES
+from vlmquant.kernels.cuda.catalog import ENTRIES, SKINNY_WIDE_TOKENS
 from vlmquant.kernels.cuda.dispatch import Choice, Gpu, Plan, Problem, plan
 from vlmquant.kernels.cuda.timing import Chain, Timing
 
@@ -68,6 +68,14 @@ def test_the_tables_own_choice_is_among_the_candidates(gpu: Gpu, shape: tuple[in
     plans = [plan(problem, gpu, choice, why=present.why) for choice in tune.candidates(problem, gpu)]
     assert present in plans
     assert all(isinstance(one, Plan) for one in plans)
+
+
+@pytest.mark.parametrize("tokens", range(1, 65))
+def test_skinny_wide_hopper_is_a_candidate_for_what_it_takes(tokens: int) -> None:
+    problem = Problem(tokens, 28672, 8192, 128, True, "bf16")
+    tried = [choice for choice in tune.candidates(problem, H100) if choice.kernel == "skinny_wide_hopper"]
+    assert {choice.blocks_per_sm for choice in tried} == ({1, 2} if tokens in SKINNY_WIDE_TOKENS else set())
+    assert not any(choice.kernel == "skinny_wide_hopper" for choice in tune.candidates(problem, A100))
 
 
 def test_a_tie_stays_with_the_table() -> None:

@@ -1,5 +1,6 @@
 """The W4 kernels, run by the emulator from their CUDA sources, against float64."""
 
+import itertools
 from collections.abc import Iterable
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tests import emulator
 from tests.emulator import Emulator
 from tests.kernels.emulated import How, Problem, data_of, entry_of, largest_error, run
-from vlmquant.kernels.cuda.catalog import ENTRIES, SKINNY_TOKENS, Entry
+from vlmquant.kernels.cuda.catalog import ENTRIES, SKINNY_TOKENS, SKINNY_WIDE_TOKENS, Entry
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
 
@@ -38,6 +39,17 @@ SKINNY_HOPPER = [
     (Problem(8, 130, 192, 64), How("skinny_hopper", blocks=20)),  # more blocks than units of work
     (Problem(29, 256, 576, 32, dtype="f16"), How("skinny_hopper", blocks=2, stages=2)),
 ]
+SKINNY_WIDE_HOPPER = [
+    (Problem(17, 256, 1024), How("skinny_wide_hopper", blocks=1, stages=4)),
+    (Problem(24, 192, 1088, 64), How("skinny_wide_hopper", blocks=3)),
+    (Problem(25, 70, 500, 32, symmetric=False, dtype="f16"), How("skinny_wide_hopper", blocks=3, stages=2)),
+    (Problem(32, 320, 1000, 128, symmetric=False), How("skinny_wide_hopper", blocks=7, stages=2)),
+    (Problem(33, 300, 640, 0, dtype="f16"), How("skinny_wide_hopper", blocks=4)),
+    (Problem(40, 256, 576, 64, symmetric=False, bits=3), How("skinny_wide_hopper", blocks=2, stages=5)),
+    (Problem(41, 128, 1600, 32), How("skinny_wide_hopper", blocks=1, stages=9)),  # more stages than warps
+    (Problem(48, 576, 1152, 128), How("skinny_wide_hopper", blocks=5)),
+    (Problem(48, 130, 192, 64, dtype="f16"), How("skinny_wide_hopper", blocks=20)),  # more blocks than units of work
+]
 GEMM = [
     (Problem(50, 256, 512, 64), How("gemm")),
     (Problem(130, 200, 500, 128, symmetric=False, dtype="f16"), How("gemm")),
@@ -60,7 +72,7 @@ DEQUANTIZE = [
     (Problem(3, 70, 130, 128, symmetric=False, dtype="f16"), How("dequantize")),
     (Problem(3, 65, 200, 0), How("dequantize")),
 ]
-CASES = SKINNY + SKINNY_HOPPER + GEMM + GEMM_HOPPER + DEQUANTIZE
+CASES = SKINNY + SKINNY_HOPPER + SKINNY_WIDE_HOPPER + GEMM + GEMM_HOPPER + DEQUANTIZE
 
 
 def load_all(entries: Iterable[Entry]) -> dict[str, Emulator]:
@@ -111,7 +123,11 @@ def test_every_kernel(name: str, all_kernels: dict[str, Emulator]) -> None:
     """At the fewest and the most tokens of a tile, and one more where several tiles are allowed."""
     entry = ENTRIES[name]
     most = entry.token_tile or 3
-    fewest = {"skinny_hopper": most - 7, "skinny": most // 2 + 1 if most > 8 else 1}.get(entry.family, 1)
+    fewest = {
+        "skinny_hopper": most - 7,
+        "skinny_wide_hopper": most - 7,
+        "skinny": most // 2 + 1 if most > 8 else 1,
+    }.get(entry.family, 1)
     counts = {fewest, most} if "skinny" in entry.family or entry.family == "dequantize" else {1, most, most + 1}
     for group_size in entry.groups:
         for tokens in sorted(counts):
@@ -128,5 +144,18 @@ def test_every_number_of_tokens(tokens: int, all_kernels: dict[str, Emulator]) -
     ways = [How("gemm"), How("gemm_hopper", blocks=5, token_tile=64)]
     if tokens <= SKINNY_TOKENS:
         ways += [How("skinny", blocks=1 + tokens % 4), How("skinny_hopper", blocks=1 + tokens % 9)]
+    if tokens in SKINNY_WIDE_TOKENS:
+        ways += [How("skinny_wide_hopper", 1 + tokens % 9, stages=2 + tokens % 4)]
     for how in ways:
         check(all_kernels, problem, how, seeds=(tokens,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [17, 23, 24, 25, 31, 32, 33, 39, 40, 41, 47, 48])
+def test_skinny_wide_hopper_near_the_borders_of_its_tiles(tokens: int, all_kernels: dict[str, Emulator]) -> None:
+    """Every kind of group, row tiles and units that are not whole, and blocks from one to more than there is work."""
+    kinds = itertools.product((32, 64, 128, 0), (True, False), ("f16", "bf16"))
+    for number, (group_size, symmetric, dtype) in enumerate(kinds):
+        problem = Problem(tokens, (320, 130)[number % 2], (576, 1088)[number // 2 % 2], group_size, symmetric, dtype)
+        how = How("skinny_wide_hopper", blocks=(1, 2, 3, 5, 8, 20)[number % 6], stages=(2, 3, 4, 9)[number // 4])
+        check(all_kernels, problem, how)

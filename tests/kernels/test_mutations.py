@@ -13,12 +13,13 @@ pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_
 
 SKINNY = (Problem(3, 128, 1024, 128), How("skinny", blocks=3))
 SKINNY_HOPPER = (Problem(3, 256, 1024, 128), How("skinny_hopper", blocks=3, stages=2))
+SKINNY_WIDE_HOPPER = (Problem(20, 512, 1024, 128), How("skinny_wide_hopper", blocks=3, stages=2))
 GEMM = (Problem(50, 128, 512, 64), How("gemm"))
 GEMM_HOPPER = (Problem(60, 128, 640, 128), How("gemm_hopper", blocks=2, stages=2, token_tile=64))
 DEQUANTIZE = (Problem(3, 64, 192, 64), How("dequantize"))
 MANY_SUMS = (Problem(8, 1024, 1024, 128, dtype="f16"), How("skinny", blocks=8))
 """So many that adding floats in another order changes a bit of some of them."""
-USED = [SKINNY, MANY_SUMS, SKINNY_HOPPER, GEMM, GEMM_HOPPER, DEQUANTIZE]
+USED = [SKINNY, MANY_SUMS, SKINNY_HOPPER, SKINNY_WIDE_HOPPER, GEMM, GEMM_HOPPER, DEQUANTIZE]
 
 WRONG = "wrong"
 # What the bug is: the source and the change; the kernel that runs; and a pattern of what is seen.
@@ -115,6 +116,56 @@ MUTATIONS = {
         Change("skinny_hopper.cu", "bias_top = T::is_bf16 ? 0xc308c308u", "bias_top = T::is_bf16 ? 0xc307c307u"),
         *(SKINNY_HOPPER, WRONG),
     ),
+    "skinny_wide_hopper: a stage is refilled while other warps read it": (
+        Change("skinny_wide_hopper.cu", "mbarrier_wait(empty + before, stage == 0 ? phase ^ 1 : phase);", ""),
+        *(SKINNY_WIDE_HOPPER, "more arrivals than the mbarrier was initialised for|wrong"),
+    ),
+    "skinny_wide_hopper: the phase before is waited for": (
+        Change("skinny_wide_hopper.cu", "stage == 0 ? phase ^ 1 : phase", "stage == 0 ? phase : phase ^ 1"),
+        *(SKINNY_WIDE_HOPPER, "more arrivals than the mbarrier was initialised for|wrong"),
+    ),
+    "skinny_wide_hopper: the stage of this unit is refilled, not that of the one before": (
+        Change("skinny_wide_hopper.cu", "(next, before)", "(next, stage)"),
+        *(SKINNY_WIDE_HOPPER, r"deadlock; .* at mbarrier_wait \(skinny_wide_hopper.cu"),
+    ),
+    "skinny_wide_hopper: a refill before any stage was left": (
+        Change("skinny_wide_hopper.cu", "u > first_unit && next", "next"),
+        *(SKINNY_WIDE_HOPPER, "bulk copies under way"),
+    ),
+    "skinny_wide_hopper: every warp refills": (
+        Change("skinny_wide_hopper.cu", " && u % WARPS == warp", ""),
+        *(SKINNY_WIDE_HOPPER, "more arrivals than the mbarrier was initialised for"),
+    ),
+    "skinny_wide_hopper: one warp never refills": (
+        Change("skinny_wide_hopper.cu", "u % WARPS == warp", "u % WARPS == warp && warp != 5"),
+        *(SKINNY_WIDE_HOPPER, r"deadlock; .* at mbarrier_wait \(skinny_wide_hopper.cu"),
+    ),
+    "skinny_wide_hopper: one warp gives no stage back": (
+        Change(
+            "skinny_wide_hopper.cu", "if (lane == 0) mbarrier_arrive", "if (lane == 0 && warp != 5) mbarrier_arrive"
+        ),
+        *(SKINNY_WIDE_HOPPER, r"deadlock; .* at mbarrier_wait \(skinny_wide_hopper.cu"),
+    ),
+    "skinny_wide_hopper: a stage is given back before it is read": (
+        Change(
+            "skinny_wide_hopper.cu",
+            "mbarrier_wait(full + stage, phase);",
+            "mbarrier_wait(full + stage, phase); sync_warp(); if (lane == 0) mbarrier_arrive(empty + stage);",
+        ),
+        *(SKINNY_WIDE_HOPPER, "more arrivals than the mbarrier was initialised for|wrong"),
+    ),
+    "skinny_wide_hopper: inputs of refilled stages are never requested": (
+        Change("skinny_wide_hopper.cu", "request_inputs(next, before);", ""),
+        *(SKINNY_WIDE_HOPPER, r"deadlock; .* at mbarrier_wait \(skinny_wide_hopper.cu"),
+    ),
+    "skinny_wide_hopper: inputs are read before the kernel ahead has ended": (
+        Change("skinny_wide_hopper.cu", "dependency_wait();\n  for", "for"),
+        *(SKINNY_WIDE_HOPPER, r"before dependency_wait.* at tma_load_2d \(skinny_wide_hopper.cu"),
+    ),
+    "skinny_wide_hopper: scales of the two rows are exchanged": (
+        Change("skinny_wide_hopper.cu", "e < 2 ? scale_top : scale_bottom", "e < 2 ? scale_bottom : scale_top"),
+        *(SKINNY_WIDE_HOPPER, WRONG),
+    ),
     "gemm: a stage is read one copy too early": (
         Change("gemm.cu", "cp_async_wait<STAGES - 2>();", "cp_async_wait<STAGES - 1>();"),
         *(GEMM, "copies under way|wrong"),
@@ -172,6 +223,8 @@ QUICK = {
     "skinny: splits are added in the order of arrival",
     "skinny_hopper: the producer overwrites stages in use",
     "skinny_hopper: the owner does not wait for the other blocks",
+    "skinny_wide_hopper: a stage is refilled while other warps read it",
+    "skinny_wide_hopper: the stage of this unit is refilled, not that of the one before",
     "gemm: a stage is read one copy too early",
     "gemm: no swizzle, right but slow",
     "gemm_hopper: registers are reused while wgmma reads them",

@@ -15,7 +15,9 @@ HOPPER = ("sm_90a",)
 """The only architecture with wgmma: its code runs on no later one."""
 DTYPES = ("f16", "bf16")
 SKINNY_TOKENS = 32
-"""Most tokens of the skinny kernels."""
+"""Most tokens of skinny and skinny_hopper."""
+SKINNY_WIDE_TOKENS = range(17, 49)
+"""Tokens that skinny_wide_hopper takes."""
 
 STRIP_ROWS = 64
 """Rows, and columns, of a tile of packed codes (see vlmquant.packing)."""
@@ -29,6 +31,7 @@ RING_STAGES = 32
 WEIGHT = (("codes", "pointer"), ("scales", "pointer"), ("zeros", "pointer"))
 SHAPE = (("tokens", "int"), ("rows", "int"), ("columns", "int"), ("group_size", "int"))
 PARTIAL = (("workspace", "pointer"), ("semaphores", "pointer"))
+RING = (("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE, ("stages", "int"))
 
 ACTIVATIONS = {"": "vq::PLAIN", "gelu": "vq::GELU", "gelu_tanh": "vq::GELU_TANH", "quick_gelu": "vq::QUICK_GELU"}
 """What int8 products may do to their outputs last (nothing, if empty), and its name in int8.cuh."""
@@ -41,12 +44,10 @@ W8_HOPPER_TILES = ((64, False), (128, False), (128, True), (160, True), (192, Tr
 
 ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "skinny": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE),
-    "skinny_hopper": (("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE, ("stages", "int")),
+    "skinny_hopper": RING,
+    "skinny_wide_hopper": RING,
     "gemm": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *SHAPE),
-    "gemm_hopper": (
-        *(("inputs", "tensor_map"), *WEIGHT, ("outputs", "pointer"), *PARTIAL, *SHAPE),
-        *(("stages", "int"), ("sweep_tiles", "int")),
-    ),
+    "gemm_hopper": (*RING, ("sweep_tiles", "int")),
     "dequantize": (*WEIGHT, ("dense", "pointer"), *SHAPE[1:], ("first_strip", "int")),
     "quantize_rows": (
         *(("inputs", "pointer"), ("codes", "pointer"), ("scales", "pointer")),
@@ -136,6 +137,12 @@ def _skinny_hopper(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry
     return Entry(name, "skinny_hopper", instance, HOPPER, dtype, symmetric, 288, 8 * tiles, 256, (group,))
 
 
+def _skinny_wide_hopper(dtype: str, tiles: int, group: int, symmetric: bool) -> Entry:
+    name = f"w4_skinny_wide_hopper_{dtype}_m{tiles}_g{group}{_suffix(symmetric)}"
+    instance = f"VQ_SKINNY_WIDE_HOPPER({name}, vq::{dtype}, {tiles}, {group}, {_flag(not symmetric)})"
+    return Entry(name, "skinny_wide_hopper", instance, HOPPER, dtype, symmetric, 256, 8 * tiles, 256, (group,))
+
+
 def _gemm(dtype: str, group: int, symmetric: bool) -> Entry:
     name = f"w4_gemm_{dtype}_m64{'_g32' if group == 32 else ''}{_suffix(symmetric)}"
     instance = f"VQ_GEMM({name}, vq::{dtype}, {_flag(group == 32)}, {_flag(not symmetric)})"
@@ -185,6 +192,8 @@ def _all() -> Iterable[Entry]:
                     yield _skinny(dtype, tiles, group, symmetric)
                 for tiles in (1, 2, 3, 4):
                     yield _skinny_hopper(dtype, tiles, group, symmetric)
+                for tiles in (3, 4, 5, 6):
+                    yield _skinny_wide_hopper(dtype, tiles, group, symmetric)
             for group in (32, 64):
                 yield _gemm(dtype, group, symmetric)
                 for tokens, warpgroups in ((32, 2), (64, 2), (64, 4), (128, 2), (128, 4), (256, 2)):

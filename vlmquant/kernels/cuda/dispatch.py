@@ -39,7 +39,7 @@ SEMAPHORES = 1 << 17
 MAX_GRID_Y = 65535
 SKINNY_SHARED = 96 << 10
 """Most shared memory of a skinny block: what every architecture has (99 KiB on 8.6, 8.9 and 12.0)."""
-SKINNY_EDGES = (8, 16, 24, 32)
+SKINNY_EDGES = (8, 16, 24, 32, 40, 48)
 """Most tokens of each kind of skinny kernel."""
 SKINNY_BLOCKS_PER_SM = 4
 SKINNY_UNITS = 8
@@ -214,6 +214,7 @@ def _entry_name(problem: Problem, choice: Choice) -> str:
     middle = {
         "skinny": f"m{1 if tiles <= 1 else 2 if tiles == 2 else 4}_g{group}",
         "skinny_hopper": f"m{tiles}_g{group}",
+        "skinny_wide_hopper": f"m{tiles}_g{group}",
         "gemm": f"m64{'_g32' if group == 32 else ''}",
         "gemm_hopper": f"n{choice.tile_tokens}_c{choice.warpgroups}{'_g32' if group == 32 else ''}",
         "dequantize": "",
@@ -251,7 +252,7 @@ def _plan_skinny_hopper(problem: Problem, gpu: Gpu, choice: Choice, entry: Entry
         return f"{grid} blocks exceed the workspace"
     shared = shared_bytes(entry, group_size=problem.group_size, stages=stages)
     return Plan(
-        "skinny_hopper", entry.name, (grid, 1), entry.threads, shared, why, stages, entry.token_tile, dependent=True
+        choice.kernel, entry.name, (grid, 1), entry.threads, shared, why, stages, entry.token_tile, dependent=True
     )
 
 
@@ -295,6 +296,7 @@ def _plan_dequantize(problem: Problem, gpu: Gpu, choice: Choice, entry: Entry, w
 PLANNERS: dict[str, Callable[[Problem, Gpu, Choice, Entry, str], Plan | str]] = {
     "skinny": _plan_skinny,
     "skinny_hopper": _plan_skinny_hopper,
+    "skinny_wide_hopper": _plan_skinny_hopper,
     "gemm": _plan_gemm,
     "gemm_hopper": _plan_gemm_hopper,
     "dequantize": _plan_dequantize,

@@ -45,6 +45,10 @@ def candidates(problem: Problem, gpu: Gpu) -> list[Choice]:
         Choice("skinny_hopper", blocks_per_sm=blocks, ring_kib=ring)
         for blocks, ring in ((1, 76), (1, 110), (2, 76), (2, 110))
     ]
+    chosen += [
+        Choice("skinny_wide_hopper", blocks_per_sm=blocks, ring_kib=ring)
+        for blocks, ring in ((1, 110), (1, 226), (2, 110))
+    ]
     for tokens, warpgroups in TILES:
         if tokens // 2 <= max(problem.tokens, 16) and tokens * 16 >= problem.tokens:
             for grid in ("sms", "even"):

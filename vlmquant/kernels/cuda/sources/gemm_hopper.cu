@@ -119,7 +119,8 @@ VQ_DEVICE void gemm_hopper(const VqTensorMap* input_map, const uint4* __restrict
   dependency_launch();
 
   if (warp >= WARPS) {  // ---- the producer: lane i copies for strip i, and for k-block i of the inputs
-    registers_shrink<24>();
+    // 640 threads start with 96 registers each: 112 for each consumer leave 32 for the others, whom zeros cost a few.
+    registers_shrink<ASYMMETRIC && WARPGROUPS == 4 ? 32 : 24>();
     if (warp == WARPS) {
       const int at_start = work.count < stages ? work.count : stages;  // stages not used yet
       Schedule inputs_work = work;
@@ -262,7 +263,7 @@ VQ_DEVICE void gemm_hopper(const VqTensorMap* input_map, const uint4* __restrict
         } else if (last_sharer != owner) {
           if (lane == 0) semaphore_wait(semaphores + work.tile * WARPS + warp, (uint32_t)(last_sharer - owner));
           sync_warp();
-          for (int c = owner + 1; c <= last_sharer; ++c) {
+          auto add_part = [&](int c) {
             const float4* from = parts + ((size_t)c * WARPS + warp) * (TOKENS / 8 * 32) + lane;
             VQ_UNROLL for (int m = 0; m < TOKENS / 8; ++m) {
               const float4 part = load_from_l2(from + m * 32);
@@ -271,6 +272,11 @@ VQ_DEVICE void gemm_hopper(const VqTensorMap* input_map, const uint4* __restrict
               sums[4 * m + 2] += part.z;
               sums[4 * m + 3] += part.w;
             }
+          };
+          if (ASYMMETRIC && TOKENS == 64) {  // parts of several blocks at once would need registers that are not there
+            VQ_UNROLL_NOT for (int c = owner + 1; c <= last_sharer; ++c) add_part(c);
+          } else {
+            for (int c = owner + 1; c <= last_sharer; ++c) add_part(c);
           }
         }
       }

@@ -18,6 +18,7 @@ typedef unsigned long long uint64_t;
 
 #define VQ_DEVICE __device__ __forceinline__
 #define VQ_UNROLL _Pragma("unroll")
+#define VQ_UNROLL_NOT _Pragma("unroll 1")
 // Dynamic shared memory of the block, as bytes. To NVRTC we promise 1024, the most a kernel needs: VQ_ALIGN_1024 then
 // costs nothing. Without that, NVRTC (unlike nvcc) keeps its 64-bit sums in registers, and hot Hopper kernels spill.
 #ifdef __CUDACC_RTC__

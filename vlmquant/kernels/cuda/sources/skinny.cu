@@ -178,10 +178,19 @@ VQ_DEVICE void skinny(const uint4* __restrict__ codes, const uint32_t* __restric
   }
 }
 
+// Blocks that an SM must hold; 0: no demand. On 8.6 and 8.9 ptxas forces one entry into the 80 registers that a third
+// block leaves, and spills its scales as they arrive, which waits for each load.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+template <class T, int TOKEN_TILES, int GROUP, bool ASYMMETRIC>
+constexpr int SKINNY_BLOCKS = T::is_bf16 && TOKEN_TILES == 1 && GROUP == 128 && !ASYMMETRIC ? 2 : 0;
+#else
+template <class T, int TOKEN_TILES, int GROUP, bool ASYMMETRIC> constexpr int SKINNY_BLOCKS = 0;
+#endif
+
 }  // namespace vq
 
 #define VQ_SKINNY(NAME, T, TOKEN_TILES, GROUP, ASYMMETRIC)                                                          \
-  VQ_KERNEL(256)                                                                                                    \
+  VQ_KERNEL_RESIDENT(256, (vq::SKINNY_BLOCKS<T, TOKEN_TILES, GROUP, ASYMMETRIC>))                                   \
   NAME(const uint4* codes, const uint32_t* scales, const uint8_t* zeros, const uint16_t* inputs, uint16_t* outputs, \
        float* workspace, uint32_t* semaphores, int tokens, int rows, int columns, int group_size) {                 \
     vq::skinny<T, TOKEN_TILES, GROUP, ASYMMETRIC>(codes, scales, zeros, inputs, outputs, workspace, semaphores,     \

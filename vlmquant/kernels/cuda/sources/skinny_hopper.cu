@@ -8,9 +8,9 @@
 //     and each fragment of inputs serves two products. Weights are operand a, tokens the columns of mma_m16n8k16.
 //   * Up to 16 tokens a group's scale multiplies its float32 sum; above, it multiplies the weights (rounding them), for
 //     want of registers.
-//   * BIASED (symmetric, up to 16 tokens): the tensor core multiplies codes as biased numbers (biased_codes), and a
-//     constant matrix of minus the bias of zero 8 by the same inputs; the sum of both has no bias left. That saves
-//     the subtraction for each weight.
+//   * BIASED (symmetric, few tokens, large groups): the tensor core multiplies codes as biased numbers (biased_codes),
+//     and a constant matrix of minus the bias of zero 8 by the same inputs; the sum of both has no bias left. That
+//     saves the subtraction for each weight, and costs an addition for each sum of a group.
 //   * The units of all row tiles, one tile after the other, are cut evenly over the blocks. A tile that several blocks
 //     share is finished by the one that begins it: warp by warp it adds the others' sums in block order, so the bits
 //     are the same every time. Shares are given in reverse order of blockIdx: a block waits only for blocks with a
@@ -18,7 +18,8 @@
 //   * Dependent launch: the ring is filled with weights before the kernel ahead has ended, inputs are requested after.
 //     So the weights must be complete before the kernel AHEAD starts.
 // The 96 registers that two blocks of 288 threads leave to a thread are all in use: after any change look for spills
-// with -Xptxas -v. The symmetric bf16 kernels for groups of 128 must have none (4 to 20 bytes cost 3 to 5 %).
+// with -Xptxas -v. There must be none (4 to 20 bytes cost 3 to 5 %). TIGHT kernels have none because they start a
+// quarter of a unit after the one before, and load the codes of the second half when their turn comes.
 #include "persistent.cuh"
 #include "vq4.cuh"
 namespace vq {
@@ -42,9 +43,11 @@ VQ_DEVICE void skinny_hopper(const VqTensorMap* input_map, const uint4* __restri
                              int stages) {
   constexpr int K_BLOCKS = 2, STRIPS = 4, WARPS = 8;         // of a unit, of a tile, and consumers
   constexpr int INPUT_BYTES = TOKEN_TILES * 1024;            // inputs of a k-block: 8 tokens x 128 bytes for each tile
-  constexpr bool BIASED = !ASYMMETRIC && TOKEN_TILES <= 2;
-  constexpr bool SCALE_WEIGHTS = TOKEN_TILES > 2;
   constexpr int UNIT_GROUPS = 128 / GROUP;                   // groups of a unit (at least a part of one)
+  constexpr bool BIASED = !ASYMMETRIC && TOKEN_TILES * UNIT_GROUPS <= 2;
+  constexpr bool SCALE_WEIGHTS = TOKEN_TILES > 2;
+  constexpr bool TIGHT = (TOKEN_TILES == 2 && (ASYMMETRIC ? GROUP == 32 && T::is_bf16 : GROUP == 64)) ||
+                         (TOKEN_TILES == 4 && GROUP == (ASYMMETRIC ? 128 : 64));
   VQ_SHARED_MEMORY(shared_start);
   unsigned char* shared = VQ_ALIGN_1024(shared_start);
   uint64_t* full = (uint64_t*)shared;                        // [32]: the stage's copies have landed
@@ -157,7 +160,7 @@ VQ_DEVICE void skinny_hopper(const VqTensorMap* input_map, const uint4* __restri
     float group_sums[CHAINS][2][TOKEN_TILES][4], bias_sums[CHAINS][TOKEN_TILES][4];
     uint4 unit_codes[2][2];                              // [k-block][sub-tile]
     uint32_t fragments[1 + AHEAD][TOKEN_TILES][4];
-    VQ_UNROLL for (int b = 0; b < 2; ++b) VQ_UNROLL for (int p = 0; p < 2; ++p) {
+    VQ_UNROLL for (int b = 0; b < (TIGHT ? 1 : 2); ++b) VQ_UNROLL for (int p = 0; p < 2; ++p) {
       unit_codes[b][p] = *(const uint4*)(from + lane_codes + b * TILE_BYTES + p * 512);
     }
     if (AHEAD) {
@@ -177,6 +180,10 @@ VQ_DEVICE void skinny_hopper(const VqTensorMap* input_map, const uint4* __restri
             group_sums[c][0][m][e] = 0.f;
             group_sums[c][1][m][e] = 0.f;
           }
+      }
+      if (TIGHT && quarter > 0) sync_warp();
+      if (TIGHT && quarter == 2) VQ_UNROLL for (int p = 0; p < 2; ++p) {
+        unit_codes[1][p] = *(const uint4*)(from + lane_codes + TILE_BYTES + p * 512);
       }
       const int wanted = AHEAD ? quarter + 1 : quarter, held = AHEAD ? quarter & 1 : 0;
       if (wanted < 4) {
