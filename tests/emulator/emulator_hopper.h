@@ -182,7 +182,7 @@ inline void semaphore_wait(uint32_t* semaphore, uint32_t count, VQ_SITE) {
   emulator::wait_until([&] { return *value == count; }, true);
   *semaphore = 0;
 }
-VQ_DEVICE float4 load_from_l2(const float4* global, VQ_SITE) {
+template <class Vector> VQ_DEVICE Vector load_from_l2(const Vector* global, VQ_SITE) {
   VQ_HERE("load_from_l2");
   emulator::check_inputs_allowed();
   return *global;

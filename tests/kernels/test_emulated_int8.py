@@ -5,8 +5,9 @@ import itertools
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -154,13 +155,23 @@ class Product:
     blocks: int = 2
     stages: int = 3
     sweep_tiles: int = 8
+    split_tiles: int = 0
 
     @property
     def entry(self) -> Entry:
         return ENTRIES[self.name]
 
+    def sharers(self) -> list[int]:
+        """How many blocks, or pairs, have units of each cut tile."""
+        units = -(-self.columns // 128)
+        shares = np.array_split(
+            np.arange(self.split_tiles * units) // units, self.blocks // (2 if self.entry.pair else 1)
+        )
+        return [sum(tile in share for share in shares) for tile in range(self.split_tiles)]
+
     def __str__(self) -> str:
-        return f"{self.name}-{self.tokens}x{self.rows}x{self.columns}"
+        cut = f"-{self.split_tiles}-over-{self.blocks}" if self.split_tiles else ""
+        return f"{self.name}-{self.tokens}x{self.rows}x{self.columns}{cut}"
 
 
 @dataclass(frozen=True)
@@ -208,10 +219,11 @@ def operands_of(product: Product) -> Operands:
 
 
 def multiply(kernel: Emulator, product: Product, seed: int = 0) -> tuple[Tensor, Counters]:
-    """(tokens, rows), from outputs that held NaN."""
-    entry, given = product.entry, operands_of(product)
+    """(tokens, rows), from outputs that held NaN and sums that were anything; the semaphores must be zero after."""
+    entry, given, together = product.entry, operands_of(product), 2 if product.entry.pair else 1
     outputs = guarded(torch.full((product.tokens, product.rows), float("nan"), dtype=DTYPES[entry.dtype]))
-    columns = given.codes.shape[1]
+    sums = guarded(torch.full((product.blocks * 128 * entry.row_tile,), 0x5A5A5A5A, dtype=torch.int32))
+    semaphores = guarded(torch.zeros(max(1, product.split_tiles) * together * 8, dtype=torch.int32))
     arguments: dict[str, Tensor | TensorMap | int | None] = {
         "input_codes": given.input_codes,
         "input_scales": given.input_scales,
@@ -221,17 +233,21 @@ def multiply(kernel: Emulator, product: Product, seed: int = 0) -> tuple[Tensor,
         "outputs": outputs,
         "tokens": product.tokens,
         "rows": product.rows,
-        "columns": columns,
+        "columns": given.codes.shape[1],
         "stages": product.stages,
         "sweep_tiles": product.sweep_tiles,
+        "split_tiles": product.split_tiles,
+        "workspace": sums,
+        "semaphores": semaphores,
     }
     grid: tuple[int, ...] = (-(-product.rows // entry.row_tile), -(-product.tokens // entry.token_tile))
     if entry.family == "w8_gemm_hopper":
         grid = (product.blocks,)
         arguments["input_codes"] = TensorMap(given.input_codes.view(torch.int16), entry.token_tile)
-        arguments["codes"] = TensorMap(given.codes.view(torch.int16), entry.row_tile // (2 if entry.pair else 1))
+        arguments["codes"] = TensorMap(given.codes.view(torch.int16), entry.row_tile // together)
     passed = {name: arguments[name] for name, _ in entry.arguments}
     counters = kernel.launch(product.name, grid, shared_bytes(entry, stages=product.stages), passed, seed=seed)
+    assert not semaphores.any(), "a semaphore is not back at zero"
     return outputs, counters
 
 
@@ -267,6 +283,16 @@ PRODUCTS = [
 ]
 
 
+CUT_PRODUCTS = [
+    Product("w8_gemm_hopper_bf16_n128_gelu", 200, 300, 1000, bias=False, blocks=4, stages=2, split_tiles=6),
+    Product("w8_gemm_hopper_bf16_n128_gelu", 77, 131, 1100, blocks=5, split_tiles=2),
+    Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 257, 77, 700, blocks=6, split_tiles=2),
+    Product("w8_gemm_hopper_bf16_n160_pair", 100, 150, 650, blocks=16, split_tiles=1),
+    Product("w8_gemm_hopper_bf16_n192_pair_gelu_tanh", 300, 400, 300, blocks=4, stages=2, split_tiles=3),
+    Product("w8_gemm_hopper_f16_n256_pair", 130, 520, 500, blocks=4, stages=4, split_tiles=3),
+]
+
+
 @functools.cache
 def kernels_of(names: tuple[str, ...]) -> Emulator:
     return load(ENTRIES[name] for name in names)
@@ -282,6 +308,22 @@ def kernel_for(product: Product) -> Emulator:
 def test_product_is_that_of_integers(product: Product) -> None:
     """Every output within rounding of float64, with the same bits whatever the order of warps and blocks."""
     check(kernel_for(product), product)
+
+
+@pytest.mark.parametrize("product", CUT_PRODUCTS, ids=str)
+def test_cut_tiles_give_the_bits_of_whole_ones(product: Product) -> None:
+    kernel = kernel_for(product)
+    check(kernel, product)
+    whole, _ = multiply(kernel, replace(product, split_tiles=0))
+    assert torch.equal(multiply(kernel, product)[0], whole)
+
+
+def test_tiles_are_cut_in_every_way() -> None:
+    """By none, two, three and more blocks; with whole tiles after them, and with blocks that get nothing."""
+    assert {count for product in CUT_PRODUCTS for count in product.sharers()} >= {1, 2, 3, 6}
+    assert {product.entry.activation for product in CUT_PRODUCTS} == set(ACTIVATIONS)
+    assert {product.entry.dtype for product in CUT_PRODUCTS} == set(DTYPES)
+    assert {product.entry.pair for product in CUT_PRODUCTS} == {True, False}
 
 
 def test_every_activation_is_run() -> None:
@@ -317,12 +359,14 @@ def all_products() -> dict[str, Emulator]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if entry.family.startswith("w8_gemm")])
 def test_every_kernel(name: str) -> None:
-    """Below, at and above a tile, in both directions, with and without bias."""
+    """Below, at and above a tile, in both directions, with and without bias; tiles whole and cut."""
     entry = ENTRIES[name]
     shapes = itertools.product((1, entry.token_tile, entry.token_tile + 1), (entry.row_tile - 8, entry.row_tile + 3))
     for number, (tokens, rows) in enumerate(shapes):
         product = Product(name, tokens, rows, (200, 257)[number % 2], bias=number % 3 > 0, blocks=(2, 4)[number % 2])
         check(all_products()[entry.family], product, seeds=(number,))
+        if entry.family == "w8_gemm_hopper" and entry.row_tile > 64:
+            check(all_products()[entry.family], replace(product, blocks=6, split_tiles=1), seeds=(number,))
 
 
 # ---- Injected bugs ---------------------------------------------------------------------------------------------------
@@ -330,6 +374,8 @@ def test_every_kernel(name: str) -> None:
 GEMM = Product("w8_gemm_bf16_t64_quick_gelu", 65, 256, 640)
 HOPPER = Product("w8_gemm_hopper_bf16_n64", 130, 131, 400, stages=2)
 PAIR = Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 700, stages=2)
+CUT = Product("w8_gemm_hopper_bf16_n128_gelu", 77, 131, 1100, blocks=5, stages=2, split_tiles=2)
+CUT_PAIR = Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 700, blocks=10, stages=2, split_tiles=4)
 QUANTIZE_LONG = "quantize_rows_f16_w8"
 
 # What the bug is: the change, the product (or quantize_rows) that runs, and a pattern of what is seen.
@@ -391,7 +437,7 @@ MUTATIONS: dict[str, tuple[Change, Product | str, str]] = {
         *(GEMM, "wrong"),
     ),
     "hopper: a stage is released while wgmma reads it": (
-        Change("w8_gemm_hopper.cu", "if (unit > 0) release(previous);", "release(stage);"),
+        Change("w8_gemm_hopper.cu", "if (unit > work.unit) release(previous);", "release(stage);"),
         *(HOPPER, "more arrivals than the mbarrier was initialised for|wrong|deadlock"),
     ),
     "hopper: the sums are used before wgmma has ended": (
@@ -436,6 +482,62 @@ MUTATIONS: dict[str, tuple[Change, Product | str, str]] = {
         Change("w8_gemm_hopper.cu", "first_row + rank * SHARE", "first_row"),
         *(PAIR, "wrong"),
     ),
+    "cut: a block does not post its sums": (
+        Change("w8_gemm_hopper.cu", "if (lane == 0) semaphore_post(semaphore);", ""),
+        *(CUT, r"deadlock; .* at semaphore_wait \(w8_gemm_hopper.cu|deadlock: block"),
+    ),
+    "cut: the owner does not wait for the others' sums": (
+        Change("w8_gemm_hopper.cu", "semaphore_wait(semaphore, (uint32_t)(last_sharer - owner));", "*semaphore = 0;"),
+        *(CUT, "wrong|semaphore"),
+    ),
+    "cut: the owner waits for one block too few": (
+        Change("w8_gemm_hopper.cu", "(uint32_t)(last_sharer - owner)", "(uint32_t)(last_sharer - owner - 1)"),
+        *(CUT, "wrong|semaphore|deadlock"),
+    ),
+    "cut: the sums of the last sharer are not added": (
+        Change("w8_gemm_hopper.cu", "c <= last_sharer", "c < last_sharer"),
+        *(CUT, "wrong"),
+    ),
+    "cut: sums are read from another fragment": (
+        Change(
+            "w8_gemm_hopper.cu",
+            "load_from_l2(parts + ((size_t)c * BLOCKS * WARPS * FRAGMENTS + i) * 32)",
+            "load_from_l2(parts + ((size_t)c * BLOCKS * WARPS * FRAGMENTS + (i ^ 1)) * 32)",
+        ),
+        *(CUT, "wrong"),
+    ),
+    "cut: all lanes write to one place": (
+        Change("w8_gemm_hopper.cu", "FRAGMENTS * 32 + lane;", "FRAGMENTS * 32;"),
+        *(CUT, "wrong"),
+    ),
+    "cut: a semaphore is not set back": (
+        Change("emulator_hopper.h", "*semaphore = 0;", ""),
+        *(CUT, "a semaphore is not back at zero"),
+    ),
+    "cut: blocks wait for later ones": (
+        Change("w8_gemm_hopper.cu", "blocks - 1 - (int)blockIdx.x / BLOCKS", "(int)blockIdx.x / BLOCKS"),
+        *(CUT, "deadlock: block 0 waits for a block"),
+    ),
+    "cut: pairs wait for later ones": (
+        Change("w8_gemm_hopper.cu", "blocks - 1 - (int)blockIdx.x / BLOCKS", "(int)blockIdx.x / BLOCKS"),
+        *(CUT_PAIR, "deadlock: block [01] waits for a block"),
+    ),
+    "cut: sums of the tile before stay": (
+        Change("w8_gemm_hopper.cu", "VQ_UNROLL for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0;", ""),
+        *(CUT, "wrong"),
+    ),
+    "cut: the first unit after a cut is left out": (
+        Change("w8_gemm_hopper.cu", "share ? begin - tile * units : 0", "share ? begin - tile * units + 1 : 0"),
+        *(CUT, "wrong|deadlock|more arrivals"),
+    ),
+    "cut: the blocks of a pair write to one place": (
+        Change("w8_gemm_hopper.cu", "(rank * WARPS + warp) * FRAGMENTS", "warp * FRAGMENTS"),
+        *(CUT_PAIR, "wrong"),
+    ),
+    "cut: the blocks of a pair share their semaphores": (
+        Change("w8_gemm_hopper.cu", "(work.tile * BLOCKS + rank) * WARPS", "(work.tile * BLOCKS) * WARPS"),
+        *(CUT_PAIR, "wrong|semaphore|deadlock"),
+    ),
 }
 QUICK = {
     "quantize: the quotient is not corrected",
@@ -443,6 +545,9 @@ QUICK = {
     "epilogue: the scale of another token",
     "hopper: the producer overwrites stages in use",
     "pair: a stage is released to its own producer only",
+    "cut: the owner does not wait for the others' sums",
+    "cut: the sums of the last sharer are not added",
+    "cut: pairs wait for later ones",
 }
 """One of each kind; each costs a compilation, so the others are slow."""
 
@@ -459,7 +564,7 @@ def outcome(subject: Product | str, change: Change | None) -> str:
             right = all(torch.equal(c[:, :3420], codes) and torch.equal(s, scales.flatten()) for c, s in found)
             return "right" if right else "wrong"
         results = [multiply(kernel, subject, seed) for seed in SEEDS]
-    except EmulatorError as error:
+    except (EmulatorError, AssertionError) as error:
         return str(error)
     if any(wrong(outputs, subject) for outputs, _ in results):
         return "wrong"
@@ -467,7 +572,7 @@ def outcome(subject: Product | str, change: Change | None) -> str:
     return f"{conflicts} bank conflicts" if conflicts else "right"
 
 
-@pytest.mark.parametrize("subject", [QUANTIZE_LONG, GEMM, HOPPER, PAIR], ids=str)
+@pytest.mark.parametrize("subject", [QUANTIZE_LONG, GEMM, HOPPER, PAIR, CUT, CUT_PAIR], ids=str)
 def test_unchanged_kernel_is_right(subject: Product | str) -> None:
     assert outcome(subject, None) == "right"
 

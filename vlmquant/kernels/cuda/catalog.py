@@ -58,7 +58,8 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "w8_gemm_hopper": (
         *(("input_codes", "tensor_map"), ("codes", "tensor_map"), ("input_scales", "pointer"), ("scales", "pointer")),
-        *(("bias", "pointer"), ("outputs", "pointer"), *SHAPE[:3], ("stages", "int"), ("sweep_tiles", "int")),
+        *(("bias", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE[:3]),
+        *(("stages", "int"), ("sweep_tiles", "int"), ("split_tiles", "int")),
     ),
 }
 """Name and kind of each argument, in order. A tensor map is the 128 bytes themselves; what each means is said in the

@@ -3,6 +3,7 @@
 Outputs do not depend on the choice: sums are exact integers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmquant.errors import KernelError
@@ -16,7 +17,7 @@ from vlmquant.kernels.cuda.catalog import (
     Entry,
     shared_bytes,
 )
-from vlmquant.kernels.cuda.dispatch import MAX_GRID_Y, SWEEP_TOKENS, Gpu, Plan, runs_on
+from vlmquant.kernels.cuda.dispatch import MAX_GRID_Y, SWEEP_TOKENS, WORKSPACE_FLOATS, Gpu, Plan, runs_on
 
 MULTIPLE = 16
 """Packed columns are a multiple of this."""
@@ -26,16 +27,14 @@ RING_KIB = {1: 226, 2: 110}
 """Shared memory of a block, by the blocks on an SM."""
 FEW_TOKENS = 64
 """Up to here the weight is read once and little is computed: tiles of 128 tokens would be mostly empty."""
-EFFICIENCY = {
-    (64, False): 0.5,
-    (128, False): 0.65,
-    (128, True): 0.8,
-    (160, True): 0.9,
-    (192, True): 0.95,
-    (256, True): 1.0,
-}
-"""Of the tensor cores' rate, by rows of a tile and whether blocks work in pairs: what L2 can feed, see
-benchmarks/gpu/LOG.md."""
+PRODUCT_CLOCKS = 4
+"""Of an SM's tensor cores, for a row of a unit: 128 tokens x 128 columns at 4096 products a clock."""
+OUTPUT_CLOCKS = 7
+"""For a row of a tile: from 128 sums to outputs, by the instructions in the machine code; with an activation twice."""
+L2_BYTES, SM_BYTES = 5000, 64
+"""A clock: what L2 gives to all SMs together, and what one SM takes. Guesses, see benchmarks/gpu/LOG.md."""
+POST_CLOCKS = 1500
+"""From the last store of a block's sums until the block that adds them has its first ones."""
 UNMEASURED = "by arithmetic, not measured"
 COMMON_TOKENS = (1, 33, *range(65, 8193, 64))
 """Numbers of tokens whose kernels are loaded before they are needed."""
@@ -108,26 +107,65 @@ def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
         resident, together = (2 if rows == 64 else 1), (2 if pair else 1)
         tokens = entry.token_tile * together
         tiles = -(-problem.rows // rows) * -(-problem.tokens // tokens)
-        places = resident * gpu.sms // together
-        waves = -(-tiles // places)
         stage = (entry.token_tile + rows) * STAGE_COLUMNS
         stages = min(RING_STAGES, (RING_KIB[resident] * 1024 - 2 * BARRIER_BYTES) // stage)
-        plan = Plan(
-            "w8_gemm_hopper",
-            entry.name,
-            (min(places, tiles) * together, 1),
-            entry.threads,
-            shared_bytes(entry, stages=stages),
-            UNMEASURED,
-            stages,
-            entry.token_tile,
-            max(1, SWEEP_TOKENS // tokens),
-            rows // together,
-            dependent=True,
-        )
-        if plan.shared_bytes <= gpu.shared_bytes:
-            found.append((waves * rows * resident / EFFICIENCY[rows, pair], plan))
-    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+        units, places = -(-problem.columns // STAGE_COLUMNS), resident * gpu.sms // together
+        for blocks, split_tiles in _schedules(tiles, units, places):
+            if split_tiles and (resident > 1 or blocks * together * entry.token_tile * rows > WORKSPACE_FLOATS):
+                continue
+            plan = Plan(
+                "w8_gemm_hopper",
+                entry.name,
+                (blocks * together, 1),
+                entry.threads,
+                shared_bytes(entry, stages=stages),
+                UNMEASURED,
+                stages,
+                entry.token_tile,
+                max(1, SWEEP_TOKENS // tokens),
+                rows // together,
+                split_tiles,
+                dependent=True,
+            )
+            if plan.shared_bytes <= gpu.shared_bytes:
+                found.append((_clocks(problem, gpu, plan, tiles), plan))
+    # Of equals the pairs, which ask less of L2.
+    return [plan for _, plan in sorted(found, key=lambda one: (one[0], one[1].row_box))]
+
+
+def _schedules(tiles: int, units: int, places: int) -> Iterator[tuple[int, int]]:
+    """Blocks (or pairs), and how many tiles are cut evenly over them.
+
+    None, so that tiles come in whole waves; all, into equal parts; or those of the last two waves, the last of which is
+    not full.
+    """
+    yield -(-tiles // -(-tiles // places)), 0
+    for parts in range(2, min(places // tiles, units) + 1):
+        yield parts * tiles, tiles
+    if tiles % places and places <= tiles * units:
+        yield places, tiles if tiles < places else tiles % places + places
+
+
+def _clocks(problem: Int8Problem, gpu: Gpu, plan: Plan, tiles: int) -> float:
+    """How long a launch of w8_gemm_hopper takes from the first stage on.
+
+    A unit takes the longer of its products and its way from L2, where a pair reads the weight once for both. A block
+    that cuts tiles writes the sums of one that it did not begin, and reads those of all the others for one that it did.
+    """
+    entry, (grid, _) = ENTRIES[plan.entry], plan.grid
+    rows, units, blocks = entry.row_tile, -(-problem.columns // STAGE_COLUMNS), grid // (2 if entry.pair else 1)
+    resident = -(-grid // gpu.sms)
+    rate = min(SM_BYTES, L2_BYTES / min(grid, gpu.sms)) / resident
+    unit = max(PRODUCT_CLOCKS * rows * resident, (entry.token_tile + plan.row_box) * STAGE_COLUMNS / rate)
+    finish = OUTPUT_CLOCKS * rows * resident * (2 if problem.activation else 1)
+    whole = -(-(tiles - plan.split_tiles) // blocks) * (units * unit + finish)
+    if not plan.split_tiles:
+        return whole
+    share, more = divmod(plan.split_tiles * units, blocks)
+    even = more == 0 and units % share == 0
+    sharers = units // share if even else (units - 2) // share + 2  # of a tile, at most
+    sums = 4 * entry.token_tile * rows / rate
+    return whole + (share + (more > 0)) * unit + sharers * sums + POST_CLOCKS + -(-plan.split_tiles // blocks) * finish
 
 
 def _ending(problem: Int8Problem) -> str:

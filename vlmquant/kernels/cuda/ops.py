@@ -342,6 +342,7 @@ def _ready_w8(device: launch.Device, problem: Int8Problem, columns: int) -> tupl
             "packed_columns": problem.columns,
             "stages": multiply.stages,
             "sweep_tiles": multiply.sweep_tiles,
+            "split_tiles": multiply.split_tiles,
         }
         first = device.launch(quantize, _taken(quantize, constants | {"columns": columns}))
         return first, device.launch(multiply, _taken(multiply, constants))
@@ -382,6 +383,8 @@ def start_w8(
     if multiply.plan.token_box:  # as pairs of bytes
         values["input_codes"] = device.tensor_map(input_codes.view(torch.int16), multiply.plan.token_box)
         values["codes"] = device.tensor_map(codes.view(torch.int16), multiply.plan.row_box)
+        sums, semaphores = device.workspace(stream)
+        values["workspace"], values["semaphores"] = sums.data_ptr(), semaphores.data_ptr()
     multiply.start(stream, values)
 
 

@@ -108,6 +108,14 @@ VQ_DEVICE float4 load_from_l2(const float4* global) {
                : "memory");
   return value;
 }
+VQ_DEVICE uint4 load_from_l2(const uint4* global) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(global)
+               : "memory");
+  return value;
+}
 
 // ---- Warpgroup (4 warps) matrix product ---------------------------------------------------------------------------
 

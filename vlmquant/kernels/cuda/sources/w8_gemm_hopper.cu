@@ -8,36 +8,72 @@
 //     x 256 rows need 48 bytes of each SM's clock, more than L2 gives. A stage is filled again when the consumers of
 //     both blocks are done with it.
 //   * Dependent launch: the first stages' weights come before the kernel ahead, which makes input_codes, has ended.
-//   * Tiles are whole: sums are exact integers, so the outputs have the same bits whatever the tile.
+//   * The units (stages) of the first `split_tiles` tiles are cut evenly over the blocks; the tiles after them stay whole.
+//     A tile that several blocks share is finished by the one that begins it: warp by warp it adds the others' sums,
+//     which are exact integers, so the outputs have the same bits however the work is cut. The blocks of a pair go
+//     through the same units, each with tokens of its own, and share tiles with blocks of their rank in other pairs.
+//   * Work is given in reverse order of blockIdx: a block waits only for blocks with a LOWER blockIdx, which have been
+//     started before it.
 // As in gemm_hopper.cu no branch may depend on data around wgmma.
-#include "hopper.cuh"
 #include "int8.cuh"
+#include "persistent.cuh"
 namespace vq {
 
-// Where a block stands in its tiles: every `stride`-th, from its first.
-struct TileUnits {
-  int tile, unit, units, stride;
-  VQ_DEVICE void advance() {
-    if (++unit == units) {
-      unit = 0;
-      tile += stride;
-    }
+// The work of a block, or pair: segments of tiles. First come its units of the tiles that are cut, then every
+// `blocks`-th of the whole ones.
+struct Segments {
+  int units, blocks, me, split_tiles;  // units of a tile; tiles that are cut
+  int tile, unit, end;                 // this segment: from this unit of the tile to that one
+  int later;                           // units of cut tiles after this segment
+  Shares shares;                       // of the units of cut tiles
+
+  VQ_DEVICE Segments(int units_, int blocks_, int me_, int split_tiles_) {
+    units = units_;
+    blocks = blocks_;
+    me = me_;
+    split_tiles = split_tiles_;
+    shares.units = split_tiles * units;
+    shares.per_block = shares.units / blocks;
+    shares.remainder = shares.units - shares.per_block * blocks;
+    const int begin = shares.begin(me), share = shares.begin(me + 1) - begin;
+    tile = share ? begin / units : split_tiles + me;
+    unit = share ? begin - tile * units : 0;
+    end = share && unit + share < units ? unit + share : units;
+    later = share ? share - (end - unit) : 0;
   }
+  VQ_DEVICE void next() {
+    tile = later ? tile + 1 : tile < split_tiles ? split_tiles + me : tile + blocks;
+    unit = 0;
+    end = later && later < units ? later : units;
+    later = later > units ? later - units : 0;
+  }
+  VQ_DEVICE void next_unit() {
+    if (++unit == end) next();
+  }
+  // The blocks that begin and end the tile.
+  VQ_DEVICE int first_sharer() const { return tile < split_tiles ? shares.owner(tile * units) : me; }
+  VQ_DEVICE int last_sharer() const { return tile < split_tiles ? shares.owner(tile * units + units - 1) : me; }
 };
 
 // input_map     of the codes [tokens][columns], as pairs of bytes; box 64 pairs x 128 tokens, 128-byte swizzle
-// weight_map    of the codes [rows, rounded up to a multiple of 32][columns], in the order of pack_w8, likewise; box 64 pairs x ROWS rows, or half of them if PAIR
+// weight_map    of the codes [rows, rounded up to a multiple of 32][columns], in the order of pack_w8, likewise;
+//               box 64 pairs x ROWS rows, or half of them if PAIR
 // input_scales, scales, bias, outputs   as in w8_gemm.cu
+// workspace     [blocks][8 consumer warps][ROWS / 8][32 lanes] of four int32: sums for a tile that the block did not begin
+// semaphores    [cut tiles][blocks of a pair][8]: how many such sums are written; zero before and after
 // columns       a multiple of 16
 // stages        of the ring, 2 to 32
 // sweep_tiles   token tiles (of 128, or 256 if PAIR) that share one sweep over the rows, so that they stay in L2
+// split_tiles   tiles that are cut, the first ones; 0 for 64 rows
 // Dynamic shared memory: 2048 + stages * (128 + ROWS) * 128 bytes.
 template <class T, int ROWS, bool PAIR, int ACTIVATION>
 VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* weight_map,
                               const float* __restrict__ input_scales, const float* __restrict__ scales,
-                              const uint16_t* __restrict__ bias, uint16_t* __restrict__ outputs, int tokens, int rows,
-                              int columns, int stages, int sweep_tiles) {
+                              const uint16_t* __restrict__ bias, uint16_t* __restrict__ outputs,
+                              uint4* __restrict__ workspace, uint32_t* __restrict__ semaphores, int tokens, int rows,
+                              int columns, int stages, int sweep_tiles, int split_tiles) {
   constexpr int WARPS = 8, TOKENS = 128, BLOCKS = PAIR ? 2 : 1;  // consumer warps, tokens of a block, blocks that share
+  constexpr bool CUT = ROWS > 64;  // whether tiles may be cut: two blocks on an SM have no registers left for it
   constexpr int INPUT_BYTES = TOKENS * 128, STAGE_BYTES = INPUT_BYTES + ROWS * 128;
   VQ_SHARED_MEMORY(shared_start);
   unsigned char* shared = VQ_ALIGN_1024(shared_start);
@@ -45,7 +81,7 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
   uint64_t* empty = full + 32;         // [32]: all consumer warps, of both blocks if PAIR, are done with the stage
   unsigned char* ring = shared + 1024;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first = blockIdx.x / BLOCKS, rank = blockIdx.x % BLOCKS, stride = gridDim.x / BLOCKS;
+  const int blocks = gridDim.x / BLOCKS, me = blocks - 1 - (int)blockIdx.x / BLOCKS, rank = blockIdx.x % BLOCKS;
   const int units = (columns + 127) / 128, row_tiles = (rows + ROWS - 1) / ROWS;
   const int token_tiles = (tokens + TOKENS * BLOCKS - 1) / (TOKENS * BLOCKS), tiles = row_tiles * token_tiles;
   // Tiles are numbered sweep by sweep, and within one with the token tile as the fast index.
@@ -56,6 +92,7 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
     first_row = row_tile * ROWS;
     first_token = ((sweep * sweep_tiles + in_sweep - row_tile * width) * BLOCKS + rank) * TOKENS;
   };
+  Segments work(units, blocks, me, CUT ? split_tiles : 0);
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
       mbarrier_init(full + i, 1);
@@ -73,7 +110,7 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
   if (warp >= WARPS) {  // ---- the producer
     registers_shrink<24>();
     if (threadIdx.x == WARPS * 32) {
-      auto load_weight = [&](const TileUnits& at, int stage) {
+      auto load_weight = [&](const Segments& at, int stage) {
         int first_row, first_token;
         place(at.tile, first_row, first_token);
         constexpr int SHARE = ROWS / BLOCKS;
@@ -81,16 +118,16 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
         tma_load_weight<BLOCKS>(ring + (size_t)stage * STAGE_BYTES + INPUT_BYTES + rank * SHARE * 128, weight_map,
                                 at.unit * 64, first_row + rank * SHARE, full + stage);
       };
-      auto load_inputs = [&](const TileUnits& at, int stage) {
+      auto load_inputs = [&](const Segments& at, int stage) {
         int first_row, first_token;
         place(at.tile, first_row, first_token);
         tma_load_2d(ring + (size_t)stage * STAGE_BYTES, input_map, at.unit * 64, first_token, full + stage);
       };
-      TileUnits weights_at = {first, 0, units, stride}, inputs_at = weights_at;
-      for (int s = 0; s < stages && weights_at.tile < tiles; ++s, weights_at.advance()) load_weight(weights_at, s);
+      Segments weights_at = work, inputs_at = work;
+      for (int s = 0; s < stages && weights_at.tile < tiles; ++s, weights_at.next_unit()) load_weight(weights_at, s);
       dependency_wait();
-      for (int s = 0; s < stages && inputs_at.tile < tiles; ++s, inputs_at.advance()) load_inputs(inputs_at, s);
-      for (int stage = 0, phase = 0; inputs_at.tile < tiles; inputs_at.advance()) {
+      for (int s = 0; s < stages && inputs_at.tile < tiles; ++s, inputs_at.next_unit()) load_inputs(inputs_at, s);
+      for (int stage = 0, phase = 0; inputs_at.tile < tiles; inputs_at.next_unit()) {
         mbarrier_wait(empty + stage, phase);
         load_weight(inputs_at, stage);
         load_inputs(inputs_at, stage);
@@ -114,9 +151,9 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
     };
     int stage = 0, phase = 0, previous = 0;  // previous: the stage before, which wgmma may still be reading
     int32_t sums[ROWS / 2];
-    for (int tile = first; tile < tiles; tile += stride) {
+    for (; work.tile < tiles; work.next()) {
       VQ_UNROLL for (int i = 0; i < ROWS / 2; ++i) sums[i] = 0;
-      for (int unit = 0; unit < units; ++unit) {
+      for (int unit = work.unit; unit < work.end; ++unit) {
         mbarrier_wait(full + stage, phase);
         unsigned char* from = ring + (size_t)stage * STAGE_BYTES;
         const uint64_t a = matrix_descriptor(from + warpgroup * 64 * 128), b = matrix_descriptor(from + INPUT_BYTES);
@@ -126,7 +163,7 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (unit > 0) release(previous);
+        if (unit > work.unit) release(previous);
         previous = stage;
         if (++stage == stages) {
           stage = 0;
@@ -135,14 +172,44 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
       }
       wgmma_wait<0>();
       release(previous);
-      int first_row, first_token;
-      place(tile, first_row, first_token);
-      const TokenScales token_scales(to, first_token + warp * 16, lane);
-      RowTerms<T> row_terms(to, first_row, lane);
-      VQ_UNROLL for (int group = 0; group < ROWS / 32; ++group) {
-        const RowTerms<T> now = row_terms;  // the next ones are loaded before this group's outputs are made
-        if (group + 1 < ROWS / 32) row_terms = RowTerms<T>(to, first_row + (group + 1) * 32, lane);
-        store_outputs<T, ACTIVATION>(to, token_scales, now, [&](int j, int e) { return sums[group * 16 + j * 4 + e]; });
+      const int owner = CUT ? work.first_sharer() : me, last_sharer = CUT ? work.last_sharer() : me;
+      // Fragment i of block c lies at parts[c * BLOCKS * WARPS * FRAGMENTS * 32 + i * 32].
+      constexpr int FRAGMENTS = ROWS / 8;
+      uint4* parts = workspace + (rank * WARPS + warp) * FRAGMENTS * 32 + lane;
+      uint32_t* semaphore = semaphores + (work.tile * BLOCKS + rank) * WARPS + warp;
+      if (me != owner) {
+        VQ_UNROLL for (int i = 0; i < FRAGMENTS; ++i) {
+          uint4 part;
+          part.x = sums[4 * i];
+          part.y = sums[4 * i + 1];
+          part.z = sums[4 * i + 2];
+          part.w = sums[4 * i + 3];
+          parts[((size_t)me * BLOCKS * WARPS * FRAGMENTS + i) * 32] = part;
+        }
+        sync_warp();
+        if (lane == 0) semaphore_post(semaphore);
+      } else {
+        if (owner != last_sharer) {
+          if (lane == 0) semaphore_wait(semaphore, (uint32_t)(last_sharer - owner));
+          sync_warp();
+          for (int c = owner + 1; c <= last_sharer; ++c) VQ_UNROLL for (int i = 0; i < FRAGMENTS; ++i) {
+            const uint4 part = load_from_l2(parts + ((size_t)c * BLOCKS * WARPS * FRAGMENTS + i) * 32);
+            sums[4 * i] += part.x;
+            sums[4 * i + 1] += part.y;
+            sums[4 * i + 2] += part.z;
+            sums[4 * i + 3] += part.w;
+          }
+        }
+        int first_row, first_token;
+        place(work.tile, first_row, first_token);
+        const TokenScales token_scales(to, first_token + warp * 16, lane);
+        RowTerms<T> row_terms(to, first_row, lane);
+        VQ_UNROLL for (int group = 0; group < ROWS / 32; ++group) {
+          const RowTerms<T> now = row_terms;  // the next ones are loaded before this group's outputs are made
+          if (group + 1 < ROWS / 32) row_terms = RowTerms<T>(to, first_row + (group + 1) * 32, lane);
+          store_outputs<T, ACTIVATION>(to, token_scales, now,
+                                       [&](int j, int e) { return sums[group * 16 + j * 4 + e]; });
+        }
       }
     }
   }
@@ -152,10 +219,12 @@ VQ_DEVICE void w8_gemm_hopper(const VqTensorMap* input_map, const VqTensorMap* w
 }  // namespace vq
 
 // 64 rows leave room for two blocks on an SM. HEAD is VQ_KERNEL_PAIRS if PAIR, else VQ_KERNEL_RESIDENT.
-#define VQ_W8_GEMM_HOPPER(NAME, T, HEAD, ROWS, PAIR, ACTIVATION)                                                     \
-  HEAD(384, (ROWS == 64 ? 2 : 1))                                                                                   \
-  NAME(VQ_TENSOR_MAP input_codes, VQ_TENSOR_MAP codes, const float* input_scales, const float* scales,               \
-       const uint16_t* bias, uint16_t* outputs, int tokens, int rows, int columns, int stages, int sweep_tiles) {    \
-    vq::w8_gemm_hopper<T, ROWS, PAIR, ACTIVATION>(&input_codes, &codes, input_scales, scales, bias, outputs, tokens, \
-                                                  rows, columns, stages, sweep_tiles);                               \
+#define VQ_W8_GEMM_HOPPER(NAME, T, HEAD, ROWS, PAIR, ACTIVATION)                                                    \
+  HEAD(384, (ROWS == 64 ? 2 : 1))                                                                                  \
+  NAME(VQ_TENSOR_MAP input_codes, VQ_TENSOR_MAP codes, const float* input_scales, const float* scales,              \
+       const uint16_t* bias, uint16_t* outputs, uint4* workspace, uint32_t* semaphores, int tokens, int rows,       \
+       int columns, int stages, int sweep_tiles, int split_tiles) {                                                 \
+    vq::w8_gemm_hopper<T, ROWS, PAIR, ACTIVATION>(&input_codes, &codes, input_scales, scales, bias, outputs,        \
+                                                  workspace, semaphores, tokens, rows, columns, stages,             \
+                                                  sweep_tiles, split_tiles);                                        \
   }
