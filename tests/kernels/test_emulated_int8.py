@@ -276,8 +276,10 @@ PRODUCTS = [
     Product("w8_gemm_hopper_f16_n64", 1, 1, 1, blocks=3),
     Product("w8_gemm_hopper_bf16_n128_gelu", 100, 300, 1000, bias=False, stages=2),
     Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 77, blocks=4, sweep_tiles=1),
+    Product("w8_gemm_hopper_f16_n96_pair", 130, 100, 280),
     Product("w8_gemm_hopper_bf16_n160_pair", 200, 336, 150, stages=2),
     Product("w8_gemm_hopper_bf16_n192_pair_gelu_tanh", 600, 200, 300, blocks=4, stages=2, sweep_tiles=2),
+    Product("w8_gemm_hopper_f16_n224_pair", 257, 230, 270, bias=False, stages=2),
     Product("w8_gemm_hopper_f16_n256_pair", 130, 520, 500, blocks=4, stages=4),
     Product("w8_gemm_hopper_f16_n256_pair", 7, 24, 1152, stages=2),
 ]

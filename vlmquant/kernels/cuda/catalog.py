@@ -36,7 +36,7 @@ QUANTIZE_WARPS = (1, 8)
 """Warps that share a token in quantize_rows."""
 W8_STAGES = {32: 5, 64: 4, 128: 3}
 """Stages of w8_gemm's ring, by the tokens of a tile."""
-W8_HOPPER_TILES = ((64, False), (128, False), (128, True), (160, True), (192, True), (256, True))
+W8_HOPPER_TILES = ((64, False), (128, False), *((rows, True) for rows in range(96, 257, 32)))
 """Rows of w8_gemm_hopper's tile, and whether blocks work in pairs."""
 
 ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
