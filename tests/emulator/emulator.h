@@ -562,14 +562,15 @@ template <int TABLE> VQ_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c)
 template <class T> VQ_DEVICE float low_float(uint32_t pair) { return emulator::float_of<T>((uint16_t)pair); }
 template <class T> VQ_DEVICE float high_float(uint32_t pair) { return emulator::float_of<T>((uint16_t)(pair >> 16)); }
 template <class T> VQ_DEVICE uint16_t round_to(float value) { return emulator::bits_of<T>(value); }
+template <class T> VQ_DEVICE uint32_t round_pair(float low, float high) {
+  return round_to<T>(low) | (uint32_t)round_to<T>(high) << 16;
+}
 // Sums and products of two 16-bit floats are exact in float or rounded to it harmlessly, so they are rounded once.
 template <class T> VQ_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
-  return round_to<T>(low_float<T>(a) - low_float<T>(b)) |
-         (uint32_t)round_to<T>(high_float<T>(a) - high_float<T>(b)) << 16;
+  return round_pair<T>(low_float<T>(a) - low_float<T>(b), high_float<T>(a) - high_float<T>(b));
 }
 template <class T> VQ_DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
-  return round_to<T>(low_float<T>(a) * low_float<T>(b)) |
-         (uint32_t)round_to<T>(high_float<T>(a) * high_float<T>(b)) << 16;
+  return round_pair<T>(low_float<T>(a) * low_float<T>(b), high_float<T>(a) * high_float<T>(b));
 }
 VQ_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 VQ_DEVICE float exp2_approx(float value) { return exp2f(value); }

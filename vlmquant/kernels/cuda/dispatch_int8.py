@@ -29,8 +29,9 @@ FEW_TOKENS = 64
 """Up to here the weight is read once and little is computed: tiles of 128 tokens would be mostly empty."""
 PRODUCT_CLOCKS = 4
 """Of an SM's tensor cores, for a row of a unit: 128 tokens x 128 columns at 4096 products a clock."""
-OUTPUT_CLOCKS = 7
-"""For a row of a tile: from 128 sums to outputs, by the instructions in the machine code; with an activation twice."""
+OUTPUT_CLOCKS = {"": 6, "gelu": 23, "gelu_tanh": 16, "quick_gelu": 16}
+"""From 128 sums, of a row of a tile, to outputs: instructions in the machine code, or an exponential and a division for
+each at 16 lanes a clock."""
 L2_BYTES, SM_BYTES = 5000, 64
 """A clock: what L2 gives to all SMs together, and what one SM takes. Guesses, see benchmarks/gpu/LOG.md."""
 POST_CLOCKS = 1500
@@ -128,7 +129,7 @@ def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
                 dependent=True,
             )
             if plan.shared_bytes <= gpu.shared_bytes:
-                found.append((_clocks(problem, gpu, plan, tiles), plan))
+                found.append((clocks(problem, gpu, plan), plan))
     # Of equals the pairs, which ask less of L2.
     return [plan for _, plan in sorted(found, key=lambda one: (one[0], one[1].row_box))]
 
@@ -146,18 +147,19 @@ def _schedules(tiles: int, units: int, places: int) -> Iterator[tuple[int, int]]
         yield places, tiles if tiles < places else tiles % places + places
 
 
-def _clocks(problem: Int8Problem, gpu: Gpu, plan: Plan, tiles: int) -> float:
+def clocks(problem: Int8Problem, gpu: Gpu, plan: Plan, *, l2_bytes: int = L2_BYTES) -> float:
     """How long a launch of w8_gemm_hopper takes from the first stage on.
 
     A unit takes the longer of its products and its way from L2, where a pair reads the weight once for both. A block
     that cuts tiles writes the sums of one that it did not begin, and reads those of all the others for one that it did.
     """
     entry, (grid, _) = ENTRIES[plan.entry], plan.grid
-    rows, units, blocks = entry.row_tile, -(-problem.columns // STAGE_COLUMNS), grid // (2 if entry.pair else 1)
+    rows, units, together = entry.row_tile, -(-problem.columns // STAGE_COLUMNS), 2 if entry.pair else 1
+    tiles, blocks = -(-problem.rows // rows) * -(-problem.tokens // (entry.token_tile * together)), grid // together
     resident = -(-grid // gpu.sms)
-    rate = min(SM_BYTES, L2_BYTES / min(grid, gpu.sms)) / resident
+    rate = min(SM_BYTES, l2_bytes / min(grid, gpu.sms)) / resident
     unit = max(PRODUCT_CLOCKS * rows * resident, (entry.token_tile + plan.row_box) * STAGE_COLUMNS / rate)
-    finish = OUTPUT_CLOCKS * rows * resident * (2 if problem.activation else 1)
+    finish = OUTPUT_CLOCKS[problem.activation] * rows * resident
     whole = -(-(tiles - plan.split_tiles) // blocks) * (units * unit + finish)
     if not plan.split_tiles:
         return whole

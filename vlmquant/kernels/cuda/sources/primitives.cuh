@@ -112,6 +112,19 @@ template <> VQ_DEVICE uint16_t round_to<bf16>(float value) {
   return result;
 }
 
+// Two floats rounded to nearest even, the first as the low half.
+template <class T> VQ_DEVICE uint32_t round_pair(float low, float high);
+template <> VQ_DEVICE uint32_t round_pair<f16>(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+template <> VQ_DEVICE uint32_t round_pair<bf16>(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+
 // a * b + c, rounded once.
 VQ_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 // 2**value and 1 / value, to about 2 units in the last place.
