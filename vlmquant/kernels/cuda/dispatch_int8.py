@@ -97,41 +97,58 @@ def _gemm(problem: Int8Problem, gpu: Gpu) -> Plan:
 
 def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
     """The plans of all tiles, the one first that should be done first; none on other architectures."""
-    found: list[tuple[float, Plan]] = []
+    units, found = -(-problem.columns // STAGE_COLUMNS), []
     for rows, pair in W8_HOPPER_TILES:
-        name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{'_pair' if pair else ''}{_ending(problem)}"
-        entry = ENTRIES.get(name)
-        if entry is None:
-            raise KernelError(f"there is no {name}")
-        if not runs_on(entry.archs, gpu.arch):
-            return []
-        resident, together = (2 if rows == 64 else 1), (2 if pair else 1)
-        tokens = entry.token_tile * together
-        tiles = -(-problem.rows // rows) * -(-problem.tokens // tokens)
-        stage = (entry.token_tile + rows) * STAGE_COLUMNS
-        stages = min(RING_STAGES, (RING_KIB[resident] * 1024 - 2 * BARRIER_BYTES) // stage)
-        units, places = -(-problem.columns // STAGE_COLUMNS), resident * gpu.sms // together
+        tiles, places = _tiles(problem, rows, pair), _resident(rows) * gpu.sms // (2 if pair else 1)
         for blocks, split_tiles in _schedules(tiles, units, places):
-            if split_tiles and (resident > 1 or blocks * together * entry.token_tile * rows > WORKSPACE_FLOATS):
-                continue
-            plan = Plan(
-                "w8_gemm_hopper",
-                entry.name,
-                (blocks * together, 1),
-                entry.threads,
-                shared_bytes(entry, stages=stages),
-                UNMEASURED,
-                stages,
-                entry.token_tile,
-                max(1, SWEEP_TOKENS // tokens),
-                rows // together,
-                split_tiles,
-                dependent=True,
-            )
-            if plan.shared_bytes <= gpu.shared_bytes:
+            plan = hopper_plan(problem, gpu, rows, pair, blocks, split_tiles)
+            if isinstance(plan, Plan):
                 found.append((clocks(problem, gpu, plan), plan))
     # Of equals the pairs, which ask less of L2.
     return [plan for _, plan in sorted(found, key=lambda one: (one[0], one[1].row_box))]
+
+
+def hopper_plan(problem: Int8Problem, gpu: Gpu, rows: int, pair: bool, blocks: int, split_tiles: int) -> Plan | str:
+    """w8_gemm_hopper with tiles of so many rows, the first of them cut over so many blocks or pairs; or why not."""
+    name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{'_pair' if pair else ''}{_ending(problem)}"
+    entry = ENTRIES.get(name)
+    if entry is None:
+        raise KernelError(f"there is no {name}")
+    if not runs_on(entry.archs, gpu.arch):
+        return f"{name} does not run on {gpu.arch}"
+    together = 2 if pair else 1
+    if split_tiles and rows == 64:
+        return "tiles of 64 rows are not cut"
+    if split_tiles and blocks * together * entry.token_tile * rows > WORKSPACE_FLOATS:
+        return f"{blocks * together} blocks exceed the workspace"
+    stage = (entry.token_tile + rows) * STAGE_COLUMNS
+    stages = min(RING_STAGES, (RING_KIB[_resident(rows)] * 1024 - 2 * BARRIER_BYTES) // stage)
+    shared = shared_bytes(entry, stages=stages)
+    if shared > gpu.shared_bytes:
+        return f"needs {shared} bytes of shared memory, the GPU has {gpu.shared_bytes}"
+    return Plan(
+        "w8_gemm_hopper",
+        entry.name,
+        (blocks * together, 1),
+        entry.threads,
+        shared,
+        UNMEASURED,
+        stages,
+        entry.token_tile,
+        max(1, SWEEP_TOKENS // (entry.token_tile * together)),
+        rows // together,
+        split_tiles,
+        dependent=True,
+    )
+
+
+def _resident(rows: int) -> int:
+    """Blocks that fit an SM."""
+    return 2 if rows == 64 else 1
+
+
+def _tiles(problem: Int8Problem, rows: int, pair: bool) -> int:
+    return -(-problem.rows // rows) * -(-problem.tokens // (256 if pair else 128))
 
 
 def _schedules(tiles: int, units: int, places: int) -> Iterator[tuple[int, int]]:
@@ -154,8 +171,8 @@ def clocks(problem: Int8Problem, gpu: Gpu, plan: Plan, *, l2_bytes: int = L2_BYT
     that cuts tiles writes the sums of one that it did not begin, and reads those of all the others for one that it did.
     """
     entry, (grid, _) = ENTRIES[plan.entry], plan.grid
-    rows, units, together = entry.row_tile, -(-problem.columns // STAGE_COLUMNS), 2 if entry.pair else 1
-    tiles, blocks = -(-problem.rows // rows) * -(-problem.tokens // (entry.token_tile * together)), grid // together
+    rows, units = entry.row_tile, -(-problem.columns // STAGE_COLUMNS)
+    tiles, blocks = _tiles(problem, rows, entry.pair), grid // (2 if entry.pair else 1)
     resident = -(-grid // gpu.sms)
     rate = min(SM_BYTES, l2_bytes / min(grid, gpu.sms)) / resident
     unit = max(PRODUCT_CLOCKS * rows * resident, (entry.token_tile + plan.row_box) * STAGE_COLUMNS / rate)
