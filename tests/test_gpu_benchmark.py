@@ -24,15 +24,19 @@ from vlmquant.packing import pack_w8
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"gpu_benchmark_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return loaded(SCRIPT)
 
 
 def test_dry_run_goes_through_every_section(
@@ -164,6 +168,13 @@ def test_all_that_the_cases_run_is_compiled_before(script: ModuleType, monkeypat
         families = {ENTRIES[name].family for name in device.functions}
         assert families >= {"skinny", "gemm", "dequantize"}
         assert ("gemm_hopper" in families) == (gpu is HOPPER)
+
+
+def test_predictions_in_the_log_are_those_of_the_arithmetic() -> None:
+    """All but what was found."""
+    log = (SCRIPT.parent / "LOG.md").read_text()
+    for row in loaded(SCRIPT.parent / "predict.py").table():
+        assert row.removesuffix(" not measured |") in log
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "compute_80"])

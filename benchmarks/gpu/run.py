@@ -969,11 +969,20 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
         for kind in ("bf16", "int8")
     }
     blocks, linears = race(whole, run.sizes.rounds, device), race(alone, run.sizes.rounds, device)
+    each = {}
+    for part, activation in (*((part, "") for part in shapes), ("up", "gelu_tanh")):
+        inputs, chains = wide if part == "down" else hidden, {}
+        for kind in ("bf16", "int8"):
+            calls = [functools.partial(vision_linear, inputs, made[part], kind, activation) for made in weights]
+            chains[kind] = chain(calls, shapes[part][0] * shapes[part][1], device)
+        times = race(chains, run.sizes.rounds, device)
+        each[f"{part} and GELU" if activation else part] = {kind: asdict(time) for kind, time in times.items()}
     return {
         "model": name,
         "tokens": tokens,
         "us": {kind: asdict(time) for kind, time in blocks.items()},
         "linears_us": {kind: asdict(time) for kind, time in linears.items()},
+        "each_us": each,
         "times_bf16": blocks["bf16"].median / blocks["int8"].median,
         "linears_times_bf16": linears["bf16"].median / linears["int8"].median,
     }
