@@ -417,7 +417,7 @@ def _taken(chosen: Plan, values: dict[str, launch.Value]) -> dict[str, launch.Va
     return {name: value for name, value in values.items() if name in names}
 
 
-def _w8_fake(inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+def _w8_fake(inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None, activation: str = "") -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], scales.shape[0])
 
 
