@@ -139,7 +139,7 @@ def test_cases_of_a_gpu_are_right_in_the_emulator(script: ModuleType, monkeypatc
 
 
 @pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
-@pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 3, 4, 5))])
+@pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 3, 4, 5, 6))])
 def test_cut_int8_cases_of_a_gpu_are_right_in_the_emulator(
     number: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

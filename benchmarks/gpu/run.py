@@ -305,10 +305,10 @@ class Int8Case:
     columns: int
     activation: str = ""
     dtype: str = "bf16"
-    tile: tuple[int, bool] | None = None
-    """Rows of w8_gemm_hopper's, and whether blocks work in pairs; None for what dispatch chooses."""
-    blocks: int = 0
-    """Blocks or pairs, over which the first split_tiles tiles are cut."""
+    tile: tuple[int, int] | None = None
+    """Of w8_gemm_hopper: rows, and blocks of a cluster; None for what dispatch chooses."""
+    clusters: int = 0
+    """Over which the first split_tiles tiles are cut."""
     split_tiles: int = 0
 
 
@@ -320,17 +320,19 @@ def int8_cases() -> Iterator[Int8Case]:
         yield Int8Case(130, 4304, 1152, activation)
     yield Int8Case(1025, 1280, 3420)
     yield Int8Case(4096, 3840, 1280)
-    yield Int8Case(4096, 1152, 4304)  # on an H100, dispatch cuts its tiles
+    yield Int8Case(512, 1152, 4304)  # on an H100, dispatch cuts its tiles
     cut = [
-        (200, 300, 1000, "gelu", "bf16", (128, False), 4, 6),  # two for every second tile
-        (77, 131, 1100, "gelu", "bf16", (128, False), 5, 2),  # three for a tile
-        (257, 77, 700, "quick_gelu", "f16", (128, True), 3, 2),
-        (100, 150, 650, "", "bf16", (160, True), 8, 1),  # six for a tile, two pairs without work
-        (300, 400, 300, "gelu_tanh", "bf16", (192, True), 2, 3),  # whole tiles after the cut ones
-        (130, 520, 500, "", "f16", (256, True), 2, 3),
-        (1024, 1152, 4304, "", "bf16", (96, True), 66, 48),
-        (1024, 1152, 4304, "", "f16", (256, True), 60, 20),
-        (4096, 4304, 1152, "gelu_tanh", "bf16", (224, True), 66, 122),
+        (200, 300, 1000, "gelu", "bf16", (128, 1), 4, 6),  # two for every second tile
+        (77, 131, 1100, "gelu", "bf16", (128, 1), 5, 2),  # three for a tile
+        (257, 77, 700, "quick_gelu", "f16", (128, 2), 3, 2),
+        (100, 150, 650, "", "bf16", (160, 2), 8, 1),  # six for a tile, two pairs without work
+        (300, 400, 300, "gelu_tanh", "bf16", (192, 2), 2, 3),  # whole tiles after the cut ones
+        (130, 520, 500, "", "f16", (256, 2), 2, 3),
+        (520, 500, 650, "", "bf16", (96, 4), 4, 9),  # two or three quads for a tile
+        (1024, 1152, 4304, "", "bf16", (96, 2), 66, 48),
+        (1024, 1152, 4304, "", "bf16", (160, 4), 32, 16),
+        (1024, 1152, 4304, "", "f16", (256, 2), 60, 20),
+        (4096, 4304, 1152, "gelu_tanh", "bf16", (224, 2), 66, 122),
     ]
     for case in cut:
         yield Int8Case(*case)
@@ -376,7 +378,7 @@ def int8_starter(
         return lambda: ops.w8_linear(inputs, codes, scales, bias, activation=case.activation)
     kept = launch.device(device.index)
     problem = Int8Problem(case.tokens, case.rows, codes.shape[1], case.dtype, case.activation)
-    multiply = hopper_plan(problem, kept.gpu, *case.tile, case.blocks, case.split_tiles)
+    multiply = hopper_plan(problem, kept.gpu, *case.tile, case.clusters, case.split_tiles)
     if isinstance(multiply, str):
         return multiply
     ready = ops.make_w8(kept, problem, case.columns, choose_int8(problem, kept.gpu)[0], multiply)
@@ -414,7 +416,7 @@ def compile_all(device: torch.device) -> None:
         known = Int8Problem(case_int8.tokens, case_int8.rows, columns, case_int8.dtype, case_int8.activation)
         found |= {ENTRIES[planned.entry] for planned in choose_int8(known, kept.gpu)}
         if case_int8.tile is not None:
-            asked = hopper_plan(known, kept.gpu, *case_int8.tile, case_int8.blocks, case_int8.split_tiles)
+            asked = hopper_plan(known, kept.gpu, *case_int8.tile, case_int8.clusters, case_int8.split_tiles)
             if isinstance(asked, Plan):
                 found.add(ENTRIES[asked.entry])
     kept.prepare(found)

@@ -160,11 +160,9 @@ class Product:
         return ENTRIES[self.name]
 
     def sharers(self) -> list[int]:
-        """How many blocks, or pairs, have units of each cut tile."""
+        """How many clusters have units of each cut tile."""
         units = -(-self.columns // 128)
-        shares = np.array_split(
-            np.arange(self.split_tiles * units) // units, self.blocks // (2 if self.entry.pair else 1)
-        )
+        shares = np.array_split(np.arange(self.split_tiles * units) // units, self.blocks // self.entry.cluster)
         return [sum(tile in share for share in shares) for tile in range(self.split_tiles)]
 
     def __str__(self) -> str:
@@ -218,10 +216,10 @@ def operands_of(product: Product) -> Operands:
 
 def multiply(kernel: Emulator, product: Product, seed: int = 0) -> tuple[Tensor, Counters]:
     """(tokens, rows), from outputs that held NaN and sums that were anything; the semaphores must be zero after."""
-    entry, given, together = product.entry, operands_of(product), 2 if product.entry.pair else 1
+    entry, given, cluster = product.entry, operands_of(product), product.entry.cluster
     outputs = guarded(torch.full((product.tokens, product.rows), float("nan"), dtype=DTYPES[entry.dtype]))
     sums = guarded(torch.full((product.blocks * 128 * entry.row_tile,), 0x5A5A5A5A, dtype=torch.int32))
-    semaphores = guarded(torch.zeros(max(1, product.split_tiles) * together * 8, dtype=torch.int32))
+    semaphores = guarded(torch.zeros(max(1, product.split_tiles) * cluster * 8, dtype=torch.int32))
     arguments: dict[str, Tensor | TensorMap | int | None] = {
         "input_codes": given.input_codes,
         "input_scales": given.input_scales,
@@ -241,8 +239,8 @@ def multiply(kernel: Emulator, product: Product, seed: int = 0) -> tuple[Tensor,
     grid: tuple[int, ...] = (-(-product.rows // entry.row_tile), -(-product.tokens // entry.token_tile))
     if entry.family == "w8_gemm_hopper":
         grid = (product.blocks,)
-        arguments["input_codes"] = TensorMap(given.input_codes.view(torch.int16), entry.token_tile)
-        arguments["codes"] = TensorMap(given.codes.view(torch.int16), entry.row_tile // together)
+        arguments["input_codes"] = TensorMap(given.input_codes.view(torch.int16), 64 if cluster == 4 else 128)
+        arguments["codes"] = TensorMap(given.codes.view(torch.int16), entry.row_tile // (2 if cluster > 1 else 1))
     passed = {name: arguments[name] for name, _ in entry.arguments}
     counters = kernel.launch(product.name, grid, shared_bytes(entry, stages=product.stages), passed, seed=seed)
     assert not semaphores.any(), "a semaphore is not back at zero"
@@ -280,6 +278,8 @@ PRODUCTS = [
     Product("w8_gemm_hopper_f16_n224_pair", 257, 230, 270, bias=False, stages=2),
     Product("w8_gemm_hopper_f16_n256_pair", 130, 520, 500, blocks=4, stages=4),
     Product("w8_gemm_hopper_f16_n256_pair", 7, 24, 1152, stages=2),
+    Product("w8_gemm_hopper_bf16_n96_quad", 300, 400, 450, blocks=8, stages=2),
+    Product("w8_gemm_hopper_f16_n128_quad_gelu", 70, 100, 600, blocks=4),
 ]
 
 
@@ -290,6 +290,8 @@ CUT_PRODUCTS = [
     Product("w8_gemm_hopper_bf16_n160_pair", 100, 150, 650, blocks=16, split_tiles=1),
     Product("w8_gemm_hopper_bf16_n192_pair_gelu_tanh", 300, 400, 300, blocks=4, stages=2, split_tiles=3),
     Product("w8_gemm_hopper_f16_n256_pair", 130, 520, 500, blocks=4, stages=4, split_tiles=3),
+    Product("w8_gemm_hopper_bf16_n96_quad", 520, 200, 650, blocks=16, split_tiles=3),
+    Product("w8_gemm_hopper_f16_n128_quad_gelu", 129, 257, 400, blocks=12, stages=2, split_tiles=2),
 ]
 
 
@@ -323,7 +325,7 @@ def test_tiles_are_cut_in_every_way() -> None:
     assert {count for product in CUT_PRODUCTS for count in product.sharers()} >= {1, 2, 3, 6}
     assert {product.entry.activation for product in CUT_PRODUCTS} == set(ACTIVATIONS)
     assert {product.entry.dtype for product in CUT_PRODUCTS} == set(DTYPES)
-    assert {product.entry.pair for product in CUT_PRODUCTS} == {True, False}
+    assert {product.entry.cluster for product in CUT_PRODUCTS} == {1, 2, 4}
 
 
 def test_every_activation_is_run() -> None:
@@ -363,10 +365,13 @@ def test_every_kernel(name: str) -> None:
     entry = ENTRIES[name]
     shapes = itertools.product((1, entry.token_tile, entry.token_tile + 1), (entry.row_tile - 8, entry.row_tile + 3))
     for number, (tokens, rows) in enumerate(shapes):
-        product = Product(name, tokens, rows, (200, 257)[number % 2], bias=number % 3 > 0, blocks=(2, 4)[number % 2])
+        product = Product(
+            name, tokens, rows, (200, 257)[number % 2], bias=number % 3 > 0, blocks=(1, 2)[number % 2] * entry.cluster
+        )
         check(all_products()[entry.family], product, seeds=(number,))
         if entry.family == "w8_gemm_hopper" and entry.row_tile > 64:
-            check(all_products()[entry.family], replace(product, blocks=6, split_tiles=1), seeds=(number,))
+            cut = replace(product, blocks=3 * entry.cluster, split_tiles=1)
+            check(all_products()[entry.family], cut, seeds=(number,))
 
 
 # ---- Injected bugs ---------------------------------------------------------------------------------------------------
@@ -374,6 +379,7 @@ def test_every_kernel(name: str) -> None:
 GEMM = Product("w8_gemm_bf16_t64_quick_gelu", 65, 256, 640)
 HOPPER = Product("w8_gemm_hopper_bf16_n64", 130, 131, 400, stages=2)
 PAIR = Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 700, stages=2)
+QUAD = Product("w8_gemm_hopper_bf16_n96_quad", 300, 300, 700, blocks=4, stages=2)
 CUT = Product("w8_gemm_hopper_bf16_n128_gelu", 77, 131, 1100, blocks=5, stages=2, split_tiles=2)
 CUT_PAIR = Product("w8_gemm_hopper_f16_n128_pair_quick_gelu", 300, 130, 700, blocks=10, stages=2, split_tiles=4)
 QUANTIZE_LONG = "quantize_rows_f16_w8"
@@ -458,29 +464,49 @@ MUTATIONS: dict[str, tuple[Change, Product | str, str]] = {
     ),
     "hopper: inputs are read before the kernel ahead has ended": (
         Change("w8_gemm_hopper.cu", "dependency_wait();\n      for", "for"),
-        *(HOPPER, r"before dependency_wait.* at tma_load_2d \(w8_gemm_hopper.cu"),
+        *(HOPPER, r"before dependency_wait.* at tma_load_inputs \(w8_gemm_hopper.cu"),
     ),
     "pair: barriers are used before the other block has made its own": (
         Change(
-            "w8_gemm_hopper.cu", "if (PAIR) {\n    sync_pair();\n  } else {\n    sync_block();\n  }", "sync_block();"
+            "w8_gemm_hopper.cu",
+            "if (BLOCKS > 1) {\n    sync_cluster();\n  } else {\n    sync_block();\n  }",
+            "sync_block();",
         ),
         *(PAIR, "mbarrier used before mbarrier_init"),
     ),
     "pair: a block ends while the other may still arrive": (
-        Change("w8_gemm_hopper.cu", "if (PAIR) sync_pair();  //", "//"),
-        *(PAIR, "the other block of the pair has ended"),
+        Change("w8_gemm_hopper.cu", "if (BLOCKS > 1) sync_cluster();  //", "//"),
+        *(PAIR, "another block of the cluster has ended"),
     ),
     "pair: a stage is released to its own producer only": (
         Change(
-            "w8_gemm_hopper.cu",
-            "if (lane < 2) mbarrier_arrive_pair(empty + stage, lane);",
-            "if (lane < 2) mbarrier_arrive(empty + stage);",
+            "w8_gemm_hopper.cu", "mbarrier_arrive_cluster(empty + stage, rank ^ lane)", "mbarrier_arrive(empty + stage)"
         ),
         *(PAIR, "wrong|more arrivals|deadlock"),
     ),
     "pair: both blocks copy the same half": (
-        Change("w8_gemm_hopper.cu", "first_row + rank * SHARE", "first_row"),
+        Change("w8_gemm_hopper.cu", "first_row + token_rank * SHARE", "first_row"),
         *(PAIR, "wrong"),
+    ),
+    "quad: inputs go to the blocks with the same rows": (
+        Change("w8_gemm_hopper.cu", "(uint16_t)(5 << token_rank)", "(uint16_t)(3 << 2 * row_rank)"),
+        *(QUAD, "wrong|deadlock"),
+    ),
+    "quad: the weight goes to the first two blocks": (
+        Change("w8_gemm_hopper.cu", "(uint16_t)(3 << 2 * row_rank)", "(uint16_t)3"),
+        *(QUAD, "wrong|deadlock"),
+    ),
+    "quad: both blocks copy the same tokens": (
+        Change("w8_gemm_hopper.cu", "first_token + row_rank * SHARE", "first_token"),
+        *(QUAD, "wrong"),
+    ),
+    "quad: a stage is released to the wrong blocks": (
+        Change("w8_gemm_hopper.cu", "empty + stage, rank ^ lane)", "empty + stage, (rank + lane) % BLOCKS)"),
+        *(QUAD, "wrong|more arrivals|deadlock"),
+    ),
+    "quad: inputs are copied before the kernel ahead has ended": (
+        Change("w8_gemm_hopper.cu", "dependency_wait();\n      for", "for"),
+        *(QUAD, r"before dependency_wait.* at tma_load_inputs \(w8_gemm_hopper.cu"),
     ),
     "cut: a block does not post its sums": (
         Change("w8_gemm_hopper.cu", "if (lane == 0) semaphore_post(semaphore);", ""),
@@ -515,11 +541,11 @@ MUTATIONS: dict[str, tuple[Change, Product | str, str]] = {
         *(CUT, "a semaphore is not back at zero"),
     ),
     "cut: blocks wait for later ones": (
-        Change("w8_gemm_hopper.cu", "blocks - 1 - (int)blockIdx.x / BLOCKS", "(int)blockIdx.x / BLOCKS"),
+        Change("w8_gemm_hopper.cu", "clusters - 1 - (int)blockIdx.x / BLOCKS", "(int)blockIdx.x / BLOCKS"),
         *(CUT, "deadlock: block 0 waits for a block"),
     ),
     "cut: pairs wait for later ones": (
-        Change("w8_gemm_hopper.cu", "blocks - 1 - (int)blockIdx.x / BLOCKS", "(int)blockIdx.x / BLOCKS"),
+        Change("w8_gemm_hopper.cu", "clusters - 1 - (int)blockIdx.x / BLOCKS", "(int)blockIdx.x / BLOCKS"),
         *(CUT_PAIR, "deadlock: block [01] waits for a block"),
     ),
     "cut: sums of the tile before stay": (
@@ -545,6 +571,7 @@ QUICK = {
     "epilogue: the scale of another token",
     "hopper: the producer overwrites stages in use",
     "pair: a stage is released to its own producer only",
+    "quad: a stage is released to the wrong blocks",
     "cut: the owner does not wait for the others' sums",
     "cut: the sums of the last sharer are not added",
     "cut: pairs wait for later ones",
@@ -569,7 +596,7 @@ def seen_of(subject: Product | str, change: Change | None = None) -> str:
     return outcome(launch)
 
 
-@pytest.mark.parametrize("subject", [QUANTIZE_LONG, GEMM, HOPPER, PAIR, CUT, CUT_PAIR], ids=str)
+@pytest.mark.parametrize("subject", [QUANTIZE_LONG, GEMM, HOPPER, PAIR, QUAD, CUT, CUT_PAIR], ids=str)
 def test_unchanged_kernel_is_right(subject: Product | str) -> None:
     assert seen_of(subject) == "right"
 

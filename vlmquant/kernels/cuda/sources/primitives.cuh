@@ -29,9 +29,11 @@ typedef unsigned long long uint64_t;
 // (which caps the registers of a thread).
 #define VQ_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define VQ_KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-// As VQ_KERNEL_RESIDENT; neighbouring blocks run as pairs that reach each other's shared memory (sm_90 and later).
+// As VQ_KERNEL_RESIDENT; 2 or 4 neighbouring blocks run together and reach each other's shared memory (from sm_90 on).
 #define VQ_KERNEL_PAIRS(threads, blocks) \
   extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, blocks)
+#define VQ_KERNEL_QUADS(threads, blocks) \
+  extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(threads, blocks)
 
 namespace vq {
 
