@@ -12,25 +12,31 @@ import pytest
 import torch
 
 from tests import emulator
-from tests.kernels.fake_cuda import AMPERE, HOPPER, emulate, install
+from tests.kernels.fake_cuda import AMPERE, HOPPER, STREAM, emulate, install
 from tests.kernels.test_layouts import relative
 from vlmquant.errors import KernelError
-from vlmquant.kernels.cuda import build, launch
+from vlmquant.kernels.cuda import build, launch, ops
 from vlmquant.kernels.cuda.catalog import ENTRIES
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8
+from vlmquant.kernels.reference import activation_codes
+from vlmquant.packing import pack_w8
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"gpu_benchmark_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return loaded(SCRIPT)
 
 
 def test_dry_run_goes_through_every_section(
@@ -132,6 +138,27 @@ def test_cases_of_a_gpu_are_right_in_the_emulator(script: ModuleType, monkeypatc
         assert ENTRIES[fake.started[-1].entry].family == case.choice.kernel
 
 
+@pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
+@pytest.mark.parametrize("number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 1, 3, 4, 5, 6))])
+def test_cut_int8_cases_of_a_gpu_are_right_in_the_emulator(
+    number: int, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
+    fake, device = emulate(monkeypatch, HOPPER)
+    case = [case for case in script.int8_cases() if case.split_tiles][number]
+    codes, scales = activation_codes(torch.randn(case.rows, case.columns) * 0.02)
+    inputs, bias = (
+        torch.randn(shape).to(script.DTYPES[case.dtype]) for shape in ((case.tokens, case.columns), case.rows)
+    )
+    operands = inputs, pack_w8(codes), scales.flatten(), bias
+    start = script.int8_starter(case, *operands, SimpleNamespace(type="cuda", index=0))
+    assert not isinstance(start, str), start
+    expected = ops.w8_by_torch(*operands, case.activation)
+    assert relative(start(), expected.double()) < 1.2 * script.ERRORS[case.dtype]
+    assert fake.started[-1].values["split_tiles"] == case.split_tiles
+    assert not device.workspaces[STREAM][1].any()
+
+
 def test_all_that_the_cases_run_is_compiled_before(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
     for gpu in (HOPPER, AMPERE):
@@ -141,6 +168,13 @@ def test_all_that_the_cases_run_is_compiled_before(script: ModuleType, monkeypat
         families = {ENTRIES[name].family for name in device.functions}
         assert families >= {"skinny", "gemm", "dequantize"}
         assert ("gemm_hopper" in families) == (gpu is HOPPER)
+
+
+def test_predictions_in_the_log_are_those_of_the_arithmetic() -> None:
+    """All but what was found."""
+    log = (SCRIPT.parent / "LOG.md").read_text()
+    for row in loaded(SCRIPT.parent / "predict.py").table():
+        assert row.removesuffix(" not measured |") in log
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "compute_80"])

@@ -33,7 +33,7 @@ from vlmquant.errors import KernelError  # noqa: E402
 from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
 from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
-from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8  # noqa: E402
+from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, hopper_plan  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
 from vlmquant.kernels.reference import ACTIVATIONS, activation_codes  # noqa: E402
 from vlmquant.packing import W8_TILE, order_vq4, pack_vq4, pack_w8, vq4_shape  # noqa: E402
@@ -317,6 +317,11 @@ class Int8Case:
     columns: int
     activation: str = ""
     dtype: str = "bf16"
+    tile: tuple[int, int] | None = None
+    """Of w8_gemm_hopper: rows, and blocks of a cluster; None for what dispatch chooses."""
+    clusters: int = 0
+    """Over which the first split_tiles tiles are cut."""
+    split_tiles: int = 0
 
 
 def int8_cases() -> Iterator[Int8Case]:
@@ -327,6 +332,22 @@ def int8_cases() -> Iterator[Int8Case]:
         yield Int8Case(130, 4304, 1152, activation)
     yield Int8Case(1025, 1280, 3420)
     yield Int8Case(4096, 3840, 1280)
+    yield Int8Case(512, 1152, 4304)  # on an H100, dispatch cuts its tiles
+    cut = [
+        (200, 300, 1000, "gelu", "bf16", (128, 1), 4, 6),  # two for every second tile
+        (77, 131, 1100, "gelu", "bf16", (128, 1), 5, 2),  # three for a tile
+        (257, 77, 700, "quick_gelu", "f16", (128, 2), 3, 2),
+        (100, 150, 650, "", "bf16", (160, 2), 8, 1),  # six for a tile, two pairs without work
+        (300, 400, 300, "gelu_tanh", "bf16", (192, 2), 2, 3),  # whole tiles after the cut ones
+        (130, 520, 500, "", "f16", (256, 2), 2, 3),
+        (520, 500, 650, "", "bf16", (96, 4), 4, 9),  # two or three quads for a tile
+        (1024, 1152, 4304, "", "bf16", (96, 2), 66, 48),
+        (1024, 1152, 4304, "", "bf16", (160, 4), 32, 16),
+        (1024, 1152, 4304, "", "f16", (256, 2), 60, 20),
+        (4096, 4304, 1152, "gelu_tanh", "bf16", (224, 2), 66, 122),
+    ]
+    for case in cut:
+        yield Int8Case(*case)
 
 
 def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
@@ -341,11 +362,13 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
     input_codes, input_scales = activation_codes(inputs)
     exact = (input_codes.double() @ codes.double().T) * input_scales.double() * scales.double().T + bias.double()
     exact = ACTIVATIONS[case.activation](exact)
+    operands = inputs, pack_w8(codes), scales.flatten(), bias
     try:
-        found = [
-            ops.w8_linear(inputs, pack_w8(codes), scales.flatten(), bias, activation=case.activation)
-            for _ in range(REPEATS)
-        ]
+        start = int8_starter(case, *operands, device)
+        if isinstance(start, str):
+            return "skipped", start
+        found = [start() for _ in range(REPEATS)]
+        found.append(ops.w8_linear(*operands, activation=case.activation))
     except (KernelError, RuntimeError) as error:
         return "failed", f"{type(error).__name__}: {error}"
     allowed = ERRORS[case.dtype] * (1 + SCATTER / exact.numel() ** 0.5)
@@ -353,8 +376,41 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
     if not relative < allowed:
         return "failed", f"relative error {relative:.2e}, allowed {allowed:.2e}"
     if not all(torch.equal(found[0], other) for other in found[1:]):
-        return "failed", "the same product differs from run to run"
+        return "failed", "the same product differs from run to run, or with the way that tiles are cut"
+    if semaphores_left(device):
+        return "failed", "semaphores are not back at zero"
     return "passed", relative
+
+
+def int8_starter(
+    case: Int8Case, inputs: Tensor, codes: Tensor, scales: Tensor, bias: Tensor, device: torch.device
+) -> Callable[[], Tensor] | str:
+    """As starter."""
+    if case.tile is None or device.type != "cuda":
+        return lambda: ops.w8_linear(inputs, codes, scales, bias, activation=case.activation)
+    kept = launch.device(device.index)
+    problem = Int8Problem(case.tokens, case.rows, codes.shape[1], case.dtype, case.activation)
+    multiply = hopper_plan(problem, kept.gpu, *case.tile, case.clusters, case.split_tiles)
+    if isinstance(multiply, str):
+        return multiply
+    ready = ops.make_w8(kept, problem, case.columns, choose_int8(problem, kept.gpu)[0], multiply)
+
+    def start() -> Tensor:
+        outputs = inputs.new_full((case.tokens, case.rows), float("nan"))
+        kept.workspace(torch.cuda.current_stream().cuda_stream)[0].fill_(float("nan"))
+        ops.start_w8(kept, ready, inputs, codes, scales, bias, outputs)
+        torch.cuda.synchronize()
+        return outputs
+
+    return start
+
+
+def semaphores_left(device: torch.device) -> bool:
+    """Whether a kernel left a semaphore of the current stream behind."""
+    if device.type != "cuda":
+        return False
+    _, semaphores = launch.device(device.index).workspace(torch.cuda.current_stream(device).cuda_stream)
+    return bool(semaphores.any())
 
 
 def compile_all(device: torch.device) -> None:
@@ -371,6 +427,10 @@ def compile_all(device: torch.device) -> None:
         columns = case_int8.columns + -case_int8.columns % W8_TILE
         known = Int8Problem(case_int8.tokens, case_int8.rows, columns, case_int8.dtype, case_int8.activation)
         found |= {ENTRIES[planned.entry] for planned in choose_int8(known, kept.gpu)}
+        if case_int8.tile is not None:
+            asked = hopper_plan(known, kept.gpu, *case_int8.tile, case_int8.clusters, case_int8.split_tiles)
+            if isinstance(asked, Plan):
+                found.add(ENTRIES[asked.entry])
     kept.prepare(found)
 
 
@@ -393,10 +453,8 @@ def check_case(case: Case, device: torch.device) -> tuple[str, Any]:
         return "failed", f"relative error {relative:.2e}, allowed {allowed:.2e}"
     if not all(torch.equal(found[0], other) for other in found[1:]):
         return "failed", "the same product differs from run to run"
-    if device.type == "cuda":
-        _, semaphores = launch.device(device.index).workspace(torch.cuda.current_stream(device).cuda_stream)
-        if int(semaphores.abs().sum()):
-            return "failed", "semaphores are not back at zero"
+    if semaphores_left(device):
+        return "failed", "semaphores are not back at zero"
     return "passed", relative
 
 
@@ -925,11 +983,20 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
         for kind in ("bf16", "int8")
     }
     blocks, linears = race(whole, run.sizes.rounds, device), race(alone, run.sizes.rounds, device)
+    each = {}
+    for part, activation in (*((part, "") for part in shapes), ("up", "gelu_tanh")):
+        inputs, chains = wide if part == "down" else hidden, {}
+        for kind in ("bf16", "int8"):
+            calls = [functools.partial(vision_linear, inputs, made[part], kind, activation) for made in weights]
+            chains[kind] = chain(calls, shapes[part][0] * shapes[part][1], device)
+        times = race(chains, run.sizes.rounds, device)
+        each[f"{part} and GELU" if activation else part] = {kind: asdict(time) for kind, time in times.items()}
     return {
         "model": name,
         "tokens": tokens,
         "us": {kind: asdict(time) for kind, time in blocks.items()},
         "linears_us": {kind: asdict(time) for kind, time in linears.items()},
+        "each_us": each,
         "times_bf16": blocks["bf16"].median / blocks["int8"].median,
         "linears_times_bf16": linears["bf16"].median / linears["int8"].median,
     }

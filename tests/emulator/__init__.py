@@ -53,7 +53,7 @@ class _Launch(ctypes.Structure):
         ("threads", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
         ("seed", ctypes.c_uint32),
-        ("pairs", ctypes.c_uint32),
+        ("cluster", ctypes.c_uint32),
     ]
 
 
@@ -166,7 +166,7 @@ class Emulator:
         values = [_value(arguments[argument], kind) for argument, kind in entry.arguments]
         parameters = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         how = _Launch(
-            (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid))), entry.threads, shared_bytes, seed, entry.pair
+            (ctypes.c_uint32 * 3)(*grid, *[1] * (3 - len(grid))), entry.threads, shared_bytes, seed, entry.cluster
         )
         counters, message = Counters(), ctypes.create_string_buffer(MESSAGE_BYTES)
         function = getattr(self._library, f"emulate_{name}")

@@ -5,7 +5,7 @@
 //     and lands only when someone has waited for it
 //   * the lanes of a warp must meet at the same instruction of the source; a deadlock, a misaligned or out-of-range
 //     access, or a thread that ends with copies under way stops the launch with a message that says where
-//   * seed 0 runs the blocks (or pairs of blocks) one after the other in order, so a block that waits for a later one is
+//   * seed 0 runs the blocks (or clusters of blocks) one after the other in order, so a block that waits for a later one is
 //     a deadlock; another seed shuffles the warps of a block and starts the blocks in shuffled order, where a wait lets
 //     the others run
 // It counts products, ldmatrix bank conflicts and more. It proves logic; it knows nothing of time, caches or encodings.
@@ -34,6 +34,7 @@
 #define VQ_KERNEL(threads) extern "C" void
 #define VQ_KERNEL_RESIDENT(threads, blocks) extern "C" void
 #define VQ_KERNEL_PAIRS(threads, blocks) extern "C" void
+#define VQ_KERNEL_QUADS(threads, blocks) extern "C" void
 #define VQ_SHARED_MEMORY(name) unsigned char* name = vq::emulator::block->shared
 
 struct alignas(8) uint2 {
@@ -173,10 +174,9 @@ struct Block {
   uint32_t barrier_generation = 0;
   uint64_t progress = 0;  // counts meetings that took place
   uint64_t visits = 0;    // how often the block has been given the CPU
-  Block* peer = nullptr;  // the other block of a pair, while it runs
-  bool is_pair = false;
-  int pair_arrived = 0;  // threads of this block at sync_pair
-  uint32_t pair_generation = 0;
+  std::vector<Block*> cluster;  // its blocks by rank, this one too, while they run; empty if there is none
+  int cluster_arrived = 0;      // threads of this block at sync_cluster
+  uint32_t cluster_generation = 0;
   std::shared_ptr<HopperState> hopper;
   std::function<const char*()> unfinished;  // what is still under way, or null
 };
@@ -184,7 +184,7 @@ struct Block {
 constexpr size_t STACK_BYTES = 64 * 1024;
 constexpr int PATIENCE = 3;  // full rounds of a block's fibers without any meeting, after which it is stuck
 
-inline Block* block = nullptr;                         // the block whose fibers run, or its peer while one acts for it
+inline Block* block = nullptr;                         // the block whose fibers run, or another of its cluster while it acts for that
 inline Block* running = nullptr;                       // the block whose fibers run
 inline const std::function<void()>* kernel = nullptr;  // what each fiber runs
 inline std::string failure;                            // of this launch; empty: none
@@ -350,7 +350,7 @@ struct Launch {  // as ctypes sees it
   uint32_t threads;
   uint32_t shared_bytes;
   uint32_t seed;
-  uint32_t pairs;  // 1: VQ_KERNEL_PAIRS
+  uint32_t cluster;  // blocks that run together: 1, or as the kernel's head says
 };
 
 inline void start_block(Block& b, const Launch& launch, uint32_t number) {
@@ -404,7 +404,8 @@ inline void start_block(Block& b, const Launch& launch, uint32_t number) {
 }
 
 inline void end_block(Block& b) {
-  if (b.peer) b.peer->peer = nullptr;
+  for (Block* other : b.cluster)
+    if (other && other != &b) std::replace(other->cluster.begin(), other->cluster.end(), &b, (Block*)nullptr);
   munmap(b.stacks, b.stacks_bytes);
   munmap(b.region, b.region_bytes);
 }
@@ -421,8 +422,8 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
   failure.clear();
   counters = {};
 
-  const uint32_t total = launch.grid[0] * launch.grid[1] * launch.grid[2], together = launch.pairs ? 2 : 1;
-  if (launch.grid[0] % together) return "a grid of pairs needs an even number of blocks";
+  const uint32_t total = launch.grid[0] * launch.grid[1] * launch.grid[2], together = launch.cluster;
+  if (launch.grid[0] % together) return "a grid of clusters needs a multiple of their blocks";
   const std::vector<int> order = shuffled(total / together, launch.seed + 77, launch.seed != 0);
   std::vector<std::unique_ptr<Block>> waiting;
   uint32_t started = 0;
@@ -453,11 +454,11 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
       for (uint32_t i = 0; i < together; ++i, ++started) {
         waiting.push_back(std::make_unique<Block>());
         start_block(*waiting.back(), launch, order[started / together] * together + i);
-        waiting.back()->is_pair = launch.pairs;
       }
-      if (launch.pairs) {  // they run in the next round
-        waiting[first]->peer = waiting[first + 1].get();
-        waiting[first + 1]->peer = waiting[first].get();
+      if (together > 1) {  // they run in the next round
+        std::vector<Block*> cluster;
+        for (uint32_t i = 0; i < together; ++i) cluster.push_back(waiting[first + i].get());
+        for (Block* one : cluster) one->cluster = cluster;
       } else if (run(waiting.back().get())) {
         end_block(*waiting.back());
         waiting.pop_back();
@@ -465,7 +466,7 @@ inline std::string launch(const Launch& launch, const std::function<void()>& bod
       moved = true;
     }
     const bool in_order = launch.seed == 0;
-    const bool stuck = !waiting.empty() && ((in_order && !launch.pairs) || (!moved && (in_order || started == total)));
+    const bool stuck = !waiting.empty() && ((in_order && together == 1) || (!moved && (in_order || started == total)));
     if (stuck && failure.empty()) {
       block = waiting.front().get();
       failure = "deadlock: block " + std::to_string(block->index.x) + " waits for a block that never signals, or " +
@@ -563,14 +564,15 @@ template <int TABLE> VQ_DEVICE uint32_t lop3(uint32_t a, uint32_t b, uint32_t c)
 template <class T> VQ_DEVICE float low_float(uint32_t pair) { return emulator::float_of<T>((uint16_t)pair); }
 template <class T> VQ_DEVICE float high_float(uint32_t pair) { return emulator::float_of<T>((uint16_t)(pair >> 16)); }
 template <class T> VQ_DEVICE uint16_t round_to(float value) { return emulator::bits_of<T>(value); }
+template <class T> VQ_DEVICE uint32_t round_pair(float low, float high) {
+  return round_to<T>(low) | (uint32_t)round_to<T>(high) << 16;
+}
 // Sums and products of two 16-bit floats are exact in float or rounded to it harmlessly, so they are rounded once.
 template <class T> VQ_DEVICE uint32_t subtract2(uint32_t a, uint32_t b) {
-  return round_to<T>(low_float<T>(a) - low_float<T>(b)) |
-         (uint32_t)round_to<T>(high_float<T>(a) - high_float<T>(b)) << 16;
+  return round_pair<T>(low_float<T>(a) - low_float<T>(b), high_float<T>(a) - high_float<T>(b));
 }
 template <class T> VQ_DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
-  return round_to<T>(low_float<T>(a) * low_float<T>(b)) |
-         (uint32_t)round_to<T>(high_float<T>(a) * high_float<T>(b)) << 16;
+  return round_pair<T>(low_float<T>(a) * low_float<T>(b), high_float<T>(a) * high_float<T>(b));
 }
 VQ_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 VQ_DEVICE float exp2_approx(float value) { return exp2f(value); }

@@ -147,7 +147,7 @@ inline void mbarrier_wait(uint64_t* pointer, int parity, VQ_SITE) {
   emulator::wait_until([&] {
     if ((int)(barrier.phase & 1) == parity) emulator::end_phase_if_complete(barrier);
     return (int)(barrier.phase & 1) != parity;
-  }, emulator::block->is_pair);
+  }, !emulator::block->cluster.empty());
 }
 
 inline void bulk_copy_stream(void* shared, const void* global, int bytes, uint64_t* barrier, VQ_SITE) {
@@ -182,7 +182,7 @@ inline void semaphore_wait(uint32_t* semaphore, uint32_t count, VQ_SITE) {
   emulator::wait_until([&] { return *value == count; }, true);
   *semaphore = 0;
 }
-VQ_DEVICE float4 load_from_l2(const float4* global, VQ_SITE) {
+template <class Vector> VQ_DEVICE Vector load_from_l2(const Vector* global, VQ_SITE) {
   VQ_HERE("load_from_l2");
   emulator::check_inputs_allowed();
   return *global;
@@ -321,22 +321,22 @@ template <int N> inline void wgmma_wait(VQ_SITE) {
   emulator::meet_warpgroup();
 }
 
-// ---- Pairs of blocks ---------------------------------------------------------------------------------------------
+// ---- Clusters ----------------------------------------------------------------------------------------------------
 
 namespace emulator {
-inline Block* peer() {
-  if (!block->is_pair) fail("not a kernel of pairs");
-  if (!block->peer) fail("the other block of the pair has ended");
-  return block->peer;
+inline Block* in_cluster(int rank) {
+  if (block->cluster.empty()) fail("not a kernel of clusters");
+  if (!block->cluster[rank]) fail("another block of the cluster has ended");
+  return block->cluster[rank];
 }
-// What lies in the other block's shared memory where `pointer` lies in this one's.
-template <class Value> inline Value* in_peer(Value* pointer) {
-  return (Value*)(peer()->shared + ((unsigned char*)pointer - block->shared));
+inline int own_rank() { return block->index.x % block->cluster.size(); }
+// What lies in another block's shared memory where `pointer` lies in this one's.
+template <class Value> inline Value* there(Block* other, Value* pointer) {
+  return (Value*)(other->shared + ((unsigned char*)pointer - block->shared));
 }
 // Does something as if a thread of the other block did it.
-template <class Action> inline void as_peer(Action action) {
+template <class Action> inline void act_in(Block* other, Action action) {
   Block* self = block;
-  Block* other = peer();
   Lane* lane = other->current;
   const Site site = lane->site;
   lane->site = self->current->site;
@@ -346,48 +346,72 @@ template <class Action> inline void as_peer(Action action) {
   lane->site = site;
   self->progress++;
 }
+template <bool MULTICAST>
+inline void load_box(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier, uint16_t blocks) {
+  if (map->box_columns != 64 || map->row_bytes % 16) fail("a tensor map that is not supported");
+  const int bytes = map->box_rows * 128;
+  auto copy = [&](void* to, uint64_t* counter) {
+    check_shared(to, bytes, 1024);
+    memset(to, 0xff, bytes);
+    barrier_at(counter).copies.push_back({(unsigned char*)to, nullptr, bytes, *map, column, row});
+  };
+  if (!MULTICAST) return copy(shared, barrier);
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    Block* other = in_cluster(rank);
+    void* to = there(other, shared);
+    uint64_t* counter = there(other, barrier);
+    if (other == block) {
+      copy(to, counter);
+    } else {
+      act_in(other, [&] { copy(to, counter); });
+    }
+  }
+}
 }  // namespace emulator
 
-inline void sync_pair(VQ_SITE) {
-  VQ_HERE("sync_pair");
-  emulator::Block *b = emulator::block, *other = emulator::peer();
-  const uint32_t generation = b->pair_generation;
-  b->pair_arrived++;
-  if (b->pair_arrived == (int)b->lanes.size() && other->pair_arrived == (int)other->lanes.size()) {
-    for (emulator::Block* one : {b, other}) {
-      one->pair_arrived = 0;
-      one->pair_generation++;
+inline void sync_cluster(VQ_SITE) {
+  VQ_HERE("sync_cluster");
+  emulator::Block* b = emulator::block;
+  const uint32_t generation = b->cluster_generation;
+  b->cluster_arrived++;
+  bool complete = true;
+  for (size_t rank = 0; rank < b->cluster.size(); ++rank) {
+    const emulator::Block* one = emulator::in_cluster(rank);
+    complete &= one->cluster_arrived == (int)one->lanes.size();
+  }
+  if (complete) {
+    for (emulator::Block* one : b->cluster) {
+      one->cluster_arrived = 0;
+      one->cluster_generation++;
       one->progress++;
     }
     return;
   }
-  emulator::wait_until([&] { return b->pair_generation != generation; }, true);
+  emulator::wait_until([&] { return b->cluster_generation != generation; }, true);
 }
-inline void mbarrier_arrive_pair(uint64_t* barrier, int rank, VQ_SITE) {
-  VQ_HERE("mbarrier_arrive_pair");
-  if (rank == (int)(emulator::block->index.x % 2)) {
+inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank, VQ_SITE) {
+  VQ_HERE("mbarrier_arrive_cluster");
+  emulator::Block* other = emulator::in_cluster(rank);
+  uint64_t* in_other = emulator::there(other, barrier);
+  if (rank == emulator::own_rank()) {
     emulator::arrive(barrier);
   } else {
-    uint64_t* there = emulator::in_peer(barrier);
-    emulator::as_peer([&] { emulator::arrive(there); });
+    emulator::act_in(other, [&] { emulator::arrive(in_other); });
   }
 }
-template <int BLOCKS>
-inline void tma_load_weight(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier, VQ_SITE) {
+template <bool MULTICAST>
+inline void tma_load_weight(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier,
+                            uint16_t blocks, VQ_SITE) {
   VQ_HERE("tma_load_weight");
-  if (map->box_columns != 64 || map->row_bytes % 16) emulator::fail("a tensor map that is not supported");
-  const int bytes = map->box_rows * 128;
-  auto copy = [&](void* to, uint64_t* counter) {
-    emulator::check_shared(to, bytes, 1024);
-    memset(to, 0xff, bytes);
-    emulator::barrier_at(counter).copies.push_back({(unsigned char*)to, nullptr, bytes, *map, column, row});
-  };
-  copy(shared, barrier);
-  if (BLOCKS == 2) {
-    void* to = emulator::in_peer(shared);
-    uint64_t* counter = emulator::in_peer(barrier);
-    emulator::as_peer([&] { copy(to, counter); });
-  }
+  emulator::load_box<MULTICAST>(shared, map, column, row, barrier, blocks);
+}
+template <bool MULTICAST>
+inline void tma_load_inputs(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier,
+                            uint16_t blocks, VQ_SITE) {
+  VQ_HERE("tma_load_inputs");
+  emulator::check_inputs_allowed();
+  emulator::load_box<MULTICAST>(shared, map, column, row, barrier, blocks);
 }
 
 }  // namespace vq

@@ -1,17 +1,20 @@
-"""Problems for the emulated W4 kernels: a random weight, packed, and its product in float64."""
+"""Problems for the emulated W4 kernels: a random weight, packed, and its product in float64; and how bugs are seen."""
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
-from tests.emulator import Counters, Emulator, TensorMap, guarded
+from tests.emulator import Counters, Emulator, EmulatorError, TensorMap, guarded
 from vlmquant.kernels.cuda.catalog import ENTRIES, Entry, group_kind, shared_bytes
 from vlmquant.packing import VQ4_TILE, VQ4Shape, order_vq4, pack_vq4, vq4_shape
 
+SEEDS = (0, 1, 2)
+"""0 runs blocks and warps in order, and shared memory begins at a multiple of 1024 bytes; others shuffle."""
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 RELATIVE_ERROR = {"f16": 3e-4, "bf16": 2.5e-3}
 """Frobenius, against float64: what it costs to round the weight and the output to this dtype, sums being float32."""
@@ -176,3 +179,24 @@ def run(emulator: Emulator, problem: Problem, how: How, *, seed: int = 0) -> Res
     if how.family == "dequantize":
         outputs = (data.padded_inputs.double() @ dense.double().T).to(dtype)
     return Result(outputs, dense, counters, problem)
+
+
+def outcome(launch: Callable[[int], tuple[Tensor, bool, int]]) -> str:
+    """What is seen over SEEDS, in words; a launch gives its outputs, whether they are right, and bank conflicts."""
+    try:
+        results = [launch(seed) for seed in SEEDS]
+    except (EmulatorError, AssertionError) as error:
+        return str(error)
+    if not all(right for _, right, _ in results):
+        return "wrong"
+    outputs, _, conflicts = results[0]
+    if not all(torch.equal(other, outputs) for other, _, _ in results):
+        return "other bits"
+    return f"{conflicts} bank conflicts" if conflicts else "right"
+
+
+def quick_first(names: Iterable[str], quick: Collection[str]) -> list[object]:
+    """Parameters of a test; all but the quick ones are slow."""
+    names = list(names)
+    assert set(quick) <= set(names)
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]

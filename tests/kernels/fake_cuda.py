@@ -171,7 +171,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> tuple[FakeDriver, laun
     def run(started: Started) -> None:
         entry = ENTRIES[started.entry]
         library, grid = emulator.load([entry])._library, (ctypes.c_uint32 * 3)(*started.grid)
-        how = emulator._Launch(grid, started.threads[0], started.shared_bytes, 0, int(entry.pair))
+        how = emulator._Launch(grid, started.threads[0], started.shared_bytes, 0, entry.cluster)
         counters, message = emulator.Counters(), ctypes.create_string_buffer(emulator.MESSAGE_BYTES)
         function = getattr(library, f"emulate_{started.entry}")
         size = ctypes.c_size_t(emulator.MESSAGE_BYTES)

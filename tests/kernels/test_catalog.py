@@ -7,6 +7,7 @@ import pytest
 from vlmquant.kernels.cuda.catalog import (
     ACTIVATIONS,
     ARGUMENTS,
+    CLUSTERS,
     ENTRIES,
     SOURCES,
     Entry,
@@ -51,8 +52,7 @@ def test_entry_says_what_it_makes(entry: Entry) -> None:
         if entry.family == "w8_gemm":
             assert numbers == [str(entry.token_tile)]
         else:
-            head = "VQ_KERNEL_PAIRS" if entry.pair else "VQ_KERNEL_RESIDENT"
-            assert numbers == [head, str(entry.row_tile), str(entry.pair).lower()]
+            assert numbers == [CLUSTERS[entry.cluster][1], str(entry.row_tile), str(entry.cluster)]
         return
     assert last == ("false" if entry.symmetric else "true")
     if "skinny" in entry.family:

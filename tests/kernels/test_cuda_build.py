@@ -91,7 +91,18 @@ def check(name: str, arch: str) -> bytes:
     per_thread = -(-int(registers[1]) // 8) * 8
     warps = -(-entry.threads // 32)
     assert per_thread * 32 * warps * BLOCKS_PER_SM.get(entry.family, 1) <= SM_REGISTERS, log
+    if arch == "sm_90a":
+        check_moved_registers(entry, per_thread)
     return code
+
+
+def check_moved_registers(entry: Entry, per_thread: int) -> None:
+    """What the producer's warpgroup gives up must be enough for the others: else they wait for registers forever."""
+    text, _ = build.compile_program(build.program(entry, "compute_90a"))
+    moved = dict(re.findall(r"setmaxnreg\.(dec|inc)\.sync\.aligned\.u32 *(\d+)", text.decode()))
+    if moved:
+        after = 128 * int(moved["dec"]) + (entry.threads - 128) * int(moved["inc"])
+        assert after <= per_thread * entry.threads, (moved, per_thread)
 
 
 @needs_nvrtc

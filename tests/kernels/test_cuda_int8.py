@@ -9,15 +9,15 @@ from torch import Tensor
 pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
 
 from tests import emulator
-from tests.kernels.fake_cuda import A100, AMPERE, H100, HOPPER, emulate, encoded, install
+from tests.kernels.fake_cuda import A100, AMPERE, H100, HOPPER, STREAM, emulate, encoded, install
 from tests.kernels.test_int8_cuda import EXACT_ACTIVATIONS, exact
 from tests.kernels.test_layouts import packed, relative, tokens
 from vlmquant.errors import KernelError
 from vlmquant.kernels import int8_cuda, reference
-from vlmquant.kernels.cuda import build, ops
+from vlmquant.kernels.cuda import build, launch, ops
 from vlmquant.kernels.cuda.catalog import ACTIVATIONS, ENTRIES
-from vlmquant.kernels.cuda.dispatch import Gpu
-from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, int8_entries
+from vlmquant.kernels.cuda.dispatch import Gpu, Plan
+from vlmquant.kernels.cuda.dispatch_int8 import OUTPUT_CLOCKS, Int8Problem, choose_int8, int8_entries
 
 GPUS = [H100, A100, HOPPER, AMPERE, Gpu("consumer", "sm_89", 58, 99 << 10), Gpu("new", build.PTX_ARCH, 170, 99 << 10)]
 SHAPES = [(64, 64), (3420, 1280), (3456, 1152), (1152, 4352), (16384, 4096)]
@@ -35,22 +35,50 @@ def test_every_problem_has_kernels_that_exist_and_fit(gpu: Gpu) -> None:
             assert plan.shared_bytes <= gpu.shared_bytes
             assert plan.threads == entry.threads
             assert plan.grid[0] > 0
-            assert plan.grid[0] % (2 if entry.pair else 1) == 0
+            assert plan.grid[0] % entry.cluster == 0
             assert 0 < plan.grid[1] < 2**16
         quantize, multiply = (ENTRIES[plan.entry] for plan in plans)
         assert quantize.family == "quantize_rows"
         assert plans[0].grid[0] * quantize.token_tile >= count
         assert multiply.activation == activation
         if plans[1].token_box:
-            assert plans[1].row_box == multiply.row_tile // (2 if multiply.pair else 1)
+            assert plans[1].row_box == multiply.row_tile // (2 if multiply.cluster > 1 else 1)
+            assert plans[1].token_box == 128 // (2 if multiply.cluster > 2 else 1)
             assert 2 <= plans[1].stages <= 32
+            check_cut(plans[1], rows, count, columns)
         else:
             assert plans[1].grid[0] * 128 >= rows
             assert plans[1].grid[1] * multiply.token_tile >= count
 
 
+def check_cut(plan: Plan, rows: int, count: int, columns: int) -> None:
+    """Cut tiles exist, every block has a part of them, and sums and semaphores have room."""
+    entry = ENTRIES[plan.entry]
+    cluster = entry.cluster
+    tiles = -(-rows // (entry.row_tile * (2 if cluster > 2 else 1))) * -(-count // (128 * (2 if cluster > 1 else 1)))
+    assert 0 <= plan.split_tiles <= tiles
+    assert plan.grid[0] <= tiles * cluster or plan.split_tiles == tiles
+    if plan.split_tiles:
+        assert entry.row_tile > 64
+        assert plan.split_tiles * -(-columns // 128) * cluster >= plan.grid[0]
+        assert plan.grid[0] * 128 * entry.row_tile <= launch.WORKSPACE_FLOATS
+        assert plan.split_tiles * cluster * 8 <= launch.SEMAPHORES
+
+
+def test_tiles_are_cut_where_that_is_faster() -> None:
+    """Few tiles with many columns; none where whole tiles fill the GPU, or columns are few."""
+
+    def split(tokens: int, rows: int, columns: int) -> int:
+        return choose_int8(Int8Problem(tokens, rows, columns, "bf16", ""), H100)[1].split_tiles
+
+    assert split(512, 1152, 4352) > 0
+    assert split(128, 1152, 16384) > 0
+    assert split(1024, 1152, 1152) == 0
+    assert split(2048, 66 // 8 * 256, 16384) == 0
+
+
 def test_activations_are_those_of_the_catalog() -> None:
-    assert list(reference.ACTIVATIONS) == list(ACTIVATIONS)
+    assert list(reference.ACTIVATIONS) == list(ACTIVATIONS) == list(OUTPUT_CLOCKS)
 
 
 def test_wgmma_runs_on_its_architecture_alone() -> None:
@@ -61,9 +89,9 @@ def test_wgmma_runs_on_its_architecture_alone() -> None:
         assert ("hopper" in quantize.entry) == (gpu.arch == "sm_90a")
 
 
-def test_large_problems_take_the_largest_tile() -> None:
+def test_large_problems_take_large_tiles() -> None:
     problem = Int8Problem(16384, 16384, 4096, "bf16", "")
-    assert "n256_pair" in choose_int8(problem, H100)[1].entry
+    assert ENTRIES[choose_int8(problem, H100)[1].entry].row_tile >= 192
     assert "_t128" in choose_int8(problem, A100)[1].entry
     assert "_t32" in choose_int8(Int8Problem(8, 4096, 4096, "bf16", ""), H100)[1].entry
 
@@ -102,6 +130,9 @@ def test_arguments_arrive_in_the_order_of_the_catalog(monkeypatch: pytest.Monkey
     assert values["scales"] == held["scales"].data_ptr()
     assert values["bias"] == bias.data_ptr()
     assert [values[name] for name in ("tokens", "rows", "columns")] == [200, 300, columns]
+    sums, semaphores = device.workspaces[STREAM]
+    assert (values["workspace"], values["semaphores"]) == (sums.data_ptr(), semaphores.data_ptr())
+    assert values["split_tiles"] == choose_int8(Int8Problem(200, 300, columns, "bf16", "gelu"), H100)[1].split_tiles
     assert multiply.dependent
     assert quantize.dependent
     assert multiply.entry.endswith("_gelu")

@@ -8,14 +8,12 @@ import torch
 
 from tests import emulator
 from tests.emulator import Emulator
-from tests.kernels.emulated import How, Problem, data_of, entry_of, largest_error, run
+from tests.kernels.emulated import SEEDS, How, Problem, data_of, entry_of, largest_error, run
 from vlmquant.kernels.cuda.catalog import ENTRIES, SKINNY_TOKENS, SKINNY_WIDE_TOKENS, Entry
 
 pytestmark = pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
 
 W4_ENTRIES = {name: entry for name, entry in ENTRIES.items() if name.startswith("w4_")}
-SEEDS = (0, 1, 2)
-"""0 runs blocks and warps in order, and shared memory begins at a multiple of 1024 bytes; others shuffle."""
 
 SKINNY = [
     (Problem(1, 256, 1024), How("skinny", blocks=4)),

@@ -39,8 +39,10 @@ QUANTIZE_WARPS = (1, 8)
 """Warps that share a token in quantize_rows."""
 W8_STAGES = {32: 5, 64: 4, 128: 3}
 """Stages of w8_gemm's ring, by the tokens of a tile."""
-W8_HOPPER_TILES = ((64, False), (128, False), (128, True), (160, True), (192, True), (256, True))
-"""Rows of w8_gemm_hopper's tile, and whether blocks work in pairs."""
+W8_HOPPER_TILES = ((64, 1), (128, 1), *((rows, blocks) for blocks in (2, 4) for rows in range(96, 257, 32)))
+"""Rows of a block's tile in w8_gemm_hopper, and the blocks of a cluster."""
+CLUSTERS = {1: ("", "VQ_KERNEL_RESIDENT"), 2: ("_pair", "VQ_KERNEL_PAIRS"), 4: ("_quad", "VQ_KERNEL_QUADS")}
+"""How kernels of clusters of so many blocks are called, and the head they have."""
 
 ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "skinny": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE),
@@ -59,7 +61,8 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "w8_gemm_hopper": (
         *(("input_codes", "tensor_map"), ("codes", "tensor_map"), ("input_scales", "pointer"), ("scales", "pointer")),
-        *(("bias", "pointer"), ("outputs", "pointer"), *SHAPE[:3], ("stages", "int"), ("sweep_tiles", "int")),
+        *(("bias", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE[:3]),
+        *(("stages", "int"), ("sweep_tiles", "int"), ("split_tiles", "int")),
     ),
 }
 """Name and kind of each argument, in order. A tensor map is the 128 bytes themselves; what each means is said in the
@@ -89,8 +92,8 @@ class Entry:
     """The kinds of group that it takes, see `group_kind`; none if its weight has no groups."""
     activation: str = ""
     """What its outputs go through last, of ACTIVATIONS."""
-    pair: bool = False
-    """Neighbouring blocks work together, so the grid must be even."""
+    cluster: int = 1
+    """Neighbouring blocks that work together; the grid must be a multiple."""
 
     @property
     def source(self) -> Path:
@@ -177,11 +180,11 @@ def _w8_gemm(dtype: str, tokens: int, activation: str) -> Entry:
     return Entry(name, "w8_gemm", instance, PORTABLE, dtype, True, 256, tokens, 128, (), activation)
 
 
-def _w8_gemm_hopper(dtype: str, rows: int, pair: bool, activation: str) -> Entry:
-    name = f"w8_gemm_hopper_{dtype}_n{rows}{'_pair' if pair else ''}{_ending(activation)}"
-    head = "VQ_KERNEL_PAIRS" if pair else "VQ_KERNEL_RESIDENT"
-    instance = f"VQ_W8_GEMM_HOPPER({name}, vq::{dtype}, {head}, {rows}, {_flag(pair)}, {ACTIVATIONS[activation]})"
-    return Entry(name, "w8_gemm_hopper", instance, HOPPER, dtype, True, 384, 128, rows, (), activation, pair)
+def _w8_gemm_hopper(dtype: str, rows: int, cluster: int, activation: str) -> Entry:
+    ending, head = CLUSTERS[cluster]
+    name = f"w8_gemm_hopper_{dtype}_n{rows}{ending}{_ending(activation)}"
+    instance = f"VQ_W8_GEMM_HOPPER({name}, vq::{dtype}, {head}, {rows}, {cluster}, {ACTIVATIONS[activation]})"
+    return Entry(name, "w8_gemm_hopper", instance, HOPPER, dtype, True, 384, 128, rows, (), activation, cluster)
 
 
 def _all() -> Iterable[Entry]:
@@ -205,8 +208,8 @@ def _all() -> Iterable[Entry]:
         for activation in ACTIVATIONS:
             for tokens in W8_STAGES:
                 yield _w8_gemm(dtype, tokens, activation)
-            for rows, pair in W8_HOPPER_TILES:
-                yield _w8_gemm_hopper(dtype, rows, pair, activation)
+            for rows, cluster in W8_HOPPER_TILES:
+                yield _w8_gemm_hopper(dtype, rows, cluster, activation)
 
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _all()}

@@ -108,6 +108,8 @@ class Plan:
     """Token tiles that share one sweep over the weight."""
     row_box: int = 0
     """Rows of one copy from an int8 weight; 0 where the kernel reads it by address."""
+    split_tiles: int = 0
+    """Tiles of an int8 product that are cut over several blocks."""
     dependent: bool = False
     """May start before the kernel ahead of it has ended (programmatic dependent launch)."""
 

@@ -3,11 +3,13 @@
 Outputs do not depend on the choice: sums are exact integers.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda.catalog import (
     BARRIER_BYTES,
+    CLUSTERS,
     ENTRIES,
     RING_STAGES,
     STAGE_COLUMNS,
@@ -16,7 +18,7 @@ from vlmquant.kernels.cuda.catalog import (
     Entry,
     shared_bytes,
 )
-from vlmquant.kernels.cuda.dispatch import MAX_GRID_Y, SWEEP_TOKENS, Gpu, Plan, runs_on
+from vlmquant.kernels.cuda.dispatch import MAX_GRID_Y, SWEEP_TOKENS, WORKSPACE_FLOATS, Gpu, Plan, runs_on
 
 MULTIPLE = 16
 """Packed columns are a multiple of this."""
@@ -26,16 +28,16 @@ RING_KIB = {1: 226, 2: 110}
 """Shared memory of a block, by the blocks on an SM."""
 FEW_TOKENS = 64
 """Up to here the weight is read once and little is computed: tiles of 128 tokens would be mostly empty."""
-EFFICIENCY = {
-    (64, False): 0.5,
-    (128, False): 0.65,
-    (128, True): 0.8,
-    (160, True): 0.9,
-    (192, True): 0.95,
-    (256, True): 1.0,
-}
-"""Of the tensor cores' rate, by rows of a tile and whether blocks work in pairs: what L2 can feed, see
-benchmarks/gpu/LOG.md."""
+PRODUCT_CLOCKS = 4
+"""Of an SM's tensor cores, for a row of a unit: 128 tokens x 128 columns at 4096 products a clock."""
+OUTPUT_CLOCKS = {"": 6, "gelu": 23, "gelu_tanh": 16, "quick_gelu": 16}
+"""From 128 sums, of a row of a tile, to outputs: instructions in the machine code, or an exponential and a division for
+each at 16 lanes a clock."""
+L2_BYTES, SM_BYTES = 3700, 64
+"""A clock: what L2 gives to all SMs together (6 TB/s), and what one SM takes. Guesses; if L2 gives 5000, the most that
+it could, an encoder's linears take at most 5 % longer than by other launches. See benchmarks/gpu/LOG.md."""
+POST_CLOCKS = 1500
+"""From the last store of a block's sums until the block that adds them has its first ones."""
 UNMEASURED = "by arithmetic, not measured"
 COMMON_TOKENS = (1, 33, *range(65, 8193, 64))
 """Numbers of tokens whose kernels are loaded before they are needed."""
@@ -97,37 +99,111 @@ def _gemm(problem: Int8Problem, gpu: Gpu) -> Plan:
 
 def _hopper(problem: Int8Problem, gpu: Gpu) -> list[Plan]:
     """The plans of all tiles, the one first that should be done first; none on other architectures."""
-    found: list[tuple[float, Plan]] = []
-    for rows, pair in W8_HOPPER_TILES:
-        name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{'_pair' if pair else ''}{_ending(problem)}"
-        entry = ENTRIES.get(name)
-        if entry is None:
-            raise KernelError(f"there is no {name}")
-        if not runs_on(entry.archs, gpu.arch):
-            return []
-        resident, together = (2 if rows == 64 else 1), (2 if pair else 1)
-        tokens = entry.token_tile * together
-        tiles = -(-problem.rows // rows) * -(-problem.tokens // tokens)
-        places = resident * gpu.sms // together
-        waves = -(-tiles // places)
-        stage = (entry.token_tile + rows) * STAGE_COLUMNS
-        stages = min(RING_STAGES, (RING_KIB[resident] * 1024 - 2 * BARRIER_BYTES) // stage)
-        plan = Plan(
-            "w8_gemm_hopper",
-            entry.name,
-            (min(places, tiles) * together, 1),
-            entry.threads,
-            shared_bytes(entry, stages=stages),
-            UNMEASURED,
-            stages,
-            entry.token_tile,
-            max(1, SWEEP_TOKENS // tokens),
-            rows // together,
-            dependent=True,
-        )
-        if plan.shared_bytes <= gpu.shared_bytes:
-            found.append((waves * rows * resident / EFFICIENCY[rows, pair], plan))
-    return [plan for _, plan in sorted(found, key=lambda pair: pair[0])]
+    units, found = -(-problem.columns // STAGE_COLUMNS), []
+    for rows, cluster in W8_HOPPER_TILES:
+        tiles, places = _tiles(problem, rows, cluster), _places(gpu, rows, cluster)
+        for clusters, split_tiles in _schedules(tiles, units, places):
+            plan = hopper_plan(problem, gpu, rows, cluster, clusters, split_tiles)
+            if isinstance(plan, Plan):
+                found.append((clocks(problem, gpu, plan), plan))
+    # Of equals the one that asks less of L2.
+    return [plan for _, plan in sorted(found, key=lambda one: (one[0], one[1].token_box + one[1].row_box))]
+
+
+def hopper_plan(problem: Int8Problem, gpu: Gpu, rows: int, cluster: int, clusters: int, split_tiles: int) -> Plan | str:
+    """w8_gemm_hopper with so many rows for each block of a cluster, and with the first tiles cut over so many clusters.
+
+    Or why it cannot run.
+    """
+    name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{CLUSTERS[cluster][0]}{_ending(problem)}"
+    entry = ENTRIES.get(name)
+    if entry is None:
+        raise KernelError(f"there is no {name}")
+    if not runs_on(entry.archs, gpu.arch):
+        return f"{name} does not run on {gpu.arch}"
+    blocks, (token_blocks, row_blocks) = clusters * cluster, _shape(cluster)
+    if split_tiles and rows == 64:
+        return "tiles of 64 rows are not cut"
+    if split_tiles and blocks * entry.token_tile * rows > WORKSPACE_FLOATS:
+        return f"{blocks} blocks exceed the workspace"
+    stage = (entry.token_tile + rows) * STAGE_COLUMNS
+    stages = min(RING_STAGES, (RING_KIB[_resident(rows)] * 1024 - 2 * BARRIER_BYTES) // stage)
+    shared = shared_bytes(entry, stages=stages)
+    if shared > gpu.shared_bytes:
+        return f"needs {shared} bytes of shared memory, the GPU has {gpu.shared_bytes}"
+    return Plan(
+        "w8_gemm_hopper",
+        entry.name,
+        (blocks, 1),
+        entry.threads,
+        shared,
+        UNMEASURED,
+        stages,
+        entry.token_tile // row_blocks,
+        max(1, SWEEP_TOKENS // (entry.token_tile * token_blocks)),
+        rows // token_blocks,
+        split_tiles,
+        dependent=True,
+    )
+
+
+def _shape(cluster: int) -> tuple[int, int]:
+    """Blocks of a cluster along tokens and along rows; what they share is copied by each in equal parts."""
+    return {1: (1, 1), 2: (2, 1), 4: (2, 2)}[cluster]
+
+
+def _resident(rows: int) -> int:
+    """Blocks that fit an SM."""
+    return 2 if rows == 64 else 1
+
+
+def _places(gpu: Gpu, rows: int, cluster: int) -> int:
+    """Clusters that run at once. One of four lies in a GPC, of whose 16 or 18 SMs it leaves what is over."""
+    return gpu.sms // 16 * 4 if cluster == 4 and gpu.sms >= 16 else _resident(rows) * gpu.sms // cluster
+
+
+def _tiles(problem: Int8Problem, rows: int, cluster: int) -> int:
+    """Of a cluster."""
+    token_blocks, row_blocks = _shape(cluster)
+    return -(-problem.rows // (rows * row_blocks)) * -(-problem.tokens // (128 * token_blocks))
+
+
+def _schedules(tiles: int, units: int, places: int) -> Iterator[tuple[int, int]]:
+    """Clusters, and how many tiles are cut evenly over them.
+
+    None, so that tiles come in whole waves; all, into equal parts; or those of the last two waves, the last of which is
+    not full.
+    """
+    yield -(-tiles // -(-tiles // places)), 0
+    for parts in range(2, min(places // tiles, units) + 1):
+        yield parts * tiles, tiles
+    if tiles % places and places <= tiles * units:
+        yield places, tiles if tiles < places else tiles % places + places
+
+
+def clocks(problem: Int8Problem, gpu: Gpu, plan: Plan, *, l2_bytes: int = L2_BYTES) -> float:
+    """How long a launch of w8_gemm_hopper takes from the first stage on.
+
+    A unit takes the longer of its products and its way from L2, where a cluster reads once what several need. A block
+    that cuts tiles writes the sums of one that it did not begin, and reads those of all the others for one that it did.
+    """
+    entry, (grid, _) = ENTRIES[plan.entry], plan.grid
+    rows, units = entry.row_tile, -(-problem.columns // STAGE_COLUMNS)
+    tiles, clusters = _tiles(problem, rows, entry.cluster), grid // entry.cluster
+    resident = -(-grid // gpu.sms)
+    rate = min(SM_BYTES, l2_bytes / min(grid, gpu.sms)) / resident
+    unit = max(PRODUCT_CLOCKS * rows * resident, (plan.token_box + plan.row_box) * STAGE_COLUMNS / rate)
+    finish = OUTPUT_CLOCKS[problem.activation] * rows * resident
+    whole = -(-(tiles - plan.split_tiles) // clusters) * (units * unit + finish)
+    if not plan.split_tiles:
+        return whole
+    share, more = divmod(plan.split_tiles * units, clusters)
+    even = more == 0 and units % share == 0
+    sharers = units // share if even else (units - 2) // share + 2  # of a tile, at most
+    sums = 4 * entry.token_tile * rows / rate
+    return (
+        whole + (share + (more > 0)) * unit + sharers * sums + POST_CLOCKS + -(-plan.split_tiles // clusters) * finish
+    )
 
 
 def _ending(problem: Int8Problem) -> str:

@@ -322,21 +322,28 @@ def _run_w8(
 
 def _ready_w8(device: launch.Device, problem: Int8Problem, columns: int) -> tuple[launch.Launch, launch.Launch]:
     try:
-        quantize, multiply = choose_int8(problem, device.gpu)
-        constants: dict[str, launch.Value] = {
-            "tokens": problem.tokens,
-            "rows": problem.rows,
-            "columns": problem.columns,
-            "packed_columns": problem.columns,
-            "stages": multiply.stages,
-            "sweep_tiles": multiply.sweep_tiles,
-        }
-        first = device.launch(quantize, _taken(quantize, constants | {"columns": columns}))
-        return first, device.launch(multiply, _taken(multiply, constants))
+        return make_w8(device, problem, columns, *choose_int8(problem, device.gpu))
     except KernelError as error:
         if torch.cuda.is_current_stream_capturing():
             raise
         raise _NoKernelError(str(error)) from error
+
+
+def make_w8(
+    device: launch.Device, problem: Int8Problem, columns: int, quantize: Plan, multiply: Plan
+) -> tuple[launch.Launch, launch.Launch]:
+    """Both plans' launches, loaded, with the arguments that plans and problem settle; columns of the inputs."""
+    known: dict[str, launch.Value] = {
+        "tokens": problem.tokens,
+        "rows": problem.rows,
+        "columns": problem.columns,
+        "packed_columns": problem.columns,
+        "stages": multiply.stages,
+        "sweep_tiles": multiply.sweep_tiles,
+        "split_tiles": multiply.split_tiles,
+    }
+    first = device.launch(quantize, _taken(quantize, known | {"columns": columns}))
+    return first, device.launch(multiply, _taken(multiply, known))
 
 
 def start_w8(
@@ -370,6 +377,8 @@ def start_w8(
     if multiply.plan.token_box:  # as pairs of bytes
         values["input_codes"] = device.tensor_map(input_codes.view(torch.int16), multiply.plan.token_box)
         values["codes"] = device.tensor_map(codes.view(torch.int16), multiply.plan.row_box)
+        sums, semaphores = device.workspace(stream)
+        values["workspace"], values["semaphores"] = sums.data_ptr(), semaphores.data_ptr()
     multiply.start(stream, values)
 
 

@@ -108,6 +108,14 @@ VQ_DEVICE float4 load_from_l2(const float4* global) {
                : "memory");
   return value;
 }
+VQ_DEVICE uint4 load_from_l2(const uint4* global) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(global)
+               : "memory");
+  return value;
+}
 
 // ---- Warpgroup (4 warps) matrix product ---------------------------------------------------------------------------
 
@@ -142,15 +150,15 @@ template <class T, int TOKENS> struct Wgmma;
 template <int ROWS> struct WgmmaInt8;
 #include "wgmma_int8.inc"
 
-// ---- Pairs of blocks (VQ_KERNEL_PAIRS): the block of number blockIdx.x and that of blockIdx.x ^ 1 ------------------
+// ---- Clusters: blocks that run together (VQ_KERNEL_PAIRS, VQ_KERNEL_QUADS); rank: blockIdx.x % their number ---------
 
-// Every thread of both blocks arrives before any goes on; what they wrote to shared memory is seen by both. Not
-// "aligned": the lanes of a warp may come one by one.
-VQ_DEVICE void sync_pair() {
+// Every thread of all blocks arrives before any goes on; what they wrote to shared memory is seen by all. Not "aligned":
+// the lanes of a warp may come one by one.
+VQ_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" : : : "memory");
 }
-// One arrival at the mbarrier that lies, in block `rank` (0 or 1) of the pair, where `barrier` lies in this one.
-VQ_DEVICE void mbarrier_arrive_pair(uint64_t* barrier, int rank) {
+// One arrival at the mbarrier that lies, in the block of this rank, where `barrier` lies in this one.
+VQ_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
@@ -159,20 +167,27 @@ VQ_DEVICE void mbarrier_arrive_pair(uint64_t* barrier, int rank) {
       : "memory");
 }
 // A weight's box as tma_load_2d copies it; of weights it is known that they were complete long before the kernel
-// ahead started. BLOCKS 2: into both blocks of the pair, at the same place, counted by each one's own barrier.
-template <int BLOCKS>
-VQ_DEVICE void tma_load_weight(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier) {
-  if (BLOCKS == 1) {
-    tma_load_2d(shared, map, column, row, barrier);
-  } else {
-    const uint16_t both = 3;  // a bit for each block
+// ahead started. MULTICAST: into all blocks of the cluster whose bit is set, at the same place, counted by each one's
+// own barrier.
+template <bool MULTICAST>
+VQ_DEVICE void tma_load_weight(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier,
+                               uint16_t blocks) {
+  if (MULTICAST) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
         "[%0], [%1, {%2, %3}], [%4], %5;"
         :
-        : "r"(shared_address(shared)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(both)
+        : "r"(shared_address(shared)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
         : "memory");
+  } else {
+    tma_load_2d(shared, map, column, row, barrier);
   }
+}
+// The same for inputs, which the kernel ahead may have made: after dependency_wait.
+template <bool MULTICAST>
+VQ_DEVICE void tma_load_inputs(void* shared, const VqTensorMap* map, int column, int row, uint64_t* barrier,
+                               uint16_t blocks) {
+  tma_load_weight<MULTICAST>(shared, map, column, row, barrier, blocks);
 }
 
 }  // namespace vq

@@ -94,13 +94,13 @@ VQ_DEVICE void store_outputs(const Finish& to, const TokenScales& tokens, const 
   VQ_UNROLL for (int half = 0; half < 2; ++half) {
     uint32_t words[4];
     VQ_UNROLL for (int j = 0; j < 4; ++j) {
-      uint32_t two[2];
+      float two[2];
       VQ_UNROLL for (int e = 0; e < 2; ++e) {
         const float scaled = (float)sums(j, 2 * half + e) * tokens.values[half];
         const float plain = multiply_add(scaled, rows.scales[2 * j + e], rows.biases[2 * j + e]);
-        two[e] = round_to<T>(activate<ACTIVATION>(plain));
+        two[e] = activate<ACTIVATION>(plain);
       }
-      words[j] = two[0] | two[1] << 16;
+      words[j] = round_pair<T>(two[0], two[1]);
     }
     const int token = tokens.token + 8 * half;
     uint16_t* at = to.outputs + (size_t)token * to.rows + rows.row;

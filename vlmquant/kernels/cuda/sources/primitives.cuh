@@ -30,9 +30,11 @@ typedef unsigned long long uint64_t;
 // (which caps the registers of a thread).
 #define VQ_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 #define VQ_KERNEL_RESIDENT(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
-// As VQ_KERNEL_RESIDENT; neighbouring blocks run as pairs that reach each other's shared memory (sm_90 and later).
+// As VQ_KERNEL_RESIDENT; 2 or 4 neighbouring blocks run together and reach each other's shared memory (from sm_90 on).
 #define VQ_KERNEL_PAIRS(threads, blocks) \
   extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(threads, blocks)
+#define VQ_KERNEL_QUADS(threads, blocks) \
+  extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(threads, blocks)
 
 namespace vq {
 
@@ -110,6 +112,19 @@ template <> VQ_DEVICE uint16_t round_to<f16>(float value) {
 template <> VQ_DEVICE uint16_t round_to<bf16>(float value) {
   uint16_t result;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+  return result;
+}
+
+// Two floats rounded to nearest even, the first as the low half.
+template <class T> VQ_DEVICE uint32_t round_pair(float low, float high);
+template <> VQ_DEVICE uint32_t round_pair<f16>(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+template <> VQ_DEVICE uint32_t round_pair<bf16>(float low, float high) {
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   return result;
 }
 
