@@ -3,6 +3,7 @@
 Outputs do not depend on the choice: sums are exact integers.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,10 +69,11 @@ def choose_int8(problem: Int8Problem, gpu: Gpu) -> tuple[Plan, Plan]:
     return _quantize(problem, gpu), multiply
 
 
-def int8_entries(rows: int, columns: int, dtype: str, activation: str, gpu: Gpu) -> set[str]:
+@functools.cache
+def int8_entries(rows: int, columns: int, dtype: str, activation: str, gpu: Gpu) -> frozenset[str]:
     """Every entry that `choose_int8` names for a weight and COMMON_TOKENS."""
     problems = [Int8Problem(tokens, rows, columns, dtype, activation) for tokens in COMMON_TOKENS]
-    return {plan.entry for problem in problems for plan in choose_int8(problem, gpu)}
+    return frozenset(plan.entry for problem in problems for plan in choose_int8(problem, gpu))
 
 
 def _quantize(problem: Int8Problem, gpu: Gpu) -> Plan:
