@@ -50,9 +50,9 @@ MMAP_BYTES = 1 << 20
 SHOWN = 5
 """Names of a long list that a note shows."""
 CALIBRATION_GAIN = 8.0
-"""So many times as fast as float32 must bfloat16 be to be calibrated in. On held-out samples the two lose the same within
-the noise of a draw (benchmarks/results/calibration_dtype.md), and bfloat16 saves a fifth of the seconds on a CPU with
-AMX; but in float32 machines with and without 16-bit products calibrate alike."""
+"""So many times as fast as float32 must bfloat16 be to be calibrated in. On held-out samples the two lose the same,
+within the noise of a draw (benchmarks/results/calibration_dtype.md), and bfloat16 saves a fifth of the seconds on a CPU
+with AMX; but in float32 machines with and without 16-bit products calibrate alike."""
 BATCH_SIZE = 16
 """Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
 
