@@ -1,6 +1,7 @@
 """QuantLinear and QuantEmbedding against the weights they were made of."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -208,10 +209,60 @@ def test_shared_linears_compile_without_a_break(name: str, dtype: torch.dtype) -
     share(module.linears())
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for count in (1, 40):
+    for count in (1, 2, 3, 40, 5):  # from the second count on, their number is a variable
         inputs = torch.randn(count, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
         with torch.no_grad():
             torch.testing.assert_close(compiled(inputs), module(inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w8a16"])
+def test_inputs_of_any_strides_and_ranks_are_multiplied(name: str, dtype: torch.dtype) -> None:
+    module = Attention(name).to(dtype)
+    share(module.linears())
+    wide = torch.randn(3, 256, 9, generator=torch.Generator().manual_seed(4)).to(dtype)
+    one = torch.ones(1, 1, dtype=dtype).expand(1, 256)
+    for inputs in (wide[0, :, 4], wide[:1, :, 4], wide[:, :, 0], wide.transpose(1, 2), one):
+        torch.testing.assert_close(module(inputs), module(inputs.clone(memory_format=torch.contiguous_format)))
+        assert module.q_proj(inputs).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w8a16"])
+def test_outputs_can_be_differentiated_one_by_one(name: str, dtype: torch.dtype) -> None:
+    module = Attention(name).to(dtype)
+    share(module.linears())
+    inputs = torch.randn(2, 256, generator=torch.Generator().manual_seed(5)).to(dtype).requires_grad_()
+    for linear in module.linears():
+        inputs.grad = None
+        linear(inputs).sum().backward()
+        exact = linear.dequantize().sum(0).expand(2, 256)
+        assert (inputs.grad.float() - exact).norm() / exact.norm() < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_who_asks_twice_gets_a_new_product(products: list[int]) -> None:
+    module, inputs = Attention("w4a16"), torch.ones(2, 256)
+    share(module.linears())
+    first = module.q_proj(inputs)
+    expected = first.clone()
+    first.mul_(2)
+    products.clear()
+    assert torch.equal(module.q_proj(inputs), expected)
+    assert len(products) == 1
+    with torch.inference_mode():
+        static = torch.ones(2, 256)
+        module.q_proj(static)
+        static.mul_(3)
+        assert_all_close([module.q_proj(static)], [module.q_proj(inputs * 3)])
+
+
+def test_copies_and_files_hold_no_activations() -> None:
+    module = Attention("w4a16")
+    share(module.linears())
+    module.q_proj(torch.ones(1000, 256))  # k and v have not asked yet
+    assert module.q_proj.packed.made is not None
+    assert copy.deepcopy(module).q_proj.packed.made is None
+    assert len(pickle.dumps(module)) < 200_000
 
 
 def test_shared_linears_copy_and_move_together() -> None:
@@ -249,9 +300,13 @@ def test_an_activation_is_left_out_only_where_the_product_has_applied_it(monkeyp
         if layout == "int8_cuda":
             monkeypatch.setattr(int8_cuda, "fits", int8.fits)
         linear = QuantLinear(weight, scheme, bias, activation="gelu")
-        model = nn.Sequential(linear, FollowingActivation(nn.GELU(), linear))
+        model = nn.Sequential(linear)
+        model.append(FollowingActivation(nn.GELU(), model, "0"))
         assert linear.layout == layout
         assert linear.packed.activates == (layout == "int8_cuda")
         assert (linear(inputs).min() < -0.2) == (layout == "int8")  # a GELU has no values below -0.17
         assert (model(inputs) - expected).abs().max() < 1e-4
         assert (copy.deepcopy(model)(inputs) - expected).abs().max() < 1e-4
+        dense = nn.Linear(256, 96)
+        model.set_submodule("0", dense)  # it applies nothing
+        assert torch.equal(model(inputs), nn.functional.gelu(dense(inputs)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.errors import InputError
-from vlmquant.families import FAMILIES, FOLDS, SHARED_INPUTS, Family, shared_inputs
+from vlmquant.families import FAMILIES, FOLDS, Family, shared_inputs
 from vlmquant.recipe import COMPONENTS
 from vlmquant.shards import Shards, TensorEntry, open_shards
 
@@ -147,8 +147,8 @@ class ComponentMap:
 
 
 def _rank(local: str) -> int:
-    row = next((row for row in SHARED_INPUTS if any(f".{local}".endswith(f".{leaf}") for leaf in row)), ())
-    return next((index for index, leaf in enumerate(row) if f".{local}".endswith(f".{leaf}")), 0)
+    """Its place in the row of SHARED_INPUTS; 0 if it has none."""
+    return next((index for index, leaf in enumerate(shared_inputs(local)[1:]) if f".{local}".endswith(f".{leaf}")), 0)
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]:

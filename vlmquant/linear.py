@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from vlmquant.grid import QuantizedWeight, join_rows
 from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, choose, prepare, words
 from vlmquant.kernels.form import Form, Place, form_of
+from vlmquant.kernels.probe import needs_gradient
 from vlmquant.recipe import Scheme
 
 
@@ -81,7 +84,8 @@ class PackedRows(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
         """Every module's way to be moved or cast, which is what `fn` does to a tensor."""
-        mark, kept = fn(self.mark), {id(tensor) for tensor in self.held.values()}
+        before, kept = self.place, {id(tensor) for tensor in self.held.values()}
+        mark = fn(self.mark)
         layout, held = self.layout, None
         if mark.device.type != "meta" and self._layout_at(Place(mark.device, mark.dtype)) != layout:
             layout = self._layout_at(Place(mark.device, mark.dtype))
@@ -96,35 +100,53 @@ class PackedRows(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        self.layout = layout
-        self._hold(held or self.held)
+        if self.place != before:
+            self.layout = layout
+            self._hold(held or self.held)
         return self
 
 
 class SharedRows(PackedRows):
-    """The rows of several linears with the same inputs: the first one that asks has the product made for all."""
+    """The rows of several linears with the same inputs: the first one that asks has the product made for all.
+
+    firsts: the first row of each. A linear that asks twice has it made anew, as has one with other inputs, or with ones
+    that were changed in place since; in inference mode and under torch.compile tensors do not tell of such a change.
+    """
 
     def __init__(
-        self, weight: QuantizedWeight, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype, *, sharers: int
+        self,
+        weight: QuantizedWeight,
+        scheme: Scheme,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        firsts: tuple[int, ...],
     ) -> None:
         super().__init__(weight, scheme, bias, dtype)
-        self.sharers = sharers
-        self.made: tuple[Tensor, int | None, Tensor, int] | None = None
-        """The last inputs and their version, their outputs, and how many sharers have not asked for them yet."""
+        self.firsts = firsts
+        self.made: tuple[Tensor, int | None, Tensor, tuple[int, ...]] | None = None
+        """The last inputs and their version, their outputs, and the first rows of sharers that have not asked yet."""
 
     def some(self, inputs: Tensor, first: int, count: int) -> Tensor:
-        """inputs (..., in) -> (..., count): the outputs of rows `first` and after."""
+        """inputs (..., in) -> (..., count), in one piece: the outputs of rows `first` and after."""
         made, version = self.made, _version(inputs)
-        if made is not None and made[0] is inputs and made[1] == version:
+        outputs: Tensor
+        waiting: tuple[int, ...]
+        if needs_gradient(inputs):  # sharers may be differentiated one by one
+            outputs, waiting = self(inputs), ()
+        elif made is not None and made[0] is inputs and made[1] == version and first in made[3]:
             _, _, outputs, waiting = made
         else:
-            outputs, waiting = self(inputs), self.sharers
-        self.made = (inputs, version, outputs, waiting - 1) if waiting > 1 else None
-        return outputs[..., first : first + count]
+            outputs, waiting = self(inputs), self.firsts
+        waiting = tuple(other for other in waiting if other != first)
+        self.made = (inputs, version, outputs, waiting) if waiting else None
+        return outputs[..., first : first + count].contiguous()  # for one token no copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "made": None}  # no activations in copies and files
 
 
 def _version(inputs: Tensor) -> int | None:
-    """Changes with every change in place, where torch counts these; nobody changes a linear's inputs in between."""
+    """Changes with every change in place, where torch counts them."""
     return None if torch.compiler.is_compiling() or inputs.is_inference() else inputs._version
 
 
@@ -179,7 +201,8 @@ class _Packed(nn.Module):
 class QuantLinear(_Packed):
     """inputs (..., in) -> (..., out) of the same dtype; `kernels.reference.linear` up to rounding of that dtype.
 
-    bias: (out,) or None. dtype: what `weight` is shown in and the inputs to expect; they may have any float dtype.
+    bias: (out,) or None. dtype: what `weight` is shown in and the inputs to expect; they may have any float dtype, and
+    float64 ones may be multiplied in float32.
     activation: see PackedRows.
     """
 
@@ -222,23 +245,28 @@ def share(linears: Sequence[QuantLinear]) -> None:
     biases = [one.bias for one in linears if one.bias is not None]
     weight = join_rows([one.to_weight() for one in linears])
     bias = torch.cat(biases) if biases else None
-    shared = SharedRows(weight, first.scheme, bias, first.dtype, sharers=len(linears))
-    start = 0
-    for one in linears:
+    firsts = tuple(accumulate((one.out_features for one in linears[:-1]), initial=0))
+    shared = SharedRows(weight, first.scheme, bias, first.dtype, firsts)
+    for one, start in zip(linears, firsts, strict=True):
         one.packed, one.first = shared, start
-        start += one.out_features
 
 
 class FollowingActivation(nn.Module):
-    """A model's activation after a linear, which is left out where the linear's product has applied it."""
+    """A model's activation after the linear `name` of a block, left out where the linear's product has applied it."""
 
-    def __init__(self, function: nn.Module, linear: QuantLinear) -> None:
+    def __init__(self, function: nn.Module, block: nn.Module, name: str) -> None:
         super().__init__()
         self.function = function
-        self.linear = [linear]  # in a list, or it would count as a part of this module too
+        self.block, self.name = [block], name  # in a list, or it would count as a part of this module too
+
+    @property
+    def linear(self) -> nn.Module:
+        """Looked up each time, so that one that takes its place is seen."""
+        return self.block[0].get_submodule(self.name)
 
     def forward(self, values: Tensor) -> Tensor:
-        if self.linear[0].packed.activates:
+        linear = self.linear
+        if isinstance(linear, QuantLinear) and linear.packed.activates:
             return values
         outputs: Tensor = self.function(values)
         return outputs

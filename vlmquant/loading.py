@@ -20,10 +20,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
-from vlmquant.families import ACTIVATIONS, shared_inputs
+from vlmquant.families import ACTIVATIONS, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
 from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
-from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, can_share, share
+from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
 from vlmquant.recipe import Scheme
 from vlmquant.shards import open_shards
 
@@ -94,10 +94,11 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         for name, module in list(model.named_modules()):
             if isinstance(module, _Arriving):
                 follower, activation = activations.get(name, ("", ""))
-                finished = module.finish(name, activation)
-                model.set_submodule(name, finished)
-                if isinstance(finished, QuantLinear) and activation:
-                    model.set_submodule(follower, FollowingActivation(model.get_submodule(follower), finished))
+                model.set_submodule(name, module.finish(name, activation))
+                if activation:
+                    block, _, leaf = name.rpartition(".")
+                    function = model.get_submodule(follower)
+                    model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
         _share_inputs(model)
         return model
 
@@ -117,28 +118,36 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         return False
 
 
+def _known_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Kind, name and module of the language models and vision encoders that vlmquant.families has tables for."""
+    for name, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part.config.model_type in FOLDS:
+            yield part.config.model_type, name, part
+
+
 def _activations(model: nn.Module) -> dict[str, tuple[str, str]]:
     """Linear -> the activation its outputs go through, and that one's name in kernels.reference.ACTIVATIONS."""
     names = {type(ACT2FN[theirs]): ours for theirs, ours in FUSED_ACTIVATIONS.items()}
     found = {}
-    for root, part in model.named_modules():
-        row = ACTIVATIONS.get(part.config.model_type) if isinstance(part, PreTrainedModel) else None
-        for name, module in part.named_modules() if row else ():
-            path = f"{root}.{name}".strip(".")
-            if row and f".{path}".endswith(f".{row[1]}") and type(module) in names:
-                found[path.removesuffix(row[1]) + row[0]] = (path, names[type(module)])
+    for kind, root, part in _known_parts(model):
+        linear, activation = ACTIVATIONS.get(kind, ("", ""))
+        for name, module in part.named_modules():
+            if activation and f".{name}".endswith(f".{activation}") and type(module) in names:
+                path = f"{root}.{name}"
+                found[path.removesuffix(activation) + linear] = (path, names[type(module)])
     return found
 
 
 def _share_inputs(model: nn.Module) -> None:
     """Let linears that get the same inputs lie together, where their weights are of one kind."""
-    groups: dict[tuple[str, ...], list[QuantLinear]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            groups.setdefault(shared_inputs(name), []).append(module)
-    for group in groups.values():
-        if can_share(group):
-            share(group)
+    for _, _, part in _known_parts(model):
+        groups: dict[tuple[str, ...], list[QuantLinear]] = {}
+        for name, module in part.named_modules():
+            if isinstance(module, QuantLinear) and not isinstance(module.packed, SharedRows):
+                groups.setdefault(shared_inputs(name), []).append(module)
+        for group in groups.values():
+            if can_share(group):
+                share(group)
 
 
 def _choose_quantizer(config: Any, **arguments: Any) -> CompressedTensorsHfQuantizer:

@@ -72,6 +72,7 @@ def chosen(weight: QuantizedWeight, dtype: torch.dtype) -> str:
 def test_layout_is_chosen_by_shape_and_dtype(case: tuple) -> None:
     assert tuple(chosen(packed(*case[:6]), dtype) for dtype in DTYPES) == case[6:]
     assert chosen(packed(*case[:6]), torch.float16) == case[7]
+    assert chosen(packed(*case[:6]), torch.float64) == ("words" if case[7] == "bag4" else case[7])
 
 
 @pytest.mark.parametrize("case", HELD, ids=str)
@@ -125,10 +126,13 @@ def test_all_ways_through_int4_tiles_agree() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("values", [64, 5000, 1 << 21], ids=["a group at a time", "an odd part", "all"])
-def test_both_ways_through_bags_agree(values: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group", [64, 320], ids=["groups", "one group"])
+@pytest.mark.parametrize("values", [64, 5000, 1 << 21], ids=["little at a time", "an odd part", "all"])
+def test_both_ways_through_bags_agree(
+    values: int, group: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bag4, "VALUES_AT_ONCE", values)
-    weight, inputs = packed(70, 320, 4, 64, symmetric, torch.bfloat16), tokens(5, 320, torch.float32)
+    weight, inputs = packed(70, 320, 4, group, symmetric, torch.bfloat16), tokens(5, 320, torch.float32)
     held, form = bag4.hold(weight), form_of(weight, dynamic_int8=False)
     exact = inputs.double() @ weight.dequantize().double().T
     for multiply in (bag4._bag_matmul, bag4._column_matmul):

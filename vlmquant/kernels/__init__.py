@@ -23,6 +23,8 @@ LAYOUTS: dict[str, ModuleType] = {
 """In order of preference."""
 
 
+ON_CUDA = frozenset({"vq4", "int8_cuda"})
+"""Layouts with a `prepare`."""
 APPLIES_ACTIVATIONS = frozenset({"int8_cuda"})
 """Layouts whose products of rounded inputs can end with an activation, at no cost: `Form.activation`."""
 
@@ -34,5 +36,5 @@ def choose(form: Form, place: Place) -> str:
 
 def prepare(layout: str, held: dict[str, Tensor], form: Form, place: Place) -> None:
     """Compile and load what multiplies a held weight on a GPU, so that a CUDA graph can capture its first product."""
-    if layout in ("vq4", "int8_cuda") and place.device.type == "cuda":
+    if layout in ON_CUDA and place.device.type == "cuda":
         LAYOUTS[layout].prepare(held, form, place)

@@ -1,4 +1,4 @@
-"""Codes of up to 4 bits, held as the table of torch's quantized embedding bag, for float32 and float16 on CPUs.
+"""Codes of up to 4 bits, held as the table of torch's quantized embedding bag, on CPUs; products are float32.
 
 A bag sums rows of a table, each times a number of its own, and unpacks their 4-bit codes on the way: with a row for
 each column of the weight, and a token's inputs as the numbers, it multiplies. A bag makes one partial sum, so it lies
@@ -7,12 +7,14 @@ inside of a group; scales follow. torch's int4 product (see int4.py) is faster f
 For many tokens the codes of some columns at a time become floats.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
-from vlmquant.kernels.probe import measured, most_tokens
+from vlmquant.kernels.probe import measured, most_tokens, needs_gradient
 from vlmquant.kernels.reference import add_bias
 
 ROW_MULTIPLE = 32
@@ -31,6 +33,7 @@ def fits(form: Form, place: Place) -> bool:
     return (
         form.bits <= 4
         and place.device.type == "cpu"
+        and place.dtype != torch.float64
         and (form.group_size >= form.shape[1] or form.shape[1] % form.group_size == 0)
         and _available()
     )
@@ -72,7 +75,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype; computed in float32."""
     values = inputs.float()
-    few = 0 < len(inputs) <= _bag_tokens()
+    few = 0 < len(inputs) <= _bag_tokens() and not needs_gradient(inputs)
     multiply = _bag_matmul if few else _column_matmul
     outputs = multiply(values, held, form)[:, : form.shape[0]]
     return add_bias(outputs, bias).to(inputs.dtype)
@@ -87,9 +90,7 @@ def _bag_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     rows = torch.arange(columns, dtype=torch.int32).repeat(tokens)
     starts = torch.arange(0, columns, width, dtype=torch.int32)
     bags = (starts + columns * torch.arange(tokens, dtype=torch.int32)[:, None]).flatten()
-    sums: Tensor = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(
-        table, rows, bags, False, 0, False, inputs.flatten(), None, False
-    )
+    sums: Tensor = torch.ops.vlmquant.bag_sums(table, rows, bags, inputs.reshape(-1).contiguous())
     sums = sums.view(tokens, groups, -1, sums.shape[1])
     sums = sums[:, :, 0] if sums.shape[2] == 1 else sums.sum(2)
     if "zeros" in held:
@@ -102,13 +103,14 @@ def _column_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tenso
     table, scales, columns = held["table"], held["scales"], inputs.shape[1]
     groups, rows = scales.shape
     size = columns // groups
-    at_once = max(1, VALUES_AT_ONCE // (rows * size))
+    at_once = max(1, VALUES_AT_ONCE // rows)
+    if groups > 1:  # whole groups; a sole one may be cut anywhere
+        at_once = max(1, at_once // size) * size
     outputs = inputs.new_zeros(len(inputs), rows)
-    for start in range(0, groups, at_once):
-        part = slice(start, start + at_once)
-        some = slice(start * size, (start + at_once) * size)
-        values: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(table[some])
-        grouped = values.view(-1, size, rows)
+    for start in range(0, columns, at_once):
+        some, part = slice(start, start + at_once), slice(start // size, -(-(start + at_once) // size))
+        values: Tensor = torch.ops.vlmquant.bag_codes(table[some])
+        grouped = values.view(-1, min(size, len(values)), rows)
         if "zeros" in held:
             grouped -= _offsets(held["zeros"][part], form)[:, None]
         grouped *= scales[part, None]
@@ -146,3 +148,35 @@ def _bag_tokens() -> int:
         lambda tokens: _column_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
         PROBE_TOKENS,
     )
+
+
+def _bag_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:
+    """Sums (bags, columns) float32 of rows (n,) int32 of a table times weights (n,); bags: where each begins."""
+    sums: Tensor = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(
+        table, rows, bags, False, 0, False, weights, None, False
+    )
+    return sums
+
+
+def _bag_codes(table: Tensor) -> Tensor:
+    """The codes of some columns, counted from the middle code, as float32."""
+    codes: Tensor = torch.ops.quantized.embedding_bag_4bit_unpack(table)
+    return codes
+
+
+def _float_rows(count: int, table: Tensor) -> Tensor:
+    return table.new_empty((count, 2 * (table.shape[1] - HEADER_BYTES)), dtype=torch.float32)
+
+
+# As operators of our own, because torch's do not tell torch.compile what they return.
+LIBRARY: Any = torch.library.Library("vlmquant", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY.define(
+    "bag_sums(Tensor table, Tensor rows, Tensor bags, Tensor weights) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+LIBRARY.define("bag_codes(Tensor table) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("bag_sums", _bag_sums, "CPU")
+LIBRARY.impl("bag_codes", _bag_codes, "CPU")
+torch.library.register_fake(
+    "vlmquant::bag_sums", lambda table, rows, bags, weights: _float_rows(len(bags), table), lib=LIBRARY
+)
+torch.library.register_fake("vlmquant::bag_codes", lambda table: _float_rows(len(table), table), lib=LIBRARY)

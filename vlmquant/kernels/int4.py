@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import bag4
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
-from vlmquant.kernels.probe import measured, most_tokens, product_dtype, seconds
+from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
 
 ROWS = 64
@@ -74,7 +74,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
-    few = inputs.dtype == torch.bfloat16 and 0 < len(inputs) <= _op_tokens()
+    few = inputs.dtype == torch.bfloat16 and 0 < len(inputs) <= _op_tokens() and not needs_gradient(inputs)
     outputs = _op_matmul(inputs, held) if few else _tile_matmul(inputs, held, form)
     return add_bias(outputs[:, : form.shape[0]], bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels.form import Form, Place, rows_at_once
-from vlmquant.kernels.probe import measured, most_tokens, product_dtype, seconds
+from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import activation_codes, add_bias
 
 PROBE_SHAPE = (1024, 1024)
@@ -48,7 +48,7 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     if form.dynamic_int8:
         rounded, input_scales = activation_codes(inputs)
         product = _rounded_product(_pad(rounded), codes).mul_(input_scales).mul_(scales)
-    elif _op_fits(inputs, form) and len(inputs) <= _op_tokens():
+    elif _op_fits(inputs, form) and len(inputs) <= _op_tokens() and not needs_gradient(inputs):
         product = _op_matmul(_pad(inputs), codes, scales)
     else:
         product = _float_product(_pad(inputs), codes).float().mul_(scales)

@@ -77,12 +77,17 @@ def compute_dtype(device: torch.device | str, *, least_gain: float = 1.0) -> tor
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
     """What to multiply such inputs in: their own dtype, or float32 where the CPU has no fast product for that one."""
-    return inputs.dtype if inputs.is_cuda or _is_fast(inputs.dtype) else torch.float32
+    return inputs.dtype if inputs.is_cuda or inputs.dtype.itemsize > 2 or _is_fast(inputs.dtype) else torch.float32
+
+
+def needs_gradient(inputs: Tensor) -> bool:
+    """Whether a product must be one that torch can differentiate."""
+    return torch.is_grad_enabled() and inputs.requires_grad
 
 
 @measured
 def _is_fast(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 or _gain(dtype, torch.device("cpu"), torch.get_num_threads()) > 1
+    return _gain(dtype, torch.device("cpu"), torch.get_num_threads()) > 1
 
 
 @functools.cache

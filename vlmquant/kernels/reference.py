@@ -47,5 +47,5 @@ def linear(inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, dyna
 
 
 def add_bias(product: Tensor, bias: Tensor | None) -> Tensor:
-    """product (tokens, out) plus bias (out,), if there is one, in place."""
+    """product (..., out) plus bias (out,), if there is one, in place."""
     return product if bias is None else product.add_(bias.to(product.dtype))

@@ -124,7 +124,7 @@ def _gemm_groups(group: int) -> tuple[int, ...]:
     return (32,) if group == 32 else (64, 128)
 
 
-def _ending(activation: str) -> str:
+def activation_ending(activation: str) -> str:
     return activation and f"_{activation}"
 
 
@@ -175,14 +175,14 @@ def _quantize_rows(dtype: str, warps: int, hopper: bool) -> Entry:
 
 
 def _w8_gemm(dtype: str, tokens: int, activation: str) -> Entry:
-    name = f"w8_gemm_{dtype}_t{tokens}{_ending(activation)}"
+    name = f"w8_gemm_{dtype}_t{tokens}{activation_ending(activation)}"
     instance = f"VQ_W8_GEMM({name}, vq::{dtype}, {tokens}, {ACTIVATIONS[activation]})"
     return Entry(name, "w8_gemm", instance, PORTABLE, dtype, True, 256, tokens, 128, (), activation)
 
 
 def _w8_gemm_hopper(dtype: str, rows: int, cluster: int, activation: str) -> Entry:
     ending, head = CLUSTERS[cluster]
-    name = f"w8_gemm_hopper_{dtype}_n{rows}{ending}{_ending(activation)}"
+    name = f"w8_gemm_hopper_{dtype}_n{rows}{ending}{activation_ending(activation)}"
     instance = f"VQ_W8_GEMM_HOPPER({name}, vq::{dtype}, {head}, {rows}, {cluster}, {ACTIVATIONS[activation]})"
     return Entry(name, "w8_gemm_hopper", instance, HOPPER, dtype, True, 384, 128, rows, (), activation, cluster)
 

@@ -17,6 +17,7 @@ from vlmquant.kernels.cuda.catalog import (
     W8_HOPPER_TILES,
     W8_STAGES,
     Entry,
+    activation_ending,
     shared_bytes,
 )
 from vlmquant.kernels.cuda.dispatch import MAX_GRID_Y, SWEEP_TOKENS, WORKSPACE_FLOATS, Gpu, Plan, runs_on
@@ -94,7 +95,7 @@ def _gemm(problem: Int8Problem, gpu: Gpu) -> Plan:
 
     full = [tile for tile in fitting if blocks(tile) >= gpu.sms]
     tile = max(full) if full else min(fitting) if problem.tokens > FEW_TOKENS else max(fitting)
-    entry = _entry(f"w8_gemm_{problem.dtype}_t{tile}{_ending(problem)}", gpu)
+    entry = _entry(f"w8_gemm_{problem.dtype}_t{tile}{activation_ending(problem.activation)}", gpu)
     grid = (-(-problem.rows // entry.row_tile), -(-problem.tokens // entry.token_tile))
     return Plan("w8_gemm", entry.name, grid, entry.threads, shared_bytes(entry), UNMEASURED)
 
@@ -117,7 +118,7 @@ def hopper_plan(problem: Int8Problem, gpu: Gpu, rows: int, cluster: int, cluster
 
     Or why it cannot run.
     """
-    name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{CLUSTERS[cluster][0]}{_ending(problem)}"
+    name = f"w8_gemm_hopper_{problem.dtype}_n{rows}{CLUSTERS[cluster][0]}{activation_ending(problem.activation)}"
     entry = ENTRIES.get(name)
     if entry is None:
         raise KernelError(f"there is no {name}")
@@ -206,10 +207,6 @@ def clocks(problem: Int8Problem, gpu: Gpu, plan: Plan, *, l2_bytes: int = L2_BYT
     return (
         whole + (share + (more > 0)) * unit + sharers * sums + POST_CLOCKS + -(-plan.split_tiles // clusters) * finish
     )
-
-
-def _ending(problem: Int8Problem) -> str:
-    return problem.activation and f"_{problem.activation}"
 
 
 def _entry(name: str, gpu: Gpu) -> Entry:
