@@ -224,3 +224,12 @@ def test_an_unknown_tile_order_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -
     convert = int4._convert
     monkeypatch.setattr(int4, "_convert", lambda codes: convert(codes[rows]))
     assert int4._tile_shape.__wrapped__() is None
+
+
+def test_another_default_device_is_no_obstacle() -> None:
+    weight, inputs = packed(70, 256, 4, 128, False, torch.bfloat16), tokens(2, 256, torch.float32)
+    for name in ("bag4", "int4"):
+        layout, form = LAYOUTS[name], form_of(weight, dynamic_int8=False)
+        expected = layout.matmul(inputs, layout.hold(weight), form)
+        with torch.device("meta"):
+            assert torch.equal(layout.matmul(inputs, layout.hold(weight), form), expected)

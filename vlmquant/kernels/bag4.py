@@ -47,7 +47,7 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """
     padding = (0, 0, 0, -weight.shape[0] % ROW_MULTIPLE)
     codes = torch.nn.functional.pad(weight.codes, padding).T
-    header = torch.tensor([1, -mid_code(weight.bits)], dtype=torch.float16).view(torch.uint8)
+    header = torch.tensor([1, -mid_code(weight.bits)], dtype=torch.float16, device=codes.device).view(torch.uint8)
     octets = codes[:, ::2] | codes[:, 1::2] << 4
     held = {
         "table": torch.cat((octets, header.expand(len(codes), -1)), dim=1),
@@ -87,9 +87,10 @@ def _bag_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     groups = len(scales)
     # A sole group may be cut anywhere, others where all their bags get the same size.
     width = BAG_COLUMNS if groups == 1 or columns // groups % BAG_COLUMNS == 0 else columns // groups
-    rows = torch.arange(columns, dtype=torch.int32).repeat(tokens)
-    starts = torch.arange(0, columns, width, dtype=torch.int32)
-    bags = (starts + columns * torch.arange(tokens, dtype=torch.int32)[:, None]).flatten()
+    kind: dict[str, Any] = {"dtype": torch.int32, "device": inputs.device}
+    rows = torch.arange(columns, **kind).repeat(tokens)
+    starts = torch.arange(0, columns, width, **kind)
+    bags = (starts + columns * torch.arange(tokens, **kind)[:, None]).flatten()
     sums: Tensor = torch.ops.vlmquant.bag_sums(table, rows, bags, inputs.reshape(-1).contiguous())
     sums = sums.view(tokens, groups, -1, sums.shape[1])
     sums = sums[:, :, 0] if sums.shape[2] == 1 else sums.sum(2)

@@ -24,11 +24,12 @@ GPU_TIMES = 16
 
 
 def measured(function: Callable[Asked, Answer]) -> Callable[Asked, Answer]:
-    """Keep what the function finds out, for each number of threads; torch.compile takes the answer for a constant."""
+    """Keep what the function finds out on the CPU, for each number of threads; a constant to torch.compile."""
 
     @functools.cache
     def kept(threads: int, *asked: Asked.args, **more: Asked.kwargs) -> Answer:
-        return function(*asked, **more)
+        with torch.device("cpu"):  # whatever the user's default device
+            return function(*asked, **more)
 
     @functools.wraps(function)
     def answer(*asked: Asked.args, **more: Asked.kwargs) -> Answer:
