@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,35 @@ def test_a_wrong_product_fails_the_run(
     monkeypatch.setattr(script, "product", wrong)
     assert script.main(["--dry-run", "--sections", "correct", "--out", str(tmp_path / "found.json")]) == 1
     assert "failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["4 bits", "4 bits asymmetric", "int8"])
+def test_a_loaded_block_is_right_and_a_wrong_one_is_seen(
+    name: str, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    assert script.check_loaded(name, torch.bfloat16, cpu)[0] == "passed"
+    monkeypatch.setattr(script.FollowingActivation, "forward", lambda self, values: values)
+    outcome, detail = script.check_loaded(name, torch.bfloat16, cpu)
+    assert outcome == "failed"
+    assert "relative error" in detail
+
+
+def test_it_runs_where_only_torch_is_installed() -> None:
+    lacking = (
+        "pydantic",
+        "yaml",
+        "typer",
+        "rich",
+        "datasets",
+        "sacrebleu",
+        "compressed_tensors",
+        "psutil",
+        "transformers",
+    )
+    code = f"import sys, runpy; sys.modules.update(dict.fromkeys({lacking})); runpy.run_path({str(SCRIPT)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_products_that_differ_from_run_to_run_fail(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from vlmquant.grid import QuantizedWeight, join_rows
 from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, choose, prepare, words
 from vlmquant.kernels.form import Form, Place, form_of
 from vlmquant.kernels.probe import needs_gradient
-from vlmquant.recipe import Scheme
+
+if TYPE_CHECKING:  # recipes need packages that running a layer does not
+    from vlmquant.recipe import Scheme
 
 
 class PackedRows(nn.Module):
@@ -28,7 +30,7 @@ class PackedRows(nn.Module):
     def __init__(
         self,
         weight: QuantizedWeight,
-        scheme: Scheme,
+        scheme: "Scheme",
         bias: Tensor | None,
         dtype: torch.dtype,
         *,
@@ -116,7 +118,7 @@ class SharedRows(PackedRows):
     def __init__(
         self,
         weight: QuantizedWeight,
-        scheme: Scheme,
+        scheme: "Scheme",
         bias: Tensor | None,
         dtype: torch.dtype,
         firsts: tuple[int, ...],
@@ -209,7 +211,7 @@ class QuantLinear(_Packed):
     def __init__(
         self,
         weight: QuantizedWeight,
-        scheme: Scheme,
+        scheme: "Scheme",
         bias: Tensor | None,
         *,
         dtype: torch.dtype | None = None,
@@ -275,7 +277,7 @@ class FollowingActivation(nn.Module):
 class QuantEmbedding(_Packed):
     """indices (...) -> (..., features) in the model's dtype: only the rows asked for are dequantized."""
 
-    def __init__(self, weight: QuantizedWeight, scheme: Scheme, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, scheme: "Scheme", *, dtype: torch.dtype | None = None) -> None:
         super().__init__(PackedRows(weight, scheme, None, dtype or weight.scale_dtype, layout="words"))
         self.num_embeddings, self.embedding_dim = weight.shape
 

@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import datetime
 import functools
+import itertools
 import json
 import platform
 import subprocess
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -30,12 +31,14 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmquant.errors import KernelError  # noqa: E402
+from vlmquant.grid import QuantizedWeight  # noqa: E402
 from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
 from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, hopper_plan  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
 from vlmquant.kernels.reference import ACTIVATIONS, activation_codes  # noqa: E402
+from vlmquant.linear import FollowingActivation, QuantLinear, can_share, share  # noqa: E402
 from vlmquant.packing import W8_TILE, order_vq4, pack_vq4, pack_w8, vq4_shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,6 +49,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 ERRORS = {"bf16": 2.5e-3, "f16": 3e-4}
 """Relative error (Frobenius) against float64: the weight and the output are each rounded once, sums are float32."""
+LOADED_ERRORS = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+"""A bias and an activation after the product are rounded once more each."""
 SCATTER = 3.0
 """Few outputs may be this many times their standard error, 1 / sqrt(outputs), worse than many."""
 REPEATS = 3
@@ -303,6 +308,14 @@ def check_correctness(run: Run) -> None:
         rows.append({**asdict(case_int8), "outcome": outcome, "detail": detail})
         if outcome != "passed":
             print(f"  {outcome}: {case_int8}: {detail}", flush=True)
+    for name, dtype in itertools.product(LOADED, DTYPES):
+        if run.time_is_up(f"correct from {name} {dtype}"):
+            break
+        outcome, detail = check_loaded(name, DTYPES[dtype], run.device)
+        run.results["correct"][outcome] += 1
+        rows.append({"loaded": name, "dtype": dtype, "outcome": outcome, "detail": detail})
+        if outcome != "passed":
+            print(f"  {outcome}: {name} {dtype}: {detail}", flush=True)
     run.save()
     counts = run.results["correct"]
     print(f"correctness: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
@@ -379,6 +392,93 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
         return "failed", "the same product differs from run to run, or with the way that tiles are cut"
     if semaphores_left(device):
         return "failed", "semaphores are not back at zero"
+    return "passed", relative
+
+
+class Rounding(NamedTuple):
+    """What a linear asks of a recipe's scheme."""
+
+    activations: str | None
+
+
+class LoadedBlock(nn.Module):
+    """Linears as loading leaves them: query, key and value in one product, and a linear with its activation."""
+
+    def __init__(self, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        scheme, columns = Rounding("dynamic-int8" if bits == 8 else None), 640
+
+        def linear(rows: int, activation: str = "") -> QuantLinear:
+            codes = torch.randint(1, 1 << bits, (rows, columns), dtype=torch.uint8)
+            groups = -(-columns // group_size)
+            scales = (torch.rand(rows, groups) * 0.01 + 0.01).to(dtype).float()
+            zeros = None if symmetric else torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8)
+            weight = QuantizedWeight(codes, scales, zeros, bits, group_size, dtype)
+            return QuantLinear(weight, scheme, torch.randn(rows), dtype=dtype, activation=activation)
+
+        self.q_proj, self.k_proj, self.v_proj, self.fc1 = linear(320), linear(64), linear(72), linear(200, "gelu_tanh")
+        assert can_share(self.together())
+        share(self.together())
+        self.activation = FollowingActivation(nn.GELU("tanh"), self, "fc1")
+        self.to(dtype)
+
+    def together(self) -> list[QuantLinear]:
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.cat([*(one(inputs) for one in self.together()), self.activation(self.fc1(inputs))], dim=-1)
+
+    def exact(self, inputs: Tensor) -> Tensor:
+        """float64, from the codes."""
+        values = inputs.double()
+        if self.fc1.form.dynamic_int8:
+            codes, scales = activation_codes(inputs)
+            values = codes.double() * scales.double()
+        found = []
+        for one in (*self.together(), self.fc1):
+            assert one.bias is not None
+            found.append(values @ one.dequantize().double().T + one.bias.double())
+        return torch.cat([*found[:-1], ACTIVATIONS["gelu_tanh"](found[-1])], dim=-1)
+
+
+LOADED: dict[str, tuple[int, int, bool]] = {
+    "4 bits": (4, 128, True),
+    "4 bits asymmetric": (4, 64, False),
+    "int8": (8, 640, True),
+}
+
+
+def check_loaded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, Any]:
+    """A block made on the CPU and moved: right, the same from a CUDA graph, and with the same codes when it is back."""
+    torch.manual_seed(0)
+    try:
+        block, inputs = LoadedBlock(*LOADED[name], dtype), torch.randn(24, 640).to(dtype)
+        with torch.inference_mode():
+            exact, before = block.exact(inputs), [one.to_weight().codes for one in block.together()]
+            block.to(device)
+            inputs = inputs.to(device)
+            found = block(inputs)
+            replayed = found.clone()
+            if device.type == "cuda":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    replayed = block(inputs)
+                replayed.zero_()
+                graph.replay()
+            relative = ((found.cpu().double() - exact).norm() / exact.norm()).item()
+            same, left = torch.equal(found, replayed), semaphores_left(device)
+            after = [one.to_weight().codes for one in block.to("cpu").together()]
+    except (KernelError, RuntimeError) as error:
+        return "failed", f"{type(error).__name__}: {error}"
+    allowed = LOADED_ERRORS[dtype]
+    if not relative < allowed:
+        return "failed", f"relative error {relative:.2e}, allowed {allowed:.2e}"
+    if not same:
+        return "failed", "a CUDA graph gives other bits"
+    if left:
+        return "failed", "semaphores are not back at zero"
+    if not all(torch.equal(one, other) for one, other in zip(before, after, strict=True)):
+        return "failed", "the codes are others after the way to the GPU and back"
     return "passed", relative
 
 
