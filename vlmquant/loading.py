@@ -91,14 +91,15 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
 
     def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
         activations = _activations(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, _Arriving):
-                follower, activation = activations.get(name, ("", ""))
-                model.set_submodule(name, module.finish(name, activation))
-                if activation:
-                    block, _, leaf = name.rpartition(".")
-                    function = model.get_submodule(follower)
-                    model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
+        arrived = {name: module for name, module in model.named_modules() if isinstance(module, _Arriving)}
+        for name in list(arrived):
+            follower, activation = activations.get(name, ("", ""))
+            model.set_submodule(name, arrived.pop(name).finish(name, activation))
+            if activation:
+                block, _, leaf = name.rpartition(".")
+                function = model.get_submodule(follower)
+                model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
+            _give_back_freed_memory()
         _share_inputs(model)
         return model
 
@@ -148,6 +149,7 @@ def _share_inputs(model: nn.Module) -> None:
         for group in groups.values():
             if can_share(group):
                 share(group)
+                _give_back_freed_memory()
 
 
 def _choose_quantizer(config: Any, **arguments: Any) -> CompressedTensorsHfQuantizer:
@@ -223,7 +225,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 
 
 def _give_back_freed_memory() -> None:
-    """Let glibc return what packing needed for a moment; other C libraries do so by themselves or have no such call."""
+    """Let glibc return what packing a weight needed for a moment; it would keep it, in holes too small for the next one.
+
+    Other C libraries return it by themselves or have no such call.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import bag4
-from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
+from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of, rows_at_once
 from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
 
@@ -140,9 +140,13 @@ def _split(tiles: Tensor, *, run: int) -> Tensor:
 
 
 def _convert(codes: Tensor) -> Tensor:
-    """codes (rows, columns) uint8 -> (rows, columns / 2) bytes, tile after tile."""
-    packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    return packed.view(torch.uint8)
+    """codes (rows, columns) uint8 -> (rows, columns / 2) bytes, tile after tile; int32 some rows at a time."""
+    at_once = max(1, rows_at_once(codes.shape[1]) // ROWS) * ROWS
+    parts = [
+        torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes[start : start + at_once].to(torch.int32), 1)
+        for start in range(0, len(codes), at_once)
+    ]
+    return torch.cat([part.view(torch.uint8) for part in parts])
 
 
 def _op_group(group_size: int, columns: int) -> int | None:
