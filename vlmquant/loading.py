@@ -225,7 +225,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 
 
 def _give_back_freed_memory() -> None:
-    """Let glibc return what packing a weight needed for a moment; it would keep it, in holes too small for the next one.
+    """Let glibc return what packing a weight needed for a moment: it keeps it, in holes too small for the next one.
 
     Other C libraries return it by themselves or have no such call.
     """
