@@ -23,6 +23,7 @@ from vlmquant.evaluation.metrics import kl_difference
 from vlmquant.evaluation.settings import Settings
 from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate, quantize
 from vlmquant.recipe import Recipe, load_recipe
+from vlmquant.shards import dtype_name
 
 RESULTS = Path(__file__).parent / "results" / "calibration_dtype"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -30,14 +31,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def hold_out(calibration: Path, recipes: list[Recipe], count: int, out: Path) -> None:
     """Write `count` samples, spread over the set, that no recipe is calibrated on and whose images none has seen."""
-    samples = load_set(calibration).samples
-    used = [
-        sample for recipe in recipes for sample in choose_samples(load_set(calibration), recipe.calibration).samples
-    ]
+    whole = load_set(calibration)
+    used = [sample for recipe in recipes for sample in choose_samples(whole, recipe.calibration).samples]
     ids, seen = {sample.id for sample in used}, image_hashes(used)
     left = [
         sample
-        for sample in samples
+        for sample in whole.samples
         if sample.id not in ids and sample.images and not any(pixel_sha256(path) in seen for path in sample.images)
     ]
     write_set(out, left[:: max(1, len(left) // count)][:count], {"of": calibration.name, "held_out": True})
@@ -64,7 +63,7 @@ def main() -> None:
         data = Path(scratch) / "held-out"
         hold_out(arguments.calibration, recipes, arguments.held_out, data)
         for seed, one in zip(arguments.seeds, recipes, strict=True):
-            names = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+            names = [dtype_name(dtype) for dtype in DTYPES]
             made = [
                 quantize(arguments.model, one, Path(scratch, f"{seed}-{name}"), dtype=dtype)
                 for name, dtype in zip(names, DTYPES, strict=True)

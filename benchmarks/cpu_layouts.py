@@ -12,9 +12,7 @@ import argparse
 import itertools
 import json
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,22 +32,16 @@ LEAST_SECONDS = 0.02
 """A candidate's turn takes at least so long."""
 
 
-def race(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def compare(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Median milliseconds of one call of each."""
-    counts = {}
-    for name, run in candidates.items():
-        run()
-        start = time.perf_counter()
-        run()
-        counts[name] = max(1, round(LEAST_SECONDS / max(time.perf_counter() - start, 1e-6)))
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                run()
-            taken[name].append((time.perf_counter() - start) / counts[name] * 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    import torch
+
+    from vlmquant.kernels.cuda.timing import chain, race
+    from vlmquant.kernels.probe import seconds
+
+    cpu = torch.device("cpu")
+    chains = {name: chain([run] * max(1, round(LEAST_SECONDS / seconds(run))), 1, cpu) for name, run in runs.items()}
+    return {name: timing.median / 1e3 for name, timing in race(chains, rounds, cpu).items()}
 
 
 def candidates(linear: Any, weight: Any, inputs: Any) -> dict[str, Callable[[], object]]:
@@ -82,7 +74,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         row = {"shape": shape_name, "scheme": scheme, "dtype": dtype, "layout": linear.layout}
         for tokens in TOKENS:
             inputs = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(1)).to(linear.dtype)
-            found.append({**row, "tokens": tokens, **race(candidates(linear, weight, inputs), rounds)})
+            found.append({**row, "tokens": tokens, **compare(candidates(linear, weight, inputs), rounds)})
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     return found
 

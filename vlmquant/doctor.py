@@ -18,6 +18,7 @@ from vlmquant.kernels.cuda.dispatch import Gpu, Plan, Problem
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8
 from vlmquant.kernels.form import Form, Place
 from vlmquant.kernels.probe import compute_dtype
+from vlmquant.shards import dtype_name
 
 PACKAGES = ("torch", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc", "bitsandbytes")
 SHOWN_SHAPE = (4096, 4096)
@@ -133,13 +134,9 @@ def _cpu() -> dict[str, Any]:
     cpu = torch.device("cpu")
     return {
         "threads": torch.get_num_threads(),
-        "dtype": _name(compute_dtype("cpu")),
-        "layouts": {_name(dtype): choose(form, Place(cpu, dtype)) for dtype in SHOWN_DTYPES},
+        "dtype": dtype_name(compute_dtype("cpu")),
+        "layouts": {dtype_name(dtype): choose(form, Place(cpu, dtype)) for dtype in SHOWN_DTYPES},
     }
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _nvrtc() -> dict[str, Any]:

@@ -86,12 +86,12 @@ class PackedRows(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
         """Every module's way to be moved or cast, which is what `fn` does to a tensor."""
-        before, kept = self.place, {id(tensor) for tensor in self.held.values()}
+        before, kept, held = self.place, {id(tensor) for tensor in self.held.values()}, None
         mark = fn(self.mark)
-        layout, held = self.layout, None
-        if mark.device.type != "meta" and self._layout_at(Place(mark.device, mark.dtype)) != layout:
-            layout = self._layout_at(Place(mark.device, mark.dtype))
-            held = LAYOUTS[layout].hold(self.to_weight().to(mark.device))
+        place = Place(mark.device, mark.dtype)
+        layout = self.layout if place.device.type == "meta" else self._layout_at(place)
+        if layout != self.layout:
+            held = LAYOUTS[layout].hold(self.to_weight().to(place.device))
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) not in kept:

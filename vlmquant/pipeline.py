@@ -38,6 +38,7 @@ from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_reci
 from vlmquant.report.data import Report, build_report, write_json, write_text
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import to_markdown
+from vlmquant.shards import dtype_name
 from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream
 
 BOOTSTRAP_RESAMPLES = 2000
@@ -121,7 +122,7 @@ def quantize(
     selection = None
     batches: list[Callable[[], Batch]] = []
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
-    manifest: dict[str, Any] = {"settings": {"compute_dtype": _dtype_name(dtype), "threads": torch.get_num_threads()}}
+    manifest: dict[str, Any] = {"settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()}}
     if any(line.method in NEEDS_DATA for line in plan.lines if line.action == "quantize"):
         chosen = (
             recipe.calibration
@@ -172,7 +173,7 @@ def quantize(
         seconds=time.monotonic() - started,
         user_cpu_seconds=_user_cpu_seconds() - cpu_started,
         peak_bytes=peak_resident_bytes(),
-        compute_dtype=_dtype_name(dtype),
+        compute_dtype=dtype_name(dtype),
     )
 
 
@@ -352,7 +353,7 @@ def _fingerprint(
         "model": model.hexdigest(),
         "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
         "calibration": selection.sha256 if selection else "none",
-        "compute_dtype": _dtype_name(dtype),
+        "compute_dtype": dtype_name(dtype),
         "threads": str(torch.get_num_threads()),
         "vlmquant": vlmquant.__version__,
         "torch": version("torch"),
@@ -365,10 +366,6 @@ def _return_freed_memory() -> None:
     activations for later and so adds a quarter to the peak memory of a run; other C libraries have no such switch."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _user_cpu_seconds() -> float:

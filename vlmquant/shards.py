@@ -91,6 +91,11 @@ class Shards:
         return raw.view(entry.dtype).reshape(entry.shape)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def open_shards(model_dir: Path) -> Shards:
     """Read and check every header, and the index against them. InputError names the file and what is wrong."""
     if not model_dir.is_dir():

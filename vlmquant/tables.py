@@ -11,6 +11,7 @@ from vlmquant.planning import Plan
 from vlmquant.recipe import COMPONENTS
 from vlmquant.report.data import Verdict, overall
 from vlmquant.report.numbers import threshold_text, threshold_title
+from vlmquant.shards import dtype_name
 
 
 def megabytes(count: int) -> str:
@@ -63,7 +64,7 @@ def component_summary(components: ComponentMap) -> dict[str, Any]:
     return {
         "model": str(components.model_dir),
         "model_type": components.config.model_type,
-        "dtype": str(components.dtype).removeprefix("torch."),
+        "dtype": dtype_name(components.dtype),
         "bytes": components.total_bytes,
         "tied": [list(names) for names in components.tied],
         "components": parts,

@@ -19,7 +19,7 @@ from vlmquant.errors import CheckpointError
 from vlmquant.formats import compressed_tensors
 from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import Recipe, Scheme
-from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards
+from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, dtype_name
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -156,7 +156,7 @@ def write_rest(target: Path, components: ComponentMap, recipe: Recipe, plan: Pla
             **{name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
         },
         "recipe": recipe.model_dump(mode="json"),
-        "dtype": str(components.dtype).removeprefix("torch."),
+        "dtype": dtype_name(components.dtype),
         **manifest,
         "not_copied": sorted(components.ignored) + _not_copied(components),
         "files": files,
