@@ -1,13 +1,14 @@
 """Which part of a model every tensor belongs to, found on the meta device and checked against the shards' headers.
 
-Fails closed: a module without a place, a missing, unexpected or misshapen tensor is an error that names it.
+Fails closed: a missing, unexpected or misshapen tensor is an error that names it, and so is a model whose vision
+encoder, language model or embedding cannot be found. What is neither of these, projector nor head is component `other`.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmquant.conversion import Lazy, Matched, Stored, match, nbytes, some
 from vlmquant.errors import InputError
-from vlmquant.families import FAMILIES, FOLDS, Family, shared_inputs
-from vlmquant.recipe import COMPONENTS
-from vlmquant.shards import Shards, TensorEntry, open_shards
+from vlmquant.experts import Form, parts_of, take_apart
+from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, shared_inputs
+from vlmquant.guess import guess_family
+from vlmquant.recipe import COMPONENTS as RECIPE_COMPONENTS
+from vlmquant.shards import Shards, open_shards
 
 CONFIG_NAME = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """Files of a hub repository that a model in safetensors format consists of."""
+EXPERT_NAME = re.compile(r"\.\d+\.(gate|up|down)_proj\.(weight|bias)$")
+"""The end of an expert's parameter name in the model."""
 RECOMPUTED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 """Tensors of old checkpoints that transformers computes anew and never loads."""
-PROJECTOR_NAMES = ("projector", "connector", "merger")
-"""Words in the names of modules between vision encoder and language model, for models without a row of their own."""
+OTHER = "other"
+"""The component of what a recipe says nothing about: always kept, shown and stored."""
+COMPONENTS = (*RECIPE_COMPONENTS, OTHER)
+"""In the order in which they are shown."""
+NEEDED = ("vision_encoder", "language", "embedding")
+"""Without one of these a model is none for us."""
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModel")
+"""Names in a config's auto_map, most fitting first."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +67,32 @@ class BlockInfo:
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """A tensor of the checkpoint; `name` is the module's parameter, `disk` the tensor's name in the shards."""
+    """A parameter or stored buffer of the model, or a tensor that only travels with it."""
 
     name: str
+    """The module's parameter; for a tensor that the model class does not load, its name on disk."""
     component: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     disk: str
+    """Its name in a checkpoint that stores it by itself: the one it has now, or for a part of a tensor one made for it."""
     nbytes: int
+    value: Lazy = field(compare=False)
+    """How it is made from the tensors on disk."""
+    buffer: bool = False
+    """Stored with the weights but none of them: a router's bias correction, bounds, positions."""
+    loaded: bool = True
+    """Whether the model class has a place for it; what has none is copied (the layers of multi-token prediction)."""
+
+    @property
+    def copyable(self) -> bool:
+        """Whether its tensors on disk can be copied as they are: FP8 values with scales of their own cannot."""
+        return True
+
+    @property
+    def sources(self) -> set[str]:
+        """The tensors on disk that it is made from."""
+        return self.value.made.names()
 
 
 class ComponentMap:
@@ -81,6 +111,7 @@ class ComponentMap:
         blocks: tuple[BlockInfo, ...],
         tied: tuple[tuple[str, ...], ...],
         ignored: tuple[str, ...],
+        experts: dict[str, Form],
         trust_remote_code: bool,
     ) -> None:
         self.model_dir, self.config, self.family, self.dtype = model_dir, config, family, dtype
@@ -89,6 +120,8 @@ class ComponentMap:
         """Groups of parameter names that are one tensor in the model; only the first of a group need be on disk."""
         self.ignored = ignored
         """Tensors on disk, by their names there, that transformers computes anew instead of loading."""
+        self.experts = experts
+        """Modules of routed experts, by name, that are taken apart into one linear per expert and projection."""
         self._trust_remote_code = trust_remote_code
 
     @cached_property
@@ -98,6 +131,14 @@ class ComponentMap:
     def parameter(self, name: str) -> ParameterInfo:
         return self._by_name[name]
 
+    @cached_property
+    def _buffers_on_disk(self) -> set[str]:
+        return {name for parameter in self.parameters if parameter.buffer for name in parameter.sources}
+
+    def holds(self, name: str) -> bool:
+        """Whether there is such a parameter or stored buffer on disk."""
+        return name in self._by_name
+
     @property
     def total_bytes(self) -> int:
         return sum(parameter.nbytes for parameter in self.parameters)
@@ -105,18 +146,28 @@ class ComponentMap:
     def read(self, name: str) -> Tensor:
         """A parameter by its module name, as it lies on disk. InputError where it holds NaN or infinite values."""
         info = self._by_name[name]
-        value = self.shards.read(info.disk)
+        value = info.value.read(self.shards.read)
+        return value if info.buffer else self._checked(value, min(info.sources))
+
+    def _checked(self, value: Tensor, disk: str) -> Tensor:
         if bad := int(value.numel() - value.isfinite().sum()):
             nan = int(value.isnan().sum())
             raise InputError(
-                f"{self.shards.entries[info.disk].file}: tensor {info.disk} holds {nan} NaN and {bad - nan} infinite "
+                f"{self.shards.entries[disk].file}: tensor {disk} holds {nan} NaN and {bad - nan} infinite "
                 f"values of {value.numel()}; the model is damaged, so download or train it again"
             )
         return value
 
+    def read_stored(self, disk: str) -> Tensor:
+        """A tensor by its name on disk, as it lies there. InputError where it holds NaN or infinite values."""
+        value = self.shards.read(disk)
+        return value if disk in self._buffers_on_disk else self._checked(value, disk)
+
     def skeleton(self) -> nn.Module:
-        """The whole model on the meta device, in eval mode and in `dtype`; its attention runs on any device."""
-        return _build(self.config, self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
+        """The whole model on the meta device, experts taken apart, in eval mode and in `dtype`; runs on any device."""
+        model = build(self.config, self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
+        take_apart(model, check=False, only=set(self.experts))
+        return model
 
     def materialize_buffers(self, model: nn.Module) -> None:
         """Give every non-persistent buffer still on meta its value, on CPU, as transformers does when it loads a model.
@@ -129,7 +180,7 @@ class ComponentMap:
             module._buffers[name.rpartition(".")[2]] = _sentinel(buffer)
         fresh.initialize_weights()  # type: ignore[operator]  # of transformers' PreTrainedModel
         for name, (module, old) in _buffers(model):
-            if not old.is_meta:
+            if not old.is_meta or self.holds(name):
                 continue
             leaf = name.rpartition(".")[2]
             value = buffers[name][0]._buffers[leaf]
@@ -192,29 +243,54 @@ def locate_model(name_or_path: str | Path) -> Path:
         raise InputError(f"{name_or_path}: no such directory, and not to be had from the hub: {reason}") from error
 
 
-def resolve_components(model_dir: Path, *, trust_remote_code: bool = False) -> ComponentMap:
+def resolve_components(
+    model_dir: Path, *, trust_remote_code: bool = False, family: Family | None = None
+) -> ComponentMap:
     """Place every tensor of a model. Reads its config and the shards' headers, and no weights.
 
-    Raises InputError for a model that is incomplete, damaged, already quantized or has a part without a place.
+    family: where the parts are, for a model that is neither in the table nor guessed right.
+    Raises InputError for a model that is incomplete, damaged, already quantized or has no part that can be quantized.
     """
     config = _load_config(model_dir, trust_remote_code=trust_remote_code)
     shards = open_shards(model_dir)
     dtype = _model_dtype(config, shards)
-    model = _build(config, dtype, trust_remote_code=trust_remote_code, untie=False)
-    family = _family_of(config, model, model_dir)
-    found, ignored = _match_names(model, shards, model_dir)
+    model = build(config, dtype, trust_remote_code=trust_remote_code, untie=False)
+    stored = {name: Lazy.of(Stored(name), entry.shape, entry.dtype) for name, entry in shards.entries.items()}
+    matched, ignored, travelling = _match_names(model, stored, model_dir)
+    linears = {name for name, _ in _quantizable(model)}
+    family = _family_of(config, model, model_dir, family)
+    experts = take_apart(model)
+    order = model.state_dict()
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found = parts_of(matched.values, experts)
+    found = {name: found[name] for name in order if name in found}
     tied = _tied_groups(model, found, shards)
     if not tied:
-        model = _build(config, dtype, trust_remote_code=trust_remote_code, untie=True)
-    _check_shapes(model, found, tied, shards, model_dir)
-    owners = _place(found, family, model_dir)
+        model = build(config, dtype, trust_remote_code=trust_remote_code, untie=True)
+        take_apart(model, check=False, only=set(experts))
+    _check_shapes(model, found, tied, model_dir)
+    _check_dtypes(model, found, shards)
+    owners = _place(found, family, config, model_dir)
     blocks = tuple(_find_blocks(model, family, owners))
     parameters = tuple(
-        ParameterInfo(name, owners[name], entry.shape, entry.dtype, entry.name, entry.nbytes)
-        for name, entry in found.items()
+        ParameterInfo(
+            name,
+            owners[name],
+            tuple(value.shape),
+            value.dtype,
+            _name_on_disk(name, value, experts, matched if name.removesuffix(".weight") in linears else None),
+            nbytes(value),
+            value,
+            buffer=name not in weights,
+        )
+        for name, value in found.items()
+    ) + tuple(
+        ParameterInfo(name, OTHER, tuple(value.shape), value.dtype, name, nbytes(value), value, loaded=False)
+        for name, value in travelling.items()
     )
+    _check_disk_names(parameters, model_dir)
     in_blocks = {linear.name: linear for block in blocks for linear in block.linears}
-    linears = tuple(
+    infos = tuple(
         in_blocks.get(name) or _linear_info(name, name, None, module, owners[f"{name}.weight"])
         for name, module in _quantizable(model)
         if f"{name}.weight" in owners
@@ -226,10 +302,11 @@ def resolve_components(model_dir: Path, *, trust_remote_code: bool = False) -> C
         dtype=dtype,
         shards=shards,
         parameters=parameters,
-        linears=linears,
+        linears=infos,
         blocks=blocks,
         tied=tied,
         ignored=ignored,
+        experts=experts,
         trust_remote_code=trust_remote_code,
     )
 
@@ -267,22 +344,40 @@ def _load_config(model_dir: Path, *, trust_remote_code: bool) -> Any:
         raise InputError(f"{file}: transformers refuses this config: {_first_line(error)}") from error
 
 
-def _build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bool) -> nn.Module:
-    """The model on the meta device, in eval mode. InputError where transformers has no such model."""
-    from transformers import AutoModelForImageTextToText
+def auto_class(config: Any) -> Any:
+    """transformers' auto class that builds models of this config. InputError where none takes images and text."""
+    import transformers
+    from transformers.models.auto import modeling_auto
 
+    for name in (AUTO_CLASSES if getattr(config, "auto_map", None) else ()):
+        if name in config.auto_map:
+            return getattr(transformers, name)
+    known = (
+        (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, transformers.AutoModelForImageTextToText),
+        (modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, transformers.AutoModelForMultimodalLM),
+    )
+    for names, auto in known:
+        if config.model_type in names:
+            return auto
+    raise InputError(
+        f"{config.name_or_path}: model type {config.model_type} is not one that transformers builds from images and text "
+        "(neither AutoModelForImageTextToText nor AutoModelForMultimodalLM knows it)"
+    )
+
+
+def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bool) -> nn.Module:
+    """The model on the meta device, in eval mode. InputError where transformers has no such model, or cannot build it."""
+    auto = auto_class(config)
     for attention in ("sdpa", "eager"):
         try:
             with torch.device("meta"):
-                model: nn.Module = AutoModelForImageTextToText.from_config(
+                model: nn.Module = auto.from_config(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
                 )
         except Exception as error:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 continue
-            raise InputError(
-                f"{config.name_or_path}: not an image-text model that transformers can build: {_first_line(error)}"
-            ) from error
+            raise InputError(f"{config.name_or_path}: {_why_not_built(config, error)}") from error
         break
     if untie:
         for names in _shared_parameters(model):
@@ -291,6 +386,16 @@ def _build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: b
                 value = model.get_parameter(name)
                 setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(value), requires_grad=False))
     return model.eval().requires_grad_(False)
+
+
+def _why_not_built(config: Any, error: Exception) -> str:
+    parts = (config, *(value for value in vars(config).values() if hasattr(value, "model_type")))
+    if any(part.model_type.startswith("timm") for part in parts):
+        return (
+            f"model type {config.model_type} takes its vision encoder from timm, which does not build it without weights "
+            f"here ({_first_line(error)}); such models are not handled"
+        )
+    return f"transformers cannot build a model of type {config.model_type}: {_first_line(error)}"
 
 
 def _first_line(error: Exception) -> str:
@@ -307,92 +412,91 @@ def _model_dtype(config: Any, shards: Shards) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _family_of(config: Any, model: nn.Module, model_dir: Path) -> Family:
-    """The model's row, or one read from its config, with the folds of its vision encoder and language model."""
-    vision, text = getattr(config, "vision_config", None), config.get_text_config()
-    row = FAMILIES.get(config.model_type) or _guess_family(config, model, model_dir)
-    types = [part.model_type for part in (vision, text) if part is not None]
-    return replace(row, folds=tuple(fold for kind in types for fold in FOLDS.get(kind, ())))
-
-
-def _guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
-    """A row for a model that has none, from vision_config, text_config and the model's own embeddings."""
-    from transformers import PreTrainedModel
-
-    vision, text = getattr(config, "vision_config", None), getattr(config, "text_config", None)
-    names = {id(module): name for name, module in model.named_modules()}
-    submodels = [
-        (name, module) for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)
-    ]
-
-    def root(part: Any) -> str | None:
-        """The one outermost submodel that has this config."""
-        hits = [name for name, module in submodels if part is not None and module.config is part]
-        hits = [name for name in hits if not any(name.startswith(f"{other}.") for other in hits)]
-        return hits[0] if len(hits) == 1 else None
-
-    vision_root, text_root = root(vision), root(text)
-    embedding = names.get(id(model.get_input_embeddings()))  # type: ignore[operator]  # of PreTrainedModel
-    head = names.get(id(model.get_output_embeddings()))  # type: ignore[operator]
-    if not (vision_root and text_root and embedding and head):
+def _family_of(config: Any, model: nn.Module, model_dir: Path, given: Family | None) -> Family:
+    """The row given, the model's own in the table, or a guess; with the folds of its vision encoders and language model."""
+    row = given or FAMILIES.get(config.model_type) or guess_family(config, model, model_dir)
+    modules = dict(model.named_modules())
+    if absent := [name for name in (*row.vision_encoder, row.language) if name not in modules]:
         raise InputError(
-            f"{model_dir}: model type {config.model_type} has no row in the table of families, and its config does not "
-            f"say where its parts are; unplaced: {', '.join(sorted(_children(model)))}"
+            f"{model_dir}: model type {config.model_type} has no module {', '.join(absent)}, where its row "
+            f"({row.source}) says that its parts are; it is made of {', '.join(outline(model))}"
         )
-    placed = (vision_root, text_root, embedding, head)
-    projector = tuple(
-        name
-        for name in _children(model)
-        if not name.startswith(placed) and any(word in name.rpartition(".")[2] for word in PROJECTOR_NAMES)
-    )
-    return Family(vision_root, projector, text_root, embedding, head)
+    types = [part_type(modules[name], config) for name in (*row.vision_encoder, row.language)]
+    return replace(row, folds=tuple(fold for kind in dict.fromkeys(types) for fold in FOLDS.get(kind, ())))
 
 
-def _children(model: nn.Module) -> list[str]:
-    """The modules that a model, or the base model inside it, is directly made of."""
+def part_type(module: nn.Module, config: Any) -> str:
+    """The model_type that a tower's or language model's own config names; that of the text config for a flat model."""
+    own = getattr(module, "config", None)
+    if own is None or own is config:
+        return str(config.get_text_config().model_type)
+    return str(own.model_type)
+
+
+def outline(model: nn.Module) -> list[str]:
+    """The outermost modules that a model is made of, one level below its base model and its wrapped models."""
     base = getattr(model, "base_model_prefix", "")
-    outer = [name for name, _ in model.named_children() if name != base]
-    inner = model.get_submodule(base) if base and hasattr(model, base) else nn.Module()
-    return outer + [f"{base}.{name}" for name, _ in inner.named_children()]
+    names = []
+    for name, module in model.named_children():
+        inner = [f"{name}.{child}" for child, _ in module.named_children()] if name in (base, "thinker") else []
+        names += inner or [name]
+    return names
 
 
-def _match_names(model: nn.Module, shards: Shards, model_dir: Path) -> tuple[dict[str, TensorEntry], tuple[str, ...]]:
-    """Parameter name -> tensor on disk, in the model's order, by transformers' own renaming; and what is ignored."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    if buffers := sorted(set(state) - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
-        raise InputError(f"{model_dir}: buffers that are stored with the weights are not handled: {_some(buffers)}")
-    found: dict[str, TensorEntry] = {}
-    ignored, unexpected = [], []
-    for disk, entry in shards.entries.items():
-        name, converted = rename_source_key(disk, renamings, converters, model.base_model_prefix, state)
-        if converted is not None:
-            raise InputError(
-                f"{model_dir}: tensor {disk} is merged with others when transformers loads it (experts?); "
-                "such weights are not handled"
-            )
-        if name in found:
-            raise InputError(f"{model_dir}: tensors {found[name].name} and {disk} both stand for parameter {name}")
-        if name in state:
-            found[name] = entry
-        elif RECOMPUTED.search(name):
+def _match_names(
+    model: nn.Module, stored: dict[str, Lazy], model_dir: Path
+) -> tuple[Matched, tuple[str, ...], dict[str, Lazy]]:
+    """Which tensors stand for which parameters; what transformers computes anew; what it leaves aside by design."""
+    try:
+        matched = match(model, stored)
+    except InputError as error:
+        raise InputError(f"{model_dir}: {error}") from error
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    ignored, travelling, unexpected = [], {}, []
+    for disk in matched.unexpected:
+        if RECOMPUTED.search(disk):
             ignored.append(disk)
+        elif any(pattern.search(disk) for pattern in patterns):
+            travelling[disk] = stored[disk]
         else:
             unexpected.append(disk)
     if unexpected:
         raise InputError(
-            f"{model_dir}: {len(unexpected)} tensors have no place in a {type(model).__name__}: {_some(unexpected)}; "
+            f"{model_dir}: {len(unexpected)} tensors have no place in a {type(model).__name__}: {some(unexpected)}; "
             "does config.json belong to these weights?"
         )
-    for entry in found.values():
-        if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-            raise InputError(f"{entry.file}: tensor {entry.name} is {entry.dtype}, so this model is already quantized")
-    return {name: found[name] for name in state if name in found}, tuple(ignored)
+    return matched, tuple(ignored), travelling
+
+
+def _name_on_disk(name: str, value: Lazy, experts: dict[str, Form], linear: Matched | None) -> str:
+    """What a parameter is called in a checkpoint that stores it by itself.
+
+    linear: of the weight of a linear layer, which may be stored as codes and scales: transformers has to find them too.
+    """
+    ending, sources = EXPERT_NAME.search(name), value.made.names()
+    home = name.removesuffix(ending[0]) if ending else ""
+    if value.disk_name is not None:
+        module, _, leaf = value.disk_name.rpartition(".")
+        found = linear is None or (leaf == "weight" and linear.module_name(module) == name.removesuffix(".weight"))
+        return value.disk_name if found or home in experts else name
+    if ending and home in experts and len(sources) == 1:
+        # Beside the stack that it is taken from: there the loaders of engines look for single experts.
+        leaf = home.rpartition(".")[2]
+        before, found, _ = min(sources).rpartition(f".{leaf}.")
+        if found:
+            return f"{before}.{leaf}{ending[0]}"
+    return name
+
+
+def _check_disk_names(parameters: tuple[ParameterInfo, ...], model_dir: Path) -> None:
+    owners: dict[str, str] = {}
+    for parameter in parameters:
+        other = owners.setdefault(parameter.disk, parameter.name)
+        if other != parameter.name:
+            raise InputError(
+                f"{model_dir}: parameters {other} and {parameter.name} would both be stored as {parameter.disk}; "
+                "please report this as a bug"
+            )
 
 
 def _shared_parameters(model: nn.Module) -> list[tuple[str, ...]]:
@@ -402,12 +506,12 @@ def _shared_parameters(model: nn.Module) -> list[tuple[str, ...]]:
     return [tuple(names) for names in groups.values() if len(names) > 1]
 
 
-def _tied_groups(model: nn.Module, found: dict[str, TensorEntry], shards: Shards) -> tuple[tuple[str, ...], ...]:
+def _tied_groups(model: nn.Module, found: dict[str, Lazy], shards: Shards) -> tuple[tuple[str, ...], ...]:
     """Names that share one tensor. Where the disk has several values for them, transformers does not tie, nor do we."""
     groups = []
     for names in _shared_parameters(model):
         stored = [name for name in names if name in found]
-        values = (shards.read(found[name].name) for name in stored)
+        values = (found[name].read(shards.read) for name in stored)
         first = next(values) if len(stored) > 1 else None
         if first is None or all(torch.equal(first, value) for value in values):
             groups.append((*stored, *(name for name in names if name not in found)))
@@ -415,44 +519,53 @@ def _tied_groups(model: nn.Module, found: dict[str, TensorEntry], shards: Shards
 
 
 def _check_shapes(
-    model: nn.Module,
-    found: dict[str, TensorEntry],
-    tied: tuple[tuple[str, ...], ...],
-    shards: Shards,
-    model_dir: Path,
+    model: nn.Module, found: dict[str, Lazy], tied: tuple[tuple[str, ...], ...], model_dir: Path
 ) -> None:
     spared = {name for group in tied if group[0] in found for name in group[1:]}
     expected = dict(model.named_parameters(remove_duplicate=False))
-    if missing := [name for name in expected if name not in found and name not in spared]:
+    made_up = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    stored = {**expected, **model.state_dict()}
+    missing = [
+        name
+        for name in stored
+        if name not in found
+        and name not in spared
+        and (name in expected or not any(pattern.search(name) for pattern in made_up))
+    ]
+    if missing:
         raise InputError(
-            f"{model_dir}: {len(missing)} tensors are missing: {_some(missing)}; is the download complete?"
+            f"{model_dir}: {len(missing)} tensors are missing: {some(missing)}; is the download complete?"
         )
-    for name, entry in found.items():
-        if entry.shape != tuple(expected[name].shape):
+    for name, value in found.items():
+        if value.shape != stored[name].shape:
             raise InputError(
-                f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)}, but config.json makes it "
-                f"{list(expected[name].shape)}; does config.json belong to these weights?"
+                f"{model_dir}: {some(sorted(value.made.names()))} gives parameter {name} the shape {list(value.shape)}, "
+                f"but config.json makes it {list(stored[name].shape)}; does config.json belong to these weights?"
             )
 
 
-def _place(found: dict[str, TensorEntry], family: Family, model_dir: Path) -> dict[str, str]:
-    """Parameter name -> component. InputError names what no prefix covers, and a component without weights."""
+def _check_dtypes(model: nn.Module, found: dict[str, Lazy], shards: Shards) -> None:
+    """Refuse integers and bytes where the model has weights."""
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in found.items():
+        if name in weights and (not value.dtype.is_floating_point or value.dtype.itemsize == 1):
+            disk = min(value.made.names())
+            raise InputError(
+                f"{shards.entries[disk].file}: tensor {disk} is {value.dtype}, so this model is already quantized"
+            )
+
+
+def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path) -> dict[str, str]:
+    """Parameter name -> component; what no prefix covers is `other`. InputError where a needed component has nothing."""
     prefixes = sorted(family.prefixes().items(), key=lambda item: -len(item[0]))
-    owners, unplaced = {}, []
-    for name in found:
-        owner = next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), None)
-        if owner is None:
-            module = name.rpartition(".")[0]
-            unplaced.append(module if "." in module else name)
-        else:
-            owners[name] = owner
-    if unplaced:
+    owners = {
+        name: next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), OTHER)
+        for name in found
+    }
+    if absent := [name for name in NEEDED if name not in owners.values()]:
         raise InputError(
-            f"{model_dir}: parts that belong to no known component: {_some(list(dict.fromkeys(unplaced)))}"
-        )
-    if absent := [name for name in COMPONENTS if name != "lm_head" and name not in owners.values()]:
-        raise InputError(
-            f"{model_dir}: found no weights of {', '.join(absent)}; this is not a vision-language model we know"
+            f"{model_dir}: model type {config.model_type}: found no weights of {', '.join(absent)} where its row "
+            f"({family.source}) says: {family.prefixes()}; {WAY_OUT}"
         )
     return owners
 
@@ -470,15 +583,18 @@ def _linear_info(name: str, local: str, block: str | None, module: nn.Linear, co
 
 
 def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> Iterator[BlockInfo]:
-    """The items of the outermost module lists, those of the vision encoder first, in order of definition."""
+    """The items of the outermost module lists, those of the vision encoders first, in order of definition."""
     linears = [(name, module) for name, module in _quantizable(model) if f"{name}.weight" in owners]
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [name for name in lists if not any(name.startswith(f"{outer}.") for outer in lists)]
-    for component, root in (("vision_encoder", family.vision_encoder), ("language", family.language)):
+    roots = set(lists)
+    lists = [name for name in lists if not any(outer in roots for outer in _outer(name))]
+    outermost = set(lists)
+    for component, inside in (("vision_encoder", family.vision_encoder), ("language", (family.language,))):
         blocks: dict[str, list[tuple[str, nn.Linear]]] = {}
         for name, module in linears:
-            home = next((outer for outer in lists if name.startswith(f"{outer}.")), None)
-            if home is not None and name.startswith(f"{root}.") and owners[f"{name}.weight"] == component:
+            home = next((outer for outer in _outer(name) if outer in outermost), None)
+            below = any(name.startswith(f"{root}.") for root in inside)
+            if home is not None and below and owners[f"{name}.weight"] == component:
                 item = name[len(home) + 1 :].partition(".")[0]
                 blocks.setdefault(f"{home}.{item}", []).append((name, module))
         for index, (block, members) in enumerate(blocks.items()):
@@ -490,5 +606,7 @@ def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> It
             )
 
 
-def _some(names: list[str], *, shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+def _outer(name: str) -> Iterator[str]:
+    """The names of all modules around a module, the outermost first."""
+    parts = name.split(".")
+    yield from (".".join(parts[:count]) for count in range(1, len(parts)))

@@ -7,6 +7,7 @@ EXIT_GATE_FAILED = 3
 EXIT_GATE_INCONCLUSIVE = 4
 EXIT_SENTINEL = 5
 EXIT_DOES_NOT_FIT = 6
+EXIT_STARVED_EXPERTS = 7
 
 
 class VlmquantError(Exception):
@@ -43,6 +44,12 @@ class SentinelError(VlmquantError):
     """A check against silent failure tripped: the result would have looked fine and been wrong."""
 
     exit_code = EXIT_SENTINEL
+
+
+class StarvedExpertsError(SentinelError):
+    """Too many experts of a mixture saw too few calibration tokens to be quantized on data."""
+
+    exit_code = EXIT_STARVED_EXPERTS
 
 
 class DoesNotFitError(VlmquantError):

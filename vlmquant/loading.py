@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
+from vlmquant.components import EXPERT_NAME, auto_class
+from vlmquant.conversion import Lazy, Stored, match
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
+from vlmquant.experts import Form, form_of, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
 from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
 from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
 from vlmquant.recipe import Scheme
-from vlmquant.shards import open_shards
+from vlmquant.shards import Shards, TensorEntry, open_shards, read_header
 
 READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
 FUSED_ACTIVATIONS = {
@@ -54,6 +58,10 @@ class _Arriving(nn.Module):
             self.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
             self.leaves.append(leaf)
         self.bias = getattr(module, "bias", None)
+        if "weight" not in self.leaves:  # some models' own initialization looks at it
+            stand_in = torch.empty(shape, dtype=self.dtype, device="meta")
+            stand_in._is_hf_initialized = True  # type: ignore[attr-defined]  # so that it is not initialized
+            self.__dict__["weight"] = stand_in
 
     def finish(self, name: str, activation: str) -> QuantLinear | QuantEmbedding:
         """What stays, once all tensors are there; activation: what outputs go through next, if that is known."""
@@ -67,6 +75,120 @@ class _Arriving(nn.Module):
         return QuantLinear(weight, self.scheme, self.bias, dtype=self.dtype, activation=activation)
 
 
+class _Spared:
+    """The modules that transformers' renamings and converters are to leave alone, by their names in the model."""
+
+    def __init__(self, modules: Iterable[str], base: str) -> None:
+        self.names = {name for module in modules for name in (module, module.removeprefix(f"{base}."))}
+
+    def holds(self, key: str) -> bool:
+        """Whether a tensor is one of these modules' or of a module inside them."""
+        parts = key.split(".")
+        return any(".".join(parts[:count]) in self.names for count in range(len(parts) - 1, 0, -1))
+
+
+class _SparingConverter(WeightConverter):  # type: ignore[misc]  # transformers is not typed
+    """One of transformers' converters, which leaves some modules alone: they keep their tensors as they are on disk."""
+
+    __slots__ = ("spared",)
+
+    @staticmethod
+    def of(rule: Any, spared: _Spared) -> "_SparingConverter":
+        made = _SparingConverter(
+            list(rule._original_source_patterns), list(rule._original_target_patterns), list(rule.operations)
+        )
+        made.force_cpu, made._was_used = rule.force_cpu, rule._was_used
+        made.scope_prefix, made.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
+        made.spared = spared
+        return made
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        used = self._was_used
+        name, pattern = super().rename_source_key(source_key)
+        if pattern is not None and (self.spared.holds(source_key) or self.spared.holds(name)):
+            self._was_used = used
+            return source_key, None
+        return name, pattern
+
+    def reverse_transform(self) -> "_SparingConverter":
+        plain = WeightConverter(
+            list(self._original_source_patterns), list(self._original_target_patterns), list(self.operations)
+        )
+        plain.scope_prefix, plain.base_model_prefix = self.scope_prefix, self.base_model_prefix
+        return _SparingConverter.of(plain.reverse_transform(), self.spared)
+
+
+class _SparingRenaming(WeightRenaming):  # type: ignore[misc]
+    """One of transformers' renamings, which leaves some modules' names as they are."""
+
+    __slots__ = ("inner", "spared")
+
+    @staticmethod
+    def of(rule: Any, spared: _Spared) -> "_SparingRenaming":
+        made = _SparingRenaming("never", "never")
+        made.inner, made.spared = rule, spared
+        return made
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        if self.spared.holds(source_key):
+            return source_key, None
+        renamed: tuple[str, str | None] = self.inner.rename_source_key(source_key)
+        return renamed
+
+    def was_used(self) -> bool:
+        return bool(self.inner.was_used())
+
+    def reverse_transform(self) -> "_SparingRenaming":
+        return _SparingRenaming.of(self.inner.reverse_transform(), self.spared)
+
+
+class _ModuleRenaming(WeightRenaming):  # type: ignore[misc]
+    """Renames modules one by one, by a table."""
+
+    __slots__ = ("table",)
+
+    @staticmethod
+    def of(table: dict[str, str]) -> "_ModuleRenaming":
+        made = _ModuleRenaming("never", "never")
+        made.table = table
+        return made
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        module, _, leaf = source_key.rpartition(".")
+        if module not in self.table:
+            return source_key, None
+        self._was_used = True
+        return f"{self.table[module]}.{leaf}", source_key
+
+    def reverse_transform(self) -> "_ModuleRenaming":
+        return _ModuleRenaming.of({new: old for old, new in self.table.items()})
+
+
+def _expert_names(
+    model: nn.Module, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    """Module of an expert's linear as the checkpoint has it -> as the model has it, where transformers' converters say so.
+
+    They are asked about the weights that the codes stand for.
+    """
+    shards, weights = Shards(dict(entries)), {}
+    for name, entry in entries.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight_shape":
+            shape = shards.read(name).tolist()
+        elif leaf == "weight" and f"{module}.weight_scale" in entries:
+            shape = entry.shape
+        else:
+            continue
+        weights[f"{module}.weight"] = Lazy.of(Stored(f"{module}.weight"), shape, torch.float32)
+    found = parts_of(match(model, weights).values, forms)
+    return {
+        value.disk_name.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, value in found.items()
+        if value.disk_name and EXPERT_NAME.search(name)
+    }
+
+
 class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
     """transformers' loader for compressed-tensors, with weights that stay packed."""
 
@@ -75,12 +197,56 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         self.groups, self.ignored = parse_config(config.to_dict())
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
+        forms = {
+            name: form
+            for name, module in model.named_modules()
+            if (form := form_of(module))
+            and scheme_for(f"{name}.0.{form.projections[0]}", "Linear", self.groups, self.ignored)
+        }
+        entries = {
+            entry.name: entry for file in arguments.get("checkpoint_files") or () for entry in read_header(Path(file))
+        }
+        self.quantized_on_disk = sorted(
+            name.removesuffix(".weight_scale") for name in entries if name.endswith(".weight_scale")
+        )
+        self.expert_names = _expert_names(model, forms, entries) if forms else {}
+        take_apart(model, check=False, only=set(forms))
         for name, module in list(model.named_modules()):
             # Not a subclass of Embedding: those scale or mask what they look up.
             if isinstance(module, nn.Linear) or type(module) is nn.Embedding:
                 scheme = scheme_for(name, type(module).__name__, self.groups, self.ignored)
                 if scheme is not None:
                     model.set_submodule(name, _Arriving(module, scheme))
+
+    def update_weight_conversions(self, conversions: list[Any], model: nn.Module) -> list[Any]:
+        """transformers' own, kept away from experts that stay apart, and one that gives those the model's names."""
+        # Not with transformers' own changes: those are for weights that are dequantized while they are loaded.
+        base, state = model.base_model_prefix, model.state_dict()
+        spared = _Spared((name for name, module in model.named_modules() if isinstance(module, _Arriving)), base)
+        converters = [_SparingConverter.of(rule, spared) for rule in conversions if isinstance(rule, WeightConverter)]
+        renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
+        renamed = {apply_renamings(f"{disk}.weight", renamings): name for disk, name in self.expert_names.items()}
+        renamings.append(_ModuleRenaming.of({old.removesuffix(".weight"): new for old, new in renamed.items()}))
+        self.disk_names = {}
+        for disk in self.quantized_on_disk:
+            key = f"{disk}.weight_scale"
+            name = rename_source_key(key, renamings, converters, base, state)[0]
+            if name not in state and key in state:
+                name = key
+            self.disk_names[name.removesuffix(".weight_scale")] = disk
+        return [*renamings, *converters]
+
+    def _names_for_saving(self, model: nn.Module) -> None:
+        """Have `save_pretrained` write quantized modules under the names that they came with."""
+        spared = _Spared(self.disk_names, "")
+        rules = [
+            _SparingConverter.of(rule, spared)
+            if isinstance(rule, WeightConverter)
+            else _SparingRenaming.of(rule, spared)
+            for rule in getattr(model, "_weight_conversions", None) or ()
+        ]
+        names = {disk: name for name, disk in self.disk_names.items()}
+        model._weight_conversions = [_ModuleRenaming.of(names), *rules]  # type: ignore[assignment]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for scales: they stay as they are on disk, whatever dtype the model is loaded in."""
@@ -101,6 +267,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
                 model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
             _give_back_freed_memory()
         _share_inputs(model)
+        self._names_for_saving(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -185,18 +352,18 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     dtype: of everything that is not quantized; None for the model's own. Raises InputError for a damaged directory and
     CheckpointError where the checkpoint does not fit its model: every tensor must be there, be used and have its shape.
     """
-    from transformers import AutoModelForImageTextToText
-
     path, device = Path(path), torch.device(device)
     open_shards(path)
+    quantized_by = _method_of(path)
+    auto = auto_class(_config(path))
     arguments: dict[str, Any] = {}
-    if _method_of(path) == bitsandbytes.METHOD:
+    if quantized_by == bitsandbytes.METHOD:
         bitsandbytes.require_bitsandbytes()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every product in bfloat16
         arguments["device_map"] = {"": str(device)}
     try:
         with _installed():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            model, info = auto.from_pretrained(
                 path,
                 dtype=dtype or "auto",
                 output_loading_info=True,
@@ -206,7 +373,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
             )
     except VlmquantError as error:
         raise type(error)(f"{path}: {error}") from error
-    except (RuntimeError, ValueError, KeyError, OSError, ImportError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
     for what, keys in sorted(info.items()):
@@ -222,6 +389,16 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
         model.to(device)
     _give_back_freed_memory()
     return model.eval()
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{path}: transformers cannot read its config: {reason}") from error
 
 
 def _give_back_freed_memory() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -28,7 +29,8 @@ from vlmquant.evaluation.environment import peak_resident_bytes
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.scoring import score_model
 from vlmquant.evaluation.settings import Settings
-from vlmquant.formats import bitsandbytes
+from vlmquant.families import from_spec
+from vlmquant.formats import bitsandbytes, compressed_tensors
 from vlmquant.gate import judge
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.probe import compute_dtype
@@ -115,10 +117,10 @@ def quantize(
     _return_freed_memory()
     _check_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code)
-    plan = make_plan(components, recipe)
+    components, plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     errors: dict[str, float] = {}
     notes: list[str] = []
+    expert_tokens: dict[str, list[int]] = {}
     selection = None
     batches: list[Callable[[], Batch]] = []
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
@@ -153,6 +155,7 @@ def quantize(
                 restore=lambda info: _restore(writer, info.name),
                 dtype=dtype,
                 device=torch.device(device),
+                experts=recipe.calibration.experts,
             )
             with bar("quantize", total=len(components.blocks)) as progress:
                 for block in stream:
@@ -162,7 +165,11 @@ def quantize(
                         _record(writer, block.info.name, block.result)
                     errors |= block.errors
                     notes += block.notes
+                    expert_tokens |= block.expert_tokens
                     progress.step(f"quantize {block.info.component}")
+        if expert_tokens:
+            manifest["experts"] = expert_tokens
+            notes.append(_expert_note(expert_tokens, recipe))
         writer.finish(manifest | {"errors": errors, "notes": notes})
     return Quantized(
         path=Path(out),
@@ -177,6 +184,21 @@ def quantize(
     )
 
 
+def plan_model(
+    model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False
+) -> tuple[ComponentMap, Plan]:
+    """What becomes of every tensor of a model (a directory or hub id), before any work.
+
+    Raises InputError or PlanError for whatever would keep `quantize` from writing it.
+    """
+    family = from_spec(recipe.family) if recipe.family else None
+    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code, family=family)
+    plan = make_plan(components, recipe)
+    if recipe.output.format == compressed_tensors.METHOD:
+        compressed_tensors.quantization_config(plan, components)
+    return components, plan
+
+
 def _check_device(device: str) -> None:
     """UsageError for a device that torch does not know or cannot reach."""
     try:
@@ -187,7 +209,7 @@ def _check_device(device: str) -> None:
 
 
 def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult) -> None:
-    record = {"errors": result.errors, "notes": list(result.notes)}
+    record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens}
     writer.add(unit, result.quantized, result.changed, record)
 
 
@@ -196,7 +218,18 @@ def _restore(writer: CheckpointWriter, unit: str | None) -> BlockResult | None:
     if (kept := writer.restored(unit)) is None:
         return None
     quantized, changed, record = kept
-    return BlockResult(quantized, changed, record["errors"], tuple(record["notes"]))
+    return BlockResult(quantized, changed, record["errors"], tuple(record["notes"]), record.get("experts", {}))
+
+
+def _expert_note(tokens: Mapping[str, list[int]], recipe: Recipe) -> str:
+    """How many calibration tokens the experts saw, over all layers."""
+    counts = [count for layer in tokens.values() for count in layer]
+    least = recipe.calibration.experts.least_tokens
+    starving = sum(count < least for count in counts)
+    return (
+        f"experts: {len(counts)} in {len(tokens)} layers; calibration tokens routed to each: least {min(counts)}, "
+        f"median {median(counts):g}; {starving} ({starving / len(counts):.1%}) below {least}"
+    )
 
 
 def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, QuantizedWeight]:

@@ -5,16 +5,18 @@ import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
+from math import gcd, prod
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from vlmquant.components import BlockInfo, ComponentMap, LinearInfo, ParameterInfo
+from vlmquant.components import COMPONENTS, OTHER, BlockInfo, ComponentMap, LinearInfo, ParameterInfo
 from vlmquant.errors import PlanError
+from vlmquant.experts import holds_experts
+from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.packing import packed_columns
-from vlmquant.recipe import BITSANDBYTES_SCHEMES, COMPONENTS, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
+from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
 
 PACKED_WORD_BYTES = 4
 WEIGHT_SHAPE_BYTES = 16
@@ -23,8 +25,6 @@ SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' NF4."""
-EXPERT_DIMENSIONS = 3
-"""Of a parameter (experts, out, in)."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
 
@@ -212,6 +212,7 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
             )
         for group, block in groups:
             choices |= _choose_group(components, recipe, spec, group, block)
+        _check_expert_schemes(components, choices)
     lines = tuple(
         _line(parameter, choices.get(parameter.name), components, recipe) for parameter in components.parameters
     )
@@ -254,18 +255,34 @@ def _check_ties(components: ComponentMap, component: str, spec: ComponentSpec) -
 
 
 def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec) -> None:
-    """Stacked weights (experts, out, in) are no linear layers; to skip them would skip most of a model."""
-    for block in components.blocks:
-        for parameter in components.parameters:
-            if block.component != component or not parameter.name.startswith(f"{block.name}."):
-                continue
-            module = parameter.name.rpartition(".")[0]
-            kept = _matching(spec.keep, _names_of(components, module, component, block))
-            if len(parameter.shape) == EXPERT_DIMENSIONS and not kept:
-                raise PlanError(
-                    f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts, "
-                    "which cannot be quantized; list its module under keep to leave it at 16 bits"
-                )
+    """Stacked weights that could not be taken apart are no linear layers; to skip them would skip most of a model."""
+    modules = dict(components.skeleton().named_modules())
+    for parameter in components.parameters:
+        module = parameter.name.rpartition(".")[0]
+        if parameter.component != component or module not in modules or not holds_experts(modules[module]):
+            continue
+        if len(parameter.shape) > 2 and not _matching(spec.keep, _names_of(components, module, component, None)):
+            raise PlanError(
+                f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts in a way "
+                f"that we cannot take apart ({type(modules[module]).__name__}); list its module under keep to leave it "
+                "at 16 bits"
+            )
+
+
+def _check_expert_schemes(components: ComponentMap, choices: dict[str, _Choice]) -> None:
+    """Engines run all experts of a layer as one: they need one scheme for all, and none may be left out."""
+    for module, form in components.experts.items():
+        names = [
+            f"{module}.{expert}.{leaf}.weight" for expert in range(form.experts) for leaf in form.projections
+        ]
+        schemes = {_label(choices[name].scheme) if name in choices else KEEP: name for name in names}
+        if len(schemes) > 1:
+            told = ", ".join(f"{name} {label}" for label, name in sorted(schemes.items()))
+            raise PlanError(
+                f"{module}: the experts of a layer run as one when served and need one scheme, but the recipe and their "
+                f"shapes give them several ({told}); let keep and overrides cover all of them, or use a group size that "
+                "divides all their inputs"
+            )
 
 
 def _component_of(components: ComponentMap, name: str) -> str | None:
@@ -323,7 +340,7 @@ def _choose_group(
             )
     choices = {}
     for linear in group:
-        choice = _fit(wanted[linear.name], linear, recipe)
+        choice = _fit(wanted[linear.name], linear, recipe, inputs=_dividing_inputs(components, linear))
         if block is None and choice.scheme != KEEP and choice.method not in (DATA_FREE, "bitsandbytes"):
             raise PlanError(
                 f"components.{linear.component}: {linear.name} is outside the blocks, where method {choice.method} has "
@@ -343,6 +360,11 @@ def _wanted(
     """What keep, overrides and the component's own scheme say, before the shape is looked at."""
     if glob := _matching(spec.keep, _names_of(components, linear.name, linear.component, block)):
         return _Choice(KEEP, None, f"listed under keep in the recipe as {glob}")
+    for pattern, why in NEVER_QUANTIZED:
+        if block is not None and fnmatch.fnmatchcase(linear.local, pattern):
+            return _Choice(KEEP, None, why)
+    if _is_router(components, linear):
+        return _Choice(KEEP, None, NEVER_QUANTIZED[0][1])
     scheme, method, reason = spec.scheme, spec.method, ""
     local = linear.local if block else _local(components, linear.name, linear.component)
     for number, override in enumerate(spec.overrides):
@@ -354,13 +376,29 @@ def _wanted(
     return _Choice(scheme, method, reason)
 
 
-def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe) -> _Choice:
+def _is_router(components: ComponentMap, linear: LinearInfo) -> bool:
+    """Whether a linear beside a layer's experts has an output for each of them."""
+    parent = linear.name.rpartition(".")[0]
+    beside = [form.experts for module, form in components.experts.items() if module.rpartition(".")[0] == parent]
+    return linear.out_features in beside
+
+
+def _dividing_inputs(components: ComponentMap, linear: LinearInfo) -> int:
+    """The number that a group size has to divide: of an expert, what all its linears have in common."""
+    for module, form in components.experts.items():
+        if linear.name.startswith(f"{module}."):
+            return gcd(form.hidden, form.intermediate)
+    return linear.in_features
+
+
+def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) -> _Choice:
     """The choice itself, or the first of the recipe's fallbacks where the group size does not divide the inputs."""
     scheme = choice.scheme
-    if not isinstance(scheme, Scheme) or scheme.group_size is None or linear.in_features % scheme.group_size == 0:
+    if not isinstance(scheme, Scheme) or scheme.group_size is None or inputs % scheme.group_size == 0:
         return choice
-    smaller = _smaller_group(linear.in_features, scheme.group_size)
-    why = f"{linear.in_features} inputs are no multiple of group size {scheme.group_size}"
+    smaller = _smaller_group(inputs, scheme.group_size)
+    whose = "inputs are" if inputs == linear.in_features else "as the common divisor of the experts' inputs is"
+    why = f"{inputs} {whose} no multiple of group size {scheme.group_size}"
     for step in recipe.fallback.when_indivisible:
         if step == "group_size" and smaller is not None:
             fitting = scheme.model_copy(update={"group_size": smaller})
@@ -372,8 +410,7 @@ def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe) -> _Choice:
             return _Choice(KEEP, None, f"{why}, so it is kept at 16 bits", fallback=True)
     advice = f"use a divisor such as {smaller}" if smaller else "use group_size: null"
     raise PlanError(
-        f"components.{linear.component}: {linear.name} has {linear.in_features} inputs, which group size "
-        f"{scheme.group_size} does not divide; {advice}, list the layer under keep, or allow a fallback"
+        f"components.{linear.component}: {linear.name}: {why}; {advice}, list the layer under keep, or allow a fallback"
     )
 
 
@@ -389,7 +426,7 @@ def _smaller_group(inputs: int, group_size: int) -> int | None:
 
 def _line(parameter: ParameterInfo, choice: _Choice | None, components: ComponentMap, recipe: Recipe) -> PlanLine:
     if choice is None or choice.scheme == KEEP:
-        reason = choice.reason if choice else _why_kept(parameter, getattr(recipe.components, parameter.component))
+        reason = choice.reason if choice else _why_kept(parameter, recipe)
         return PlanLine(
             parameter.name,
             parameter.component,
@@ -414,8 +451,12 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
     )
 
 
-def _why_kept(parameter: ParameterInfo, spec: ComponentSpec) -> str:
-    if not _quantizes(spec):
+def _why_kept(parameter: ParameterInfo, recipe: Recipe) -> str:
+    if not parameter.loaded:
+        return "the model class does not load it; it travels with the model (multi-token prediction and the like)"
+    if parameter.component == OTHER:
+        return "neither vision encoder, projector, embedding, language model nor head"
+    if not _quantizes(getattr(recipe.components, parameter.component)):
         return "the recipe keeps this component"
     if len(parameter.shape) < 2:
         return "a norm, bias or other vector"

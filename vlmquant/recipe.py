@@ -172,6 +172,25 @@ class Fallback(Data):
     """Tried in order: a smaller group size that divides, INT8 per channel, keep. An empty list makes it an error."""
 
 
+def _percent(value: Any) -> Any:
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
+        return float(match[1]) / 100
+    return value
+
+
+class ExpertOptions(Data):
+    """Which calibration tokens the experts of a mixture are quantized on."""
+
+    tokens: Literal["routed", "blend", "all"] = "blend"
+    """routed: those that the router gives an expert. blend: for an expert with fewer than `least_tokens`, all tokens of
+    the layer as well, each for so little that together they count for what is missing. all: every token, for every
+    expert (as many times the work as there are experts for each one chosen)."""
+    least_tokens: Annotated[int, Field(ge=1)] = 32
+    """An expert with fewer starves."""
+    max_starving: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.05
+    """The largest share of a layer's experts that may starve: above it the run ends with exit code 7."""
+
+
 class CalibrationSpec(Data):
     set: str = "default"
     """Name of a shipped set or path of a set's folder."""
@@ -183,18 +202,13 @@ class CalibrationSpec(Data):
     """Samples per task; null shares `samples` among the set's tasks in proportion to their size."""
     order: Literal["hashed", "file"] = "hashed"
     """Which samples of a task are taken: hashed ranks them by a hash of seed and id, file takes the first ones."""
+    experts: ExpertOptions = ExpertOptions()
 
 
 class OutputSpec(Data):
     format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     max_shard_size: Annotated[int, Field(ge=1_000_000)] = 4_000_000_000
     """Bytes."""
-
-
-def _percent(value: Any) -> Any:
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", value)):
-        return float(match[1]) / 100
-    return value
 
 
 class GateSpec(Data):
@@ -217,10 +231,27 @@ class GateSpec(Data):
         return {name: value for name, value in self if name != "alpha" and value is not None}
 
 
+class FamilySpec(Data):
+    """Where the parts of a model are that vlmquant does not know, or guesses wrong: names of modules or parameters."""
+
+    vision_encoder: Annotated[tuple[str, ...], Field(min_length=1)]
+    projector: tuple[str, ...] = ()
+    language: str
+    embedding: str = ""
+    """Empty: `embed_tokens` inside the language model."""
+    lm_head: str = "lm_head"
+    other: tuple[str, ...] = ()
+    """Kept as it is, as is everything that lies in none of these."""
+    runs: str = ""
+    """The part whose forward pass takes image and text, where it is not the whole model."""
+
+
 class Recipe(Data):
     version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     components: Components
+    family: FamilySpec | None = None
+    """For a model whose parts are not where vlmquant looks for them."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     output: OutputSpec = OutputSpec()

@@ -67,17 +67,25 @@ class Shards:
         """The files, in the order of their names."""
         return tuple(sorted({entry.file for entry in self.entries.values()}))
 
-    def read(self, name: str) -> Tensor:
-        """The tensor as it lies on disk. InputError where the file ends early or cannot be read."""
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor as it lies on disk, or these entries of its first dimension (a slice with start and stop).
+
+        InputError where the file ends early or cannot be read.
+        """
         entry = self.entries[name]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        first, shape, nbytes = entry.start, entry.shape, entry.nbytes
+        if rows is not None:
+            row_bytes = nbytes // shape[0]
+            first, nbytes = first + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes
+            shape = (rows.stop - rows.start, *shape[1:])
+        raw = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         view = memoryview(raw.numpy())  # type: ignore[arg-type]  # an array is a buffer
         try:
             descriptor = os.open(entry.file, os.O_RDONLY)
             try:
                 done = 0
-                while done < entry.nbytes:
-                    count = os.preadv(descriptor, [view[done:]], entry.start + done)
+                while done < nbytes:
+                    count = os.preadv(descriptor, [view[done:]], first + done)
                     if count == 0:
                         raise InputError(
                             f"{entry.file}: ends inside tensor {name}; the file was cut short while it was being read, "
@@ -88,7 +96,7 @@ class Shards:
                 os.close(descriptor)
         except OSError as error:
             raise InputError(f"{entry.file}: cannot be read: {error.strerror}") from error
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return raw.view(entry.dtype).reshape(shape)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
-from vlmquant.errors import SentinelError
+from vlmquant.errors import SentinelError, StarvedExpertsError
+from vlmquant.experts import Experts
 from vlmquant.families import Fold
 from vlmquant.grid import QuantizedWeight, round_scales
 from vlmquant.kernels.reference import round_activations
 from vlmquant.planning import Plan, PlanLine
-from vlmquant.recipe import ComponentSpec, Scheme
+from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
 
 GRAM_SLICES = 4
 """X^T X is symmetric: computed in 4 column slices, only the upper ones, it takes 62 % of the multiplications."""
@@ -43,15 +44,22 @@ class BlockResult:
     errors: dict[str, float] = field(default_factory=dict)
     """Relative output error tr(E H E^T) / tr(W H W^T) by parameter name."""
     notes: tuple[str, ...] = ()
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    """For each module of experts, how many calibration tokens were routed to each of them."""
 
 
 @dataclass(frozen=True)
 class _Pause:
-    """Where a forward pass stopped: "enter" or "exit" of a block, or the inputs of one of its linears."""
+    """Where a forward pass stopped: "enter" or "exit" of a block, one of its linears, or where its experts were chosen."""
 
     kind: str
     name: str
     inputs: Tensor | None = None
+    """Of a linear."""
+    counts: tuple[int, ...] = ()
+    """Real tokens routed to each expert."""
+    tokens: int = 0
+    """Real tokens that were routed."""
 
 
 class _Walk(greenlet):
@@ -60,6 +68,10 @@ class _Walk(greenlet):
     def __init__(self, run: Callable[[], None]) -> None:
         super().__init__(run)
         self.token_mask: Tensor | None = None
+        self.row_weights: Tensor | None = None
+        """While an expert runs: how much each of the rows it is shown counts, 0 for padding."""
+        self.group_inputs: dict[str, Tensor] = {}
+        """Inputs of the first linear of a group, by the name of each other one."""
         self.paused: _Pause | None = None
 
     def resume(self) -> None:
@@ -68,10 +80,16 @@ class _Walk(greenlet):
         self.paused = pause if isinstance(pause, _Pause) else None
 
 
-def _pause(kind: str, name: str, inputs: Tensor | None = None) -> None:
+def _pause(pause: _Pause) -> None:
     parent = getcurrent().parent
     assert parent is not None, "only a walk pauses"
-    parent.switch(_Pause(kind, name, inputs))
+    parent.switch(pause)
+
+
+def _walk() -> _Walk:
+    walk = getcurrent()
+    assert isinstance(walk, _Walk)
+    return walk
 
 
 class Stage:
@@ -86,12 +104,15 @@ class Stage:
         linears: Sequence[LinearInfo],
         line: PlanLine,
         inputs: list[tuple[Tensor, Tensor | None]],
+        *,
+        unseen: bool = False,
     ) -> None:
         assert isinstance(line.scheme, Scheme)
         self.block = block
         self.linears = {linear.local: linear for linear in linears}
         self.scheme: Scheme = line.scheme
-        self.method = line.method or "rtn"
+        self.method = "rtn" if unseen else line.method or "rtn"
+        """rtn for an expert that no calibration token was routed to."""
         self.options: ComponentSpec = block.stream.specs[line.component]
         self.scale_dtype = block.stream.model_dtype
         device = block.stream.device
@@ -102,21 +123,27 @@ class Stage:
         self._hessian: Tensor | None = None
         self._channel_scales: Tensor | None = None
 
-    def _rows(self) -> Iterator[Tensor]:
-        """The inputs of all batches as float32 (tokens, in), padding left out."""
+    def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The inputs of all batches as float32 (tokens, in), padding left out; and how much each counts, None for 1."""
         for inputs, mask in self._inputs:
             flat = inputs.reshape(-1, inputs.shape[-1])
-            yield (flat if mask is None else flat[mask.flatten()]).float()
+            if mask is None:
+                yield flat.float(), None
+                continue
+            counts = mask.flatten()
+            kept = counts != 0
+            weights = counts[kept]
+            yield flat[kept].float(), None if weights.dtype == torch.bool or bool((weights == 1).all()) else weights
 
     def hessian(self) -> Tensor:
         """E[x x^T] over all tokens, float32 (in, in)."""
         if self._hessian is None:
             columns = self._inputs[0][0].shape[-1]
-            total, tokens = torch.zeros(columns, columns, device=self.block.stream.device), 0
-            for rows in self._rows():
-                _add_gram(total, rows)
-                tokens += len(rows)
-            total = _mirror_upper(total).div_(max(tokens, 1))
+            total, tokens = torch.zeros(columns, columns, device=self.block.stream.device), 0.0
+            for rows, weights in self._rows():
+                _add_gram(total, rows if weights is None else rows * weights.sqrt()[:, None])
+                tokens += len(rows) if weights is None else weights.sum().item()
+            total = _mirror_upper(total).div_(tokens or 1)
             self._refuse_bad_inputs(total.diagonal(), tokens)
             self._hessian = total
         return self._hessian
@@ -132,15 +159,15 @@ class Stage:
         return self._mean(lambda rows: rows.abs())
 
     def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        total, tokens = torch.zeros(self._inputs[0][0].shape[-1], device=self.block.stream.device), 0
-        for rows in self._rows():
-            total += of(rows).sum(0)
-            tokens += len(rows)
-        mean = total / max(tokens, 1)
+        total, tokens = torch.zeros(self._inputs[0][0].shape[-1], device=self.block.stream.device), 0.0
+        for rows, weights in self._rows():
+            total += of(rows).sum(0) if weights is None else weights @ of(rows)
+            tokens += len(rows) if weights is None else weights.sum().item()
+        mean = total / (tokens or 1)
         self._refuse_bad_inputs(mean, tokens)
         return mean
 
-    def _refuse_bad_inputs(self, values: Tensor, tokens: int) -> None:
+    def _refuse_bad_inputs(self, values: Tensor, tokens: float) -> None:
         where = f"{self.block.info.name}: {', '.join(self.linears)}"
         if tokens == 0:
             raise SentinelError(f"{where} saw no token of the calibration set; add samples that reach this layer")
@@ -239,10 +266,18 @@ class Block:
         self._walks = walks
         self._divisors: dict[str, Tensor] = {}
         self._by_local = {linear.local: linear for linear in info.linears}
+        self._parameters = {local for local, _ in self.module.named_parameters()}
+        self._leaders = {
+            linear.local: group[0].local for group in self._groups() for linear in group[1:]
+        }
+        """Linear -> the first of the linears that are quantized with it, on the same inputs."""
+        self.expert_tokens = dict(restored.expert_tokens) if restored else {}
+        self._shown: dict[str, list[float | None]] = {}
+        """For each module of experts and each expert: what a token of another expert counts for it, None for nothing."""
 
     @property
     def result(self) -> BlockResult:
-        return BlockResult(self.quantized, self.changed, self.errors, tuple(self.notes))
+        return BlockResult(self.quantized, self.changed, self.errors, tuple(self.notes), self.expert_tokens)
 
     def stages(self) -> Iterator[Stage]:
         """The stages in the order of the forward pass; the caller finishes each before it asks for the next."""
@@ -255,19 +290,96 @@ class Block:
         group_of = {linear.local: group for group in self._groups() for linear in group}
         for walk in self._walks:
             walk.resume()
-        while waiting := [walk for walk in self._walks if walk.paused and walk.paused.kind == "linear"]:
+        while waiting := [walk for walk in self._walks if walk.paused and walk.paused.kind in ("linear", "experts")]:
             name = waiting[0].paused.name  # type: ignore[union-attr]  # filtered just above
             members = [walk for walk in waiting if walk.paused and walk.paused.name == name]
-            inputs = [(pause.inputs, self._mask_for(walk)) for walk in members if (pause := walk.paused)]
-            stage = Stage(
-                self, group_of[name], self._line(self._by_local[name]), [(x, m) for x, m in inputs if x is not None]
-            )
-            yield stage
-            if not self._is_final(name):
-                raise AssertionError(f"{self.info.name}.{name} was left unfinished")
-            del stage, inputs
+            pauses = [pause for walk in members if (pause := walk.paused)]
+            if pauses[0].kind == "experts":
+                self._share_out(name, pauses)
+            else:
+                inputs = [
+                    (pause.inputs, self._mask_for(walk))
+                    for walk, pause in zip(members, pauses, strict=True)
+                    if pause.inputs is not None
+                ]
+                unseen = self._unseen(name)
+                stage = Stage(
+                    self,
+                    group_of[name],
+                    self._line(self._by_local[name]),
+                    [] if unseen else inputs,
+                    unseen=unseen,
+                )
+                yield stage
+                if not self._is_final(name):
+                    raise AssertionError(f"{self.info.name}.{name} was left unfinished")
+                del stage, inputs
+            del pauses
             for walk in members:
                 walk.resume()
+
+    def _share_out(self, module: str, pauses: Sequence[_Pause]) -> None:
+        """Decide which experts are shown more tokens than the router gives them, now that all passes have been routed.
+
+        Raises StarvedExpertsError where too large a share of them sees too little to be calibrated on.
+        """
+        options = self.stream.expert_options
+        counts = [sum(pause.counts[expert] for pause in pauses) for expert in range(len(pauses[0].counts))]
+        tokens, name = sum(pause.tokens for pause in pauses), f"{self.info.name}.{module}"
+        self.expert_tokens[name] = counts
+        if options.tokens == "all":
+            self._shown[module] = [1.0] * len(counts)
+            return
+        starving = [expert for expert, count in enumerate(counts) if count < options.least_tokens]
+        if len(starving) > options.max_starving * len(counts):
+            raise StarvedExpertsError(
+                f"{name}: {len(starving)} of {len(counts)} experts saw fewer than {options.least_tokens} calibration "
+                f"tokens ({_some(starving)}), more than {options.max_starving:.0%} (calibration.experts.max_starving); give "
+                "more or more varied samples, or set calibration.experts.tokens: all to show every expert all tokens"
+            )
+        blend = options.tokens == "blend"
+        self._shown[module] = [
+            (options.least_tokens - count) / max(tokens - count, 1)
+            if blend and 0 < count < options.least_tokens
+            else None
+            for count in counts
+        ]
+        if unseen := [expert for expert, count in enumerate(counts) if not count]:
+            self.notes.append(f"{name}: no calibration token was routed to {_some(unseen)}: rounded to nearest")
+
+    def _unseen(self, local: str) -> bool:
+        """Whether a linear belongs to an expert that no token was routed to, and that is shown none."""
+        module, _, rest = next(
+            ((module, "", local[len(module) + 1 :]) for module in self._shown if local.startswith(f"{module}.")),
+            ("", "", ""),
+        )
+        if not module:
+            return False
+        expert = int(rest.partition(".")[0])
+        return not self.expert_tokens[f"{self.info.name}.{module}"][expert] and self._shown[module][expert] is None
+
+    def watch(self, module: str, given: Sequence[Tensor], tokens: int) -> Iterator[Tensor | None]:
+        """What `Experts` asks while it runs: which of the tokens each expert is shown, where not just those it is given."""
+        walk = _walk()
+        if self.settled or not any(
+            not self._is_final(local) for local in self._by_local if local.startswith(f"{module}.")
+        ):
+            yield from (None for _ in given)
+            return
+        mask = walk.token_mask
+        real = mask.flatten() if mask is not None and mask.numel() == tokens else None
+        counts = tuple(len(rows) if real is None else int(real[rows].sum()) for rows in given)
+        _pause(
+            _Pause("experts", module, counts=counts, tokens=tokens if real is None else int(real.sum()))
+        )
+        for rows, share in zip(given, self._shown[module], strict=True):
+            weights = torch.full((tokens,), share or 0.0, device=rows.device)
+            weights[rows] = 1.0
+            if real is not None:
+                weights *= real
+            walk.row_weights = weights[rows] if share is None else weights
+            yield None if share is None else torch.arange(tokens, device=rows.device)
+        walk.row_weights = None
 
     def _is_final(self, local: str) -> bool:
         return self._line(self._by_local[local]).action != "quantize" or self._weight_name(local) in self.quantized
@@ -278,6 +390,8 @@ class Block:
     def _mask_for(self, walk: _Walk) -> Tensor | None:
         """The mask of real tokens, where this input has one row for every text position."""
         inputs = walk.paused.inputs if walk.paused else None
+        if walk.row_weights is not None:
+            return walk.row_weights
         if walk.token_mask is None or inputs is None or self.info.component != "language":
             return None
         return walk.token_mask if inputs.shape[:-1] == walk.token_mask.shape else None
@@ -314,7 +428,7 @@ class Block:
         return None
 
     def _has(self, local: str) -> bool:
-        return local in dict(self.module.named_parameters())
+        return local in self._parameters
 
     def fold(self, rule: Fold, channel_scales: Tensor) -> None:
         """Divide what the producer puts out by the channel scales (channels,), in its stored weights."""
@@ -354,14 +468,17 @@ class Block:
 
     def _place(self, local: str, value: Tensor) -> None:
         if self._walks:
-            assign(self.module, local, value.to(self.stream.device, self.stream.dtype))
+            assign(self.module, local, self.stream.cast(value, local, self.module))
 
     def load(self) -> None:
-        """Give the module its weights: the model's own, or a restored block's."""
-        for local, _ in list(self.module.named_parameters()):
+        """Give the module its weights and stored buffers: the model's own, or a restored block's."""
+        for local in list(self.module.state_dict()):
             name = f"{self.info.name}.{local}"
             final = self.quantized.get(name)
-            self._place(local, self.value(local) if final is None else final.dequantize(self.stream.dtype))
+            if final is not None:
+                self._place(local, final.dequantize(self.stream.dtype))
+            elif local in self._parameters or self.stream.components.holds(name):
+                self._place(local, self.value(local))
 
     def settle(self) -> None:
         """Let the passes go on to the next block, on what this block computes with its final weights."""
@@ -380,7 +497,7 @@ class Block:
         output = forward(*args, **kwargs)
         if self.settled:
             return output
-        _pause("exit", self.info.name)
+        _pause(_Pause("exit", self.info.name))
         # A fold divided inputs on the fly; what later blocks get is computed by the weights as they are stored.
         return forward(*args, **kwargs) if self._divisors else output
 
@@ -388,10 +505,33 @@ class Block:
         """What the block's forward pass runs in a linear's place: it waits for its codes, then computes with them."""
         if not self.settled:
             if not self._is_final(local):
-                _pause("linear", local, inputs)
+                _walk().group_inputs[local] = inputs
+                _pause(_Pause("linear", local, inputs))
+            elif leader := self._leaders.get(local):
+                self._check_shared(local, leader, inputs)
             if local in self._divisors:
                 inputs = (inputs.float() / self._divisors[local]).to(inputs.dtype)
         return _linear(self._line(self._by_local[local]), module, inputs)
+
+
+    def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
+        """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
+        first = _walk().group_inputs.get(leader)
+        if first is None or first is inputs:
+            return
+        if first.shape != inputs.shape or not torch.equal(first, inputs):
+            raise SentinelError(
+                f"{self.info.name}: {leader} and {local} pass for linears with the same inputs, but they get different "
+                "ones, so their statistics would be wrong; give one of them method rtn or list it under keep, and please "
+                "report the model"
+            )
+
+
+def _some(experts: Sequence[int], *, shown: int = 8) -> str:
+    told = ", ".join(map(str, experts[:shown]))
+    return f"expert{'s' if len(experts) > 1 else ''} {told}" + (
+        f" and {len(experts) - shown} more" if len(experts) > shown else ""
+    )
 
 
 def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
@@ -401,9 +541,13 @@ def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
 
 
 def assign(module: nn.Module, local: str, value: Tensor) -> None:
-    """Replace a parameter, on whatever device it was, by a value."""
+    """Replace a parameter or buffer, on whatever device it was, by a value."""
     path, _, leaf = local.rpartition(".")
-    setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+    owner = module.get_submodule(path)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -423,6 +567,7 @@ class BlockStream:
     restore: what a finished block was made of, where an earlier run got that far.
     dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
     device: where passes run and codes are chosen; one block's weights lie there at a time.
+    experts: which tokens the experts of a mixture are calibrated on.
     """
 
     def __init__(
@@ -436,9 +581,11 @@ class BlockStream:
         restore: Callable[[BlockInfo], BlockResult | None],
         dtype: torch.dtype,
         device: torch.device,
+        experts: ExpertOptions | None = None,
     ) -> None:
         self.components, self.plan, self.specs = components, plan, specs
         self.dtype, self.device = dtype, device
+        self.expert_options = experts or ExpertOptions()
         self.model_dtype = components.dtype
         self.model = components.skeleton()
         self._batches, self._outside, self._restore = batches, outside, restore
@@ -448,6 +595,19 @@ class BlockStream:
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the model, as it lies on disk."""
         return self.components.read(name)
+
+    @property
+    def _running(self) -> nn.Module:
+        """What is calibrated: the model, or the part of it that reads images and text."""
+        return self.model.get_submodule(self.components.family.runs)
+
+    def cast(self, value: Tensor, local: str, module: nn.Module) -> Tensor:
+        """A value as the passes take it: in their dtype, but for buffers that are whole numbers or more exact."""
+        path, _, leaf = local.rpartition(".")
+        dtype = self.dtype
+        if leaf in module.get_submodule(path)._buffers:
+            dtype = torch.promote_types(value.dtype, dtype) if value.is_floating_point() else value.dtype
+        return value.to(self.device, dtype)
 
     def __iter__(self) -> Iterator[Block]:
         last = max((self._order[info.name] for info in self.components.blocks if self._needs_data(info)), default=-1)
@@ -503,26 +663,28 @@ class BlockStream:
     def _pass_of(self, make: Callable[[], Batch]) -> Callable[[], None]:
         def run() -> None:
             inputs = make().inputs
-            walk = getcurrent()
-            assert isinstance(walk, _Walk)
+            walk = _walk()
             walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
             cast = {
                 key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
                 for key, value in inputs.items()
             }
-            self.model(**cast, use_cache=False)
+            self._running(**cast, use_cache=False)
 
         return run
 
     def _load_outside(self) -> None:
         """Weights of everything that lies in no block, except the head: no pass gets that far."""
         inside = tuple(f"{info.name}." for info in self.components.blocks)
+        runs = self.components.family.runs
         for parameter in self.components.parameters:
-            if parameter.name.startswith(inside) or parameter.component == "lm_head":
+            if parameter.name.startswith(inside) or parameter.component == "lm_head" or not parameter.loaded:
+                continue
+            if runs and not parameter.name.startswith(f"{runs}."):
                 continue
             codes = self._outside.get(parameter.name)
             value = self.read(parameter.name) if codes is None else codes.dequantize()
-            assign(self.model, parameter.name, value.to(self.device, self.dtype))
+            assign(self.model, parameter.name, self.cast(value, parameter.name, self.model))
         self.components.materialize_buffers(self.model)
         _move_buffers(self.model, self.device)
 
@@ -531,6 +693,11 @@ class BlockStream:
         for info in self.components.blocks:
             module = self.model.get_submodule(info.name)
             module.forward = self._block_forward(info.name, module.forward)
+            for home in self.components.experts:
+                if home.startswith(f"{info.name}."):
+                    experts = self.model.get_submodule(home)
+                    assert isinstance(experts, Experts)
+                    experts.watch = functools.partial(self._watch, home[len(info.name) + 1 :])
             for linear in info.linears:
                 self._take_over_linear(linear, self._inside_block(linear.local))
         for linear in self.components.linears:
@@ -543,6 +710,10 @@ class BlockStream:
         assert isinstance(module, nn.Linear)
         module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
 
+    def _watch(self, module: str, given: Sequence[Tensor], tokens: int) -> Iterator[Tensor | None]:
+        assert self._current is not None
+        return self._current.watch(module, given, tokens)
+
     def _inside_block(self, local: str) -> Callable[[nn.Linear, Tensor], Tensor]:
         def forward(module: nn.Linear, inputs: Tensor) -> Tensor:
             assert self._current is not None
@@ -552,7 +723,7 @@ class BlockStream:
 
     def _block_forward(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            _pause("enter", name)
+            _pause(_Pause("enter", name))
             assert self._current is not None
             return self._current.forward(forward, args, kwargs)
 

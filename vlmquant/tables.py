@@ -6,9 +6,8 @@ from typing import Any
 from rich.table import Table
 
 from vlmquant.calibration.sampling import Stratum
-from vlmquant.components import ComponentMap
+from vlmquant.components import COMPONENTS, ComponentMap
 from vlmquant.planning import Plan
-from vlmquant.recipe import COMPONENTS
 from vlmquant.report.data import Verdict, overall
 from vlmquant.report.numbers import threshold_text, threshold_title
 from vlmquant.shards import dtype_name

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ NOT_COPIED = re.compile(
     rf"|{re.escape(CONFIG_NAME)}|{re.escape(MANIFEST_NAME)}|{re.escape(BASE_CARD_NAME)}"
 )
 """Names of weights in whatever format, their indexes, code, hidden files, and what is written here."""
+COMPANION_PICKLES = ("spk_dict.pt",)
+"""The voices of Qwen's Omni models, which transformers asks for when it loads them."""
 CODE = re.compile(r"[^.].*\.py")
 
 
@@ -41,7 +44,8 @@ def write_weights(
 ) -> None:
     """Shards and index: the model's tensors in the order of its files, each replaced by what a unit holds for it."""
     done = {name: unit for unit in units.values() for name in (*unit.quantized, *unit.changed)}
-    sources: dict[str, str | Unit] = {}  # final tensor name -> parameter name to read, or the unit that holds it
+    copied = copied_tensors(components, plan, changed={name for unit in units.values() for name in unit.changed})
+    reads: dict[str, Callable[[str], Tensor]] = {}  # final tensor name -> how to read it
     groups: list[list[TensorSpec]] = []
     for parameter in sorted(components.parameters, key=_place_in(components.shards)):
         unit = done.get(parameter.name)
@@ -51,16 +55,20 @@ def write_weights(
             raise CheckpointError(
                 f"{target}: {parameter.name}: the plan says {line.action}, but {held}; report this bug"
             )
-        if unit is None:
-            group = [TensorSpec(parameter.disk, parameter.dtype, parameter.shape)]
-        else:
+        if unit is not None:
             group = _specs_in(unit, line, parameter.disk, components)
+            reads |= dict.fromkeys((spec.name for spec in group), Shards(unit.entries).read)
+        elif parameter.name in copied:
+            entries = [components.shards.entries[name] for name in copied[parameter.name] if name not in reads]
+            group = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
+            reads |= dict.fromkeys((spec.name for spec in group), components.read_stored)
+        else:
+            group = [TensorSpec(parameter.disk, parameter.dtype, parameter.shape)]
+            reads[parameter.disk] = partial(_read_parameter, components, parameter.name)
         groups.append(group)
-        sources |= dict.fromkeys((spec.name for spec in group), unit or parameter.name)
 
     def read(name: str) -> Tensor:
-        source = sources[name]
-        return components.read(source) if isinstance(source, str) else Shards(source.entries).read(name)
+        return reads[name](name)
 
     shards = split(groups, max_bytes=recipe.output.max_shard_size)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
@@ -75,12 +83,35 @@ def write_weights(
         write_text(target / INDEX_NAME, json.dumps(index, indent=2) + "\n")
 
 
+def _read_parameter(components: ComponentMap, name: str, _: str) -> Tensor:
+    return components.read(name).contiguous()
+
+
+def copied_tensors(components: ComponentMap, plan: Plan, *, changed: Collection[str]) -> dict[str, list[str]]:
+    """Kept parameter -> the tensors on disk that are copied for it, bit for bit and under their names.
+
+    A kept parameter that is made from a tensor together with one that is quantized or changed is not among them: it is
+    stored by itself. So are the biases of quantized layers that are stored under names of their own, such as experts'.
+    """
+    quantized = {line.name.rpartition(".")[0] for line in plan.lines if line.action == "quantize"}
+    spoilt: set[str] = set()
+    for parameter in components.parameters:
+        part = parameter.value.disk_name is None and parameter.name.rpartition(".")[0] in quantized
+        kept = plan.line(parameter.name).action == "keep" and parameter.name not in changed
+        if not kept or part or not parameter.copyable:
+            spoilt |= parameter.sources
+    return {
+        parameter.name: sorted(parameter.sources)
+        for parameter in components.parameters
+        if plan.line(parameter.name).action == "keep" and not parameter.sources & spoilt
+    }
+
+
 def _place_in(shards: Shards) -> Any:
     """Sorting key of a parameter: where it lies in the model's files."""
 
     def place(parameter: Any) -> tuple[str, int]:
-        entry = shards.entries[parameter.disk]
-        return entry.file.name, entry.start
+        return min((shards.entries[name].file.name, shards.entries[name].start) for name in parameter.sources)
 
     return place
 
@@ -120,6 +151,7 @@ def companions(components: ComponentMap) -> dict[str, Path]:
     for file in sorted(source.iterdir()):
         name = BASE_CARD_NAME if file.name == CARD_NAME else file.name
         wanted = not NOT_COPIED.fullmatch(file.name) or (code and CODE.fullmatch(file.name))
+        wanted = wanted or file.name in COMPANION_PICKLES
         if wanted and file.is_file() and file.stat().st_size <= COMPANION_MAX_BYTES:
             found[name] = file
     for folder in COMPANION_FOLDERS:
@@ -137,7 +169,15 @@ def write_config(target: Path, components: ComponentMap, quantization_config: Ma
     write_text(target / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_rest(target: Path, components: ComponentMap, recipe: Recipe, plan: Plan, manifest: Mapping[str, Any]) -> None:
+def write_rest(
+    target: Path,
+    components: ComponentMap,
+    recipe: Recipe,
+    plan: Plan,
+    manifest: Mapping[str, Any],
+    *,
+    changed: Collection[str],
+) -> None:
     """What travels along, the card, and last the manifest, with the checksums of all that is there."""
     for name, file in companions(components).items():
         (target / name).parent.mkdir(exist_ok=True)
@@ -161,6 +201,7 @@ def write_rest(target: Path, components: ComponentMap, recipe: Recipe, plan: Pla
         "not_copied": sorted(components.ignored) + _not_copied(components),
         "files": files,
         "disk_names": {parameter.name: parameter.disk for parameter in components.parameters},
+        "copied": copied_tensors(components, plan, changed=changed),
         "plan": plan.to_json(),
     }
     write_text(target / MANIFEST_NAME, _readable_json(content))

@@ -91,6 +91,9 @@ def _tensor_problems(path: Path, shards: Shards, manifest: dict[str, Any]) -> It
     for line in manifest["plan"]["lines"]:
         disk = manifest["disk_names"][line["name"]]
         shape = tuple(line["shape"])
+        if line["name"] in manifest.get("copied", {}) and manifest["copied"][line["name"]] != [disk]:
+            expected |= set(manifest["copied"][line["name"]])
+            continue
         if line["action"] == "keep":
             expected.add(disk)
             if disk in entries and entries[disk].shape != shape:

@@ -209,7 +209,8 @@ class CheckpointWriter:
             if self._quantization_config is not None:
                 assemble.write_weights(self.partial, self.components, self.recipe, self.plan, self._journal.units)
                 assemble.write_config(self.partial, self.components, self._quantization_config)
-            assemble.write_rest(self.partial, self.components, self.recipe, self.plan, manifest)
+            changed = {name for unit in self._journal.units.values() for name in unit.changed}
+            assemble.write_rest(self.partial, self.components, self.recipe, self.plan, manifest, changed=changed)
             self._put_in_place()
         self._finished = True
         return self.out

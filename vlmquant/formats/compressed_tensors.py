@@ -5,7 +5,7 @@ in three name spaces at once: transformers 5, vLLM and SGLang (which fuse q, k, 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,10 +101,18 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
 
 # --- quantization_config ---
 
-FUSED = {("q_proj", "k_proj", "v_proj"): "qkv_proj", ("gate_proj", "up_proj"): "gate_up_proj", ("qkv",): "qkv_proj"}
+FUSED = {
+    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
+    ("gate_proj", "up_proj"): "gate_up_proj",
+    ("qkv",): "qkv_proj",
+    ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
+    ("in_proj_b", "in_proj_a"): "in_proj_ba",
+}
 """Linears that serving engines run as one, and what they call it (SGLang's name for an already fused qkv included)."""
 VISION_WORDS = "visual|vision"
 """One of them is in the name of every vision module, in all three name spaces, and in no name of the language model."""
+ANY_EXPERT = "#"
+"""Stands for the number of an expert."""
 EMBEDDING_CLASS = "Embedding"
 """Target for an int8 embedding beside its regex: vLLM builds that of Llama models without a name (vLLM PR 45535)."""
 
@@ -126,30 +134,34 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     """What goes into config.json. PlanError if no regexes say exactly which modules the plan quantizes."""
     modules = dict(components.skeleton().named_modules())
     schemes: dict[str, Scheme | None] = {name.rpartition(".")[0]: None for names in components.tied for name in names}
+    travelling = {parameter.name for parameter in components.parameters if not parameter.loaded}
     for line in plan.lines:
         module = line.name.rpartition(".")[0]
+        if line.name in travelling:
+            continue
         if line.action == "quantize":
             if not isinstance(line.scheme, Scheme):
                 raise PlanError(f"{line.name}: scheme {line.scheme_label} has no place in compressed-tensors")
             schemes[module] = line.scheme
         elif len(line.shape) > 1:
             schemes.setdefault(module, None)
-    places = [_place(name, components) for name in schemes]
+    places = {name: _place(name, components) for name in schemes}
     members: dict[Scheme | None, list[_Place]] = {}
-    for place in places:
-        members.setdefault(schemes[place.name], []).append(place)
+    for name, place in places.items():
+        members.setdefault(schemes[name], []).append(place)
     groups: dict[str, dict[str, Any]] = {}
     formats = []
     for scheme, inside in members.items():
         if scheme is not None:
-            targets = _patterns(inside, places)
+            targets = _patterns(inside, places.values(), [name for name in modules if schemes.get(name) != scheme])
             if any(isinstance(modules.get(place.name), nn.Embedding) for place in inside):
                 targets.append(EMBEDDING_CLASS)
             groups[f"group_{len(groups)}"] = _group(scheme, targets)
             formats.append(storage_format(scheme))
     if not groups:
         raise PlanError("the recipe quantizes nothing in this model; give a component a scheme other than fp16")
-    ignore = _patterns(members.get(None, []), places)
+    quantized = [name for name in modules if schemes.get(name) is not None]
+    ignore = _patterns(members.get(None, []), places.values(), quantized) + _travelling(components)
     config = {
         "quant_method": METHOD,
         "format": formats[0] if len(set(formats)) == 1 else MIXED,
@@ -186,43 +198,61 @@ def _place(name: str, components: ComponentMap) -> _Place:
     for block in components.blocks:
         if name.startswith(f"{block.name}."):
             container, _, layer = block.name.rpartition(".")
-            return _Place(name, vision, container, int(layer), name[len(block.name) + 1 :])
+            local = name[len(block.name) + 1 :]
+            home = next((home for home in components.experts if name.startswith(f"{home}.")), None)
+            if home is not None:  # one pattern for all experts of a layer
+                expert, _, projection = name[len(home) + 1 :].partition(".")
+                local = f"{home[len(block.name) + 1 :]}.{ANY_EXPERT}.{projection}" if expert.isdigit() else local
+            return _Place(name, vision, container, int(layer), local)
     if vision:
-        return _Place(name, vision, None, 0, _tail(name))
+        return _Place(name, vision, None, 0, name)
     local = name.removeprefix("model.").removeprefix("language_model.").removeprefix("text_model.")
     return _Place(name, vision, None, 0, local)
 
 
-def _tail(name: str) -> str:
-    """The last two parts of a name, or more if the first would be a number."""
-    parts = name.split(".")
-    count = next((count for count in range(2, len(parts)) if not parts[-count].isdigit()), len(parts))
-    return ".".join(parts[-count:])
+def _travelling(components: ComponentMap) -> list[str]:
+    """Patterns for what the model class does not load but engines may: the modules of tensors that travel along."""
+    modules = {one.disk.rpartition(".")[0] for one in components.parameters if not one.loaded}
+    roots = set()
+    for module in modules:
+        numbered = re.match(r"(?:.*\.)?(layers\.\d+)(?:\.|$)", module)
+        # Layers behind the last one, or a part with a name of its own.
+        own = module.partition(".")[0]
+        roots.add(numbered[1] if numbered and own in ("model", "language_model") else own)
+    return [f"re:^(?:.*\\.)?{re.escape(root)}(?:\\..*)?$" for root in sorted(roots)]
 
 
-def _patterns(chosen: Iterable[_Place], everything: Iterable[_Place]) -> list[str]:
-    """Anchored regexes for the chosen modules. Each takes time linear in the name, up to the search for one word."""
+def _patterns(chosen: Iterable[_Place], everything: Iterable[_Place], others: Collection[str]) -> list[str]:
+    """Anchored regexes for the chosen modules that fit none of the others, each with as little of a name as that takes.
+
+    Each takes time linear in the name, up to the search for one word.
+    """
     chosen, everything = list(chosen), list(everything)
-    containers = {place.container for place in everything if place.container}
-    layers_of: dict[tuple[str, str, bool], list[int]] = {}
-    outside: dict[bool, list[str]] = {}
+    layers_of: dict[tuple[str, str, bool], set[int]] = {}
+    outside: list[_Place] = []
     for place in chosen:
         if place.container:
-            layers_of.setdefault((place.container, place.local, place.vision), []).append(place.layer)
+            layers_of.setdefault((place.container, place.local, place.vision), set()).add(place.layer)
         else:
-            outside.setdefault(place.vision, []).append(place.local)
+            outside.append(place)
     locals_of: dict[tuple[str, bool, tuple[int, ...]], list[str]] = {}
     for (container, local, vision), layers in layers_of.items():
         locals_of.setdefault((container, vision, tuple(sorted(layers))), []).append(local)
+    numbers_of: dict[str, set[int]] = {}
+    for place in everything:
+        if place.container:
+            numbers_of.setdefault(place.container, set()).add(place.layer)
     patterns = []
     for (container, vision, numbered), locals_ in locals_of.items():
-        every = sorted({place.layer for place in everything if place.container == container})
-        numbers = r"\d+" if list(numbered) == every else _either(str(layer) for layer in numbered)
-        tail = re.escape(_shortest_tail(container, containers, vision))
-        patterns.append(f"{_start(vision)}{tail}\\.{numbers}\\.{_either_local(locals_)}$")
-    for vision, locals_ in outside.items():
-        patterns += [f"{_start(vision)}{re.escape(local)}$" for local in locals_]
-    return [f"re:{pattern}" for pattern in patterns]
+        every = numbered == tuple(sorted(numbers_of[container]))
+        numbers = r"\d+" if every else _either(str(layer) for layer in numbered)
+        rest = f"\\.{numbers}\\.{_either_local(locals_)}$"
+        patterns.append(_shortest(container, vision, rest, others))
+    patterns += [
+        _shortest(place.local, place.vision, "$", others, least=2 if place.vision else place.local.count(".") + 1)
+        for place in outside
+    ]
+    return [f"re:{pattern}" for pattern in dict.fromkeys(patterns)]
 
 
 def _start(vision: bool) -> str:
@@ -230,15 +260,19 @@ def _start(vision: bool) -> str:
     return rf"^(?{'=' if vision else '!'}.*(?:{VISION_WORDS}))(?:.*\.)?"
 
 
-def _shortest_tail(container: str, containers: Iterable[str], vision: bool) -> str:
-    """As much of the end of a list's name as no other list shares; name spaces differ in what is before."""
-    others = [other for other in containers if other != container and bool(re.search(VISION_WORDS, other)) == vision]
-    parts = container.split(".")
-    for count in range(1, len(parts)):
-        tail = ".".join(parts[-count:])
-        if not any(f".{other}".endswith(f".{tail}") for other in others):
-            return tail
-    return container
+def _shortest(name: str, vision: bool, rest: str, others: Collection[str], *, least: int = 1) -> str:
+    """A regex with as much of the end of a name as keeps it from fitting the others; name spaces differ in what is before.
+
+    The whole name, where nothing less does.
+    """
+    parts = name.split(".")
+    counts = [count for count in range(min(least, len(parts)), len(parts)) if not parts[-count].isdigit()]
+    for count in [*counts, len(parts)]:
+        pattern = f"{_start(vision)}{re.escape('.'.join(parts[-count:]))}{rest}"
+        matcher = re.compile(pattern)
+        if not any(matcher.match(other) for other in others):
+            return pattern
+    return f"^{re.escape(name)}{rest}"
 
 
 def _either_local(locals_: list[str]) -> str:
@@ -251,7 +285,8 @@ def _either_local(locals_: list[str]) -> str:
     for parent, names in leaves.items():
         names = names + [fused for parts, fused in FUSED.items() if set(parts) <= set(names)]
         inner = _either(re.escape(name) for name in names)
-        choices.append(f"{re.escape(parent)}\\.{inner}" if parent else inner)
+        place = re.escape(parent).replace(re.escape(ANY_EXPERT), r"\d+")
+        choices.append(f"{place}\\.{inner}" if parent else inner)
     return _either(choices)
 
 
