@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,20 +139,19 @@ def test_a_family_without_a_row_is_read_from_its_config(
     assert without_row.linears == with_row.linears
 
 
-def test_a_family_that_cannot_be_read_is_refused(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in ("llava_next", "qwen2_vl"):
-        monkeypatch.delitem(FAMILIES, kind)
-    with pytest.raises(InputError, match=r"no known component: model\.image_newline"):
-        resolve_components(tiny("llava_next"))
-    with pytest.raises(InputError, match="no weights of projector"):
-        resolve_components(tiny("qwen2_vl"))
-
-
-def test_an_unplaced_module_is_named(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_no_row_places_is_other_and_kept(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = FAMILIES["llava"]
-    monkeypatch.setitem(FAMILIES, "llava", rooms.Family(row.vision_encoder, (), row.language))
-    with pytest.raises(InputError, match=r"no known component: model\.multi_modal_projector\.linear_1, "):
-        resolve_components(tiny_llava)
+    monkeypatch.setitem(FAMILIES, "llava", replace(row, projector=()))
+    components = resolve_components(tiny_llava)
+    assert {one.name for one in components.parameters if one.component == "other"} == {
+        f"model.multi_modal_projector.linear_{number}.{leaf}" for number in (1, 2) for leaf in ("weight", "bias")
+    }
+
+
+def test_a_row_that_fits_no_module_is_refused_with_a_way_out(tiny_llava: Path) -> None:
+    row = replace(FAMILIES["llava"], vision_encoder=("model.visual",), source="recipe")
+    with pytest.raises(InputError, match=r"type llava has no module model\.visual, .*\(recipe\).*model\.vision_tower"):
+        resolve_components(tiny_llava, family=row)
 
 
 @pytest.fixture

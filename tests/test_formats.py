@@ -215,7 +215,7 @@ def test_a_recipe_that_quantizes_nothing_is_refused(tiny_llava: Path) -> None:
 
 def test_a_regex_that_takes_another_module_is_found(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     components, plan = packed.plan_for(tiny_llava, packed.MIXED)
-    monkeypatch.setattr(compressed_tensors, "_start", lambda vision: r"^.*")
+    monkeypatch.setattr(compressed_tensors, "_shortest", lambda name, vision, rest, others, least=1: r"^.*")
     with pytest.raises(PlanError, match="would make it"):
         compressed_tensors.quantization_config(plan, components)
 

@@ -163,9 +163,9 @@ class ComponentMap:
         value = self.shards.read(disk)
         return value if disk in self._buffers_on_disk else self._checked(value, disk)
 
-    def skeleton(self) -> nn.Module:
-        """The whole model on the meta device, experts taken apart, in eval mode and in `dtype`; runs on any device."""
-        model = build(self.config, self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
+    def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own; runs anywhere."""
+        model = build(self.config, dtype or self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
         take_apart(model, check=False, only=set(self.experts))
         return model
 
@@ -210,13 +210,19 @@ def _buffers(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, Tensor]]]
 
 
 def _sentinel(like: Tensor) -> Tensor:
-    """A tensor on CPU filled with a value that no computed buffer has."""
+    """A tensor on CPU filled with a value that no computed buffer has; of a bool there is none."""
     value = torch.empty_like(like, device="cpu")
-    return value.fill_(torch.nan if value.is_floating_point() else torch.iinfo(value.dtype).min)
+    if value.dtype == torch.bool:
+        return value.fill_(False)
+    exact = not (value.is_floating_point() or value.is_complex())
+    return value.fill_(torch.iinfo(value.dtype).min if exact else torch.nan)
 
 
 def _is_sentinel(value: Tensor) -> bool:
-    return bool((value.isnan() if value.is_floating_point() else value == torch.iinfo(value.dtype).min).any())
+    if value.dtype == torch.bool:
+        return False
+    exact = not (value.is_floating_point() or value.is_complex())
+    return bool((value == torch.iinfo(value.dtype).min if exact else value.isnan()).any())
 
 
 def locate_model(name_or_path: str | Path) -> Path:
@@ -268,7 +274,7 @@ def resolve_components(
     if not tied:
         model = build(config, dtype, trust_remote_code=trust_remote_code, untie=True)
         take_apart(model, check=False, only=set(experts))
-    _check_shapes(model, found, tied, model_dir)
+    _check_shapes(model, found, tied, shards, model_dir)
     _check_dtypes(model, found, shards)
     owners = _place(found, family, config, model_dir)
     blocks = tuple(_find_blocks(model, family, owners))
@@ -360,7 +366,7 @@ def auto_class(config: Any) -> Any:
         if config.model_type in names:
             return auto
     raise InputError(
-        f"{config.name_or_path}: model type {config.model_type} is not one that transformers builds from images and text "
+        f"{config.name_or_path}: model type {config.model_type} is not an image-text model that transformers can build "
         "(neither AutoModelForImageTextToText nor AutoModelForMultimodalLM knows it)"
     )
 
@@ -519,7 +525,11 @@ def _tied_groups(model: nn.Module, found: dict[str, Lazy], shards: Shards) -> tu
 
 
 def _check_shapes(
-    model: nn.Module, found: dict[str, Lazy], tied: tuple[tuple[str, ...], ...], model_dir: Path
+    model: nn.Module,
+    found: dict[str, Lazy],
+    tied: tuple[tuple[str, ...], ...],
+    shards: Shards,
+    model_dir: Path,
 ) -> None:
     spared = {name for group in tied if group[0] in found for name in group[1:]}
     expected = dict(model.named_parameters(remove_duplicate=False))
@@ -538,9 +548,11 @@ def _check_shapes(
         )
     for name, value in found.items():
         if value.shape != stored[name].shape:
+            sources = sorted(value.made.names())
+            whose = f"tensor {sources[0]}" if value.disk_name else f"parameter {name}, made from {some(sources)},"
             raise InputError(
-                f"{model_dir}: {some(sorted(value.made.names()))} gives parameter {name} the shape {list(value.shape)}, "
-                f"but config.json makes it {list(stored[name].shape)}; does config.json belong to these weights?"
+                f"{shards.entries[sources[0]].file}: {whose} has shape {list(value.shape)}, but config.json makes it "
+                f"{list(stored[name].shape)}; does config.json belong to these weights?"
             )
 
 
@@ -571,10 +583,12 @@ def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path)
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers that run as such: the ones inside torch's own attention are read by it and never called."""
+    """Linear layers that run as such: not those inside torch's own attention, which reads them and never calls them, and
+    no module that makes something else of a linear's weight, as some routers do."""
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not name.startswith(inside):
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if plain and not name.startswith(inside):
             yield name, module
 
 
@@ -583,16 +597,15 @@ def _linear_info(name: str, local: str, block: str | None, module: nn.Linear, co
 
 
 def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> Iterator[BlockInfo]:
-    """The items of the outermost module lists, those of the vision encoders first, in order of definition."""
+    """The items of the outermost lists of modules that run, those of the vision encoders first, in order of definition."""
     linears = [(name, module) for name, module in _quantizable(model) if f"{name}.weight" in owners]
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    roots = set(lists)
-    lists = [name for name in lists if not any(outer in roots for outer in _outer(name))]
-    outermost = set(lists)
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for component, inside in (("vision_encoder", family.vision_encoder), ("language", (family.language,))):
         blocks: dict[str, list[tuple[str, nn.Linear]]] = {}
         for name, module in linears:
-            home = next((outer for outer in _outer(name) if outer in outermost), None)
+            around = list(_outer(name))
+            pairs = zip(around, [*around, name][1:], strict=True)
+            home = next((outer for outer, item in pairs if outer in lists and item not in lists), None)
             below = any(name.startswith(f"{root}.") for root in inside)
             if home is not None and below and owners[f"{name}.weight"] == component:
                 item = name[len(home) + 1 :].partition(".")[0]

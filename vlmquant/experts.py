@@ -261,6 +261,7 @@ def take_apart(model: nn.Module, *, check: bool = True, only: Collection[str] | 
     """
     forms: dict[str, Form] = {}
     judged: dict[tuple[type, Form], bool] = {}
+    made: dict[int, Experts] = {}  # by the weights, so that tied modules stay tied
     for name, module in list(model.named_modules()):
         form = form_of(module) if only is None or name in only else None
         if form is None:
@@ -269,7 +270,10 @@ def take_apart(model: nn.Module, *, check: bool = True, only: Collection[str] | 
         if kind not in judged:
             judged[kind] = not check or stands_for(module, form) is None
         if judged[kind]:
-            model.set_submodule(name, Experts(module, form))
+            first = id(next(module.parameters()))
+            if first not in made:
+                made[first] = Experts(module, form)
+            model.set_submodule(name, made[first])
             forms[name] = form
     return forms
 

@@ -355,7 +355,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     path, device = Path(path), torch.device(device)
     open_shards(path)
     quantized_by = _method_of(path)
-    auto = auto_class(_config(path))
+    config = _config(path)
+    auto = auto_class(config)
     arguments: dict[str, Any] = {}
     if quantized_by == bitsandbytes.METHOD:
         bitsandbytes.require_bitsandbytes()
@@ -363,7 +364,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
         arguments["device_map"] = {"": str(device)}
     try:
         with _installed():
-            model, info = auto.from_pretrained(
+            model, info = _from_pretrained(
+                auto,
+                config,
                 path,
                 dtype=dtype or "auto",
                 output_loading_info=True,
@@ -389,6 +392,19 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
         model.to(device)
     _give_back_freed_memory()
     return model.eval()
+
+
+def _from_pretrained(auto: Any, config: Any, path: Path, **arguments: Any) -> Any:
+    """Model and loading info, also where a class's own from_pretrained cannot give the latter (Qwen2.5-Omni's)."""
+    kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping.keys() else None
+    own = kind is not None and kind.from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__
+    if not own:
+        return auto.from_pretrained(path, **arguments)
+    model, info = PreTrainedModel.from_pretrained.__func__(kind, path, **arguments)
+    voices = path / "spk_dict.pt"
+    if hasattr(model, "load_speakers") and voices.is_file():
+        model.load_speakers(str(voices))
+    return model, info
 
 
 def _config(path: Path) -> Any:

@@ -410,7 +410,8 @@ def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) ->
             return _Choice(KEEP, None, f"{why}, so it is kept at 16 bits", fallback=True)
     advice = f"use a divisor such as {smaller}" if smaller else "use group_size: null"
     raise PlanError(
-        f"components.{linear.component}: {linear.name}: {why}; {advice}, list the layer under keep, or allow a fallback"
+        f"components.{linear.component}: {linear.name} has {linear.in_features} inputs, which group size "
+        f"{scheme.group_size} does not divide{'' if inputs == linear.in_features else f' ({why})'}; {advice}, list the layer under keep, or allow a fallback"
     )
 
 

@@ -185,7 +185,7 @@ class ExpertOptions(Data):
     """routed: those that the router gives an expert. blend: for an expert with fewer than `least_tokens`, all tokens of
     the layer as well, each for so little that together they count for what is missing. all: every token, for every
     expert (as many times the work as there are experts for each one chosen)."""
-    least_tokens: Annotated[int, Field(ge=1)] = 32
+    least_tokens: Annotated[int, Field(ge=1)] = 8
     """An expert with fewer starves."""
     max_starving: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.05
     """The largest share of a layer's experts that may starve: above it the run ends with exit code 7."""

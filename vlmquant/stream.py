@@ -537,7 +537,8 @@ def _some(experts: Sequence[int], *, shown: int = 8) -> str:
 def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
     if isinstance(line.scheme, Scheme) and line.scheme.activations == "dynamic-int8":
         inputs = round_activations(inputs)
-    return nn.functional.linear(inputs, module.weight, module.bias)
+    # Some models' code casts to the dtype of their config on the way.
+    return nn.functional.linear(inputs.to(module.weight.dtype), module.weight, module.bias)
 
 
 def assign(module: nn.Module, local: str, value: Tensor) -> None:
@@ -587,7 +588,7 @@ class BlockStream:
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
         self.model_dtype = components.dtype
-        self.model = components.skeleton()
+        self.model = components.skeleton(dtype)
         self._batches, self._outside, self._restore = batches, outside, restore
         self._current: Block | None = None
         self._order = {info.name: index for index, info in enumerate(components.blocks)}
@@ -610,10 +611,10 @@ class BlockStream:
         return value.to(self.device, dtype)
 
     def __iter__(self) -> Iterator[Block]:
-        last = max((self._order[info.name] for info in self.components.blocks if self._needs_data(info)), default=-1)
+        waiting = {info.name for info in self.components.blocks if self._needs_data(info)}
         seen: set[str] = set()
-        if last >= 0:
-            for block in self._walk(last):
+        if waiting:
+            for block in self._walk(waiting):
                 seen.add(block.info.name)
                 yield block
         for info in self.components.blocks:
@@ -630,8 +631,8 @@ class BlockStream:
         lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]
         return any(line.action == "quantize" and line.method in NEEDS_DATA for line in lines)
 
-    def _walk(self, last: int) -> Iterator[Block]:
-        """Run the calibration passes up to the last block that needs them."""
+    def _walk(self, waiting: set[str]) -> Iterator[Block]:
+        """Run the calibration passes until no block that needs them is left."""
         self._load_outside()
         self._take_over()
         walks = [_Walk(self._pass_of(make)) for make in self._batches]
@@ -641,16 +642,15 @@ class BlockStream:
                     walk.resume()
             while entering := [walk for walk in walks if walk.paused]:
                 name = min((walk.paused.name for walk in entering if walk.paused), key=self._order.__getitem__)
-                if self._order[name] > last:
-                    return
                 members = [walk for walk in entering if walk.paused and walk.paused.name == name]
                 info = self.components.blocks[self._order[name]]
                 block = self._current = Block(self, info, members, self._restore(info))
                 block.load()
                 block.settled = block.restored
+                waiting.discard(name)
                 with torch.no_grad():
                     yield block
-                    if self._order[name] == last:
+                    if not waiting:
                         block.release()
                         return
                     block.settle()
@@ -677,6 +677,7 @@ class BlockStream:
         """Weights of everything that lies in no block, except the head: no pass gets that far."""
         inside = tuple(f"{info.name}." for info in self.components.blocks)
         runs = self.components.family.runs
+        tied = {names[0]: names[1:] for names in self.components.tied}
         for parameter in self.components.parameters:
             if parameter.name.startswith(inside) or parameter.component == "lm_head" or not parameter.loaded:
                 continue
@@ -684,7 +685,9 @@ class BlockStream:
                 continue
             codes = self._outside.get(parameter.name)
             value = self.read(parameter.name) if codes is None else codes.dequantize()
-            assign(self.model, parameter.name, self.cast(value, parameter.name, self.model))
+            final = self.cast(value, parameter.name, self.model)
+            for name in (parameter.name, *tied.get(parameter.name, ())):
+                assign(self.model, name, final)
         self.components.materialize_buffers(self.model)
         _move_buffers(self.model, self.device)
 
