@@ -53,7 +53,7 @@ TEXT: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "hidden_size_per_layer_input"), 128),
     **dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"), 128),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 8),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "topk_group"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 128),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "index_head_dim", "d_kv"), 32),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 32),
@@ -118,7 +118,7 @@ VISION: dict[str, Any] = {
     "vision_use_head": False,
 }
 """The same for towers: vision and audio."""
-TEXT_WORDS = ("text", "talker", "thinker", "code_predictor", "decoder", "vlm")
+TEXT_WORDS = ("text", "talker", "thinker", "code_predictor", "decoder", "vlm", "dit_config")
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
 INTERLEAVED = {**MROPE, "mrope_interleaved": True}
 PARTIAL = {**MROPE, "partial_rotary_factor": 0.5, "mrope_section": [4, 6, 6]}
@@ -130,10 +130,9 @@ _ANYRES = {"image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 _GOT = {"vision_config": {"image_size": 112, "output_channels": 32, "window_size": 3}}
 _STARTS = {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
 _OMNI = {**_STARTS, "audio_start_token_id": 504, "audio_end_token_id": 505}
-_TALKER = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128, "num_local_experts": 4}
+_TALKER = {"hidden_size": 128, "intermediate_size": 128, "num_local_experts": 4}
 _OPT = {"image_token_index": IMAGE, "qformer_config": {"cross_attention_frequency": 1}}
 _VQ = {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1, 1], "num_res_blocks": 1}
-_QUANTIZERS = {"chameleon": "IMGIMG{}Z", "emu3": "<|visual token {:06d}|>"}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("glm4v", "glm46v", "glmga", "glm_ocr", "qwen2_5_vl", "cosmos3_edge", "paddleocr_vl"), _MROPE),
@@ -145,9 +144,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen2_5_omni_thinker": {**_MROPE, **_OMNI},
     "qwen2_5_omni": {
         "thinker_config": {**_MROPE, **_OMNI},
-        "talker_config": {"rope_parameters": MROPE, "num_hidden_layers": 2},
+        "talker_config": {"rope_parameters": MROPE},
         "token2wav_config": {
             "dit_config": {
+                "num_hidden_layers": 2,
+                "hidden_size": 64,
+                "head_dim": 16,
                 "enc_channels": [32, 32, 32, 32, 96],
                 "enc_dim": 32,
                 "enc_emb_dim": 32,
@@ -415,7 +417,7 @@ IMAGE_FORWARD_BROKEN: dict[str, str] = {
 }
 """Kind -> what its own forward pass with an image raises in transformers 5.24."""
 FORWARD: dict[str, str] = {"qwen2_5_omni": "thinker", "qwen3_omni_moe": "thinker", "llama4": "language_model"}
-"""Kind -> the submodule that takes the inputs and gives logits, where the model itself has no forward pass."""
+"""Kind -> the submodule that takes the inputs and gives logits: the model has no forward pass, or a broken one."""
 
 
 @dataclass(frozen=True)
@@ -465,6 +467,7 @@ IMAGES: dict[str, Image] = {
         {"image_pixel_values": (1, 2, 3, 56, 56)},
         {"image_sizes": [[56, 56]], "image_attention_mask": [[[[1] * 4] * 4] * 2]},
     ),
+    "ernie4_5_vl_moe": Image(64, {"pixel_values": (256, 588)}, {"image_grid_thw": [[1, 16, 16]]}),
     "kimi_k25": Image(4, {"pixel_values": (16, 3, 14, 14)}, {"image_grid_thw": [[1, 4, 4]]}),
     "paddleocr_vl": Image(4, {"pixel_values": (16, 3, 14, 14)}, {"image_grid_thw": [[1, 4, 4]]}),
     "video_llama_3": Image(4, {"pixel_values": (16, 588)}, {"image_grid_thw": [[1, 4, 4]], "image_merge_sizes": [2]}),
@@ -537,7 +540,10 @@ def make_config(kind: str) -> Any:
 
 
 def make_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model in memory: matrices keep the size of their inputs, and no gain, bias, gate or buffer is neutral."""
+    """A model in memory: matrices keep the size of their inputs, and no gain, bias, gate or buffer is neutral.
+
+    What transformers keeps in float32 stays so; buffers that are not stored stay as they are.
+    """
     config = make_config(kind)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
@@ -548,9 +554,9 @@ def make_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
             if name not in stored or not tensor.is_floating_point():
                 continue
             noise = torch.randn(tensor.shape)
-            if name in embeddings:  # as large as what the layers add to it, so that tokens differ to the last router
-                tensor.copy_(noise)
-            elif tensor.dim() > 1 and isinstance(tensor, nn.Parameter):
+            if name in embeddings and "vq" not in name:
+                tensor.copy_(noise)  # as large as what the layers add to it: tokens differ up to the last router
+            elif tensor.dim() > 1 and isinstance(tensor, nn.Parameter) and not name.endswith("bias"):
                 # Experts are (experts, inputs, outputs) or (experts, outputs, inputs).
                 inputs = tensor.shape[-1] if "experts" in name and tensor.dim() == 3 else tensor[0].numel()
                 tensor.copy_(noise / inputs**0.5)
@@ -559,11 +565,10 @@ def make_model(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
             elif "var" in name.rsplit(".")[-1]:
                 tensor.mul_(1 + 0.1 * noise.abs())
             else:
-                tensor.add_(0.1 * noise)
+                tensor.add_((0.02 if "correction" in name else 0.1) * noise)
+        float32 = model._keep_in_fp32_modules_strict or ()
         for name, tensor in stored.items():
-            if tensor.is_floating_point() and not any(
-                part in name for part in model._keep_in_fp32_modules_strict or ()
-            ):
+            if tensor.is_floating_point() and not any(part in name for part in float32):
                 tensor.data = tensor.to(dtype)
     return model
 
@@ -574,12 +579,12 @@ def auto_class(kind: str) -> Any:
     return AutoModelForImageTextToText if known else AutoModelForMultimodalLM
 
 
-def load(kind: str, model_dir: Path) -> tuple[Any, dict[str, Any]]:
+def load(kind: str, model_dir: Path, **arguments: Any) -> tuple[Any, dict[str, Any]]:
     """The model in `model_dir`, and what transformers says about its tensors."""
     loader = auto_class(kind)
     if kind == "qwen2_5_omni":  # its own from_pretrained takes no output_loading_info
         loader = super(Qwen2_5OmniForConditionalGeneration, Qwen2_5OmniForConditionalGeneration)
-    return loader.from_pretrained(model_dir, output_loading_info=True)
+    return loader.from_pretrained(model_dir, output_loading_info=True, **arguments)
 
 
 def inputs(kind: str, *, seed: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -28,6 +28,10 @@ Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+FamilyOption = Annotated[
+    Path | None,
+    typer.Option("--family", help="YAML file that says where the parts of a model are that vlmquant does not know."),
+]
 Data = Annotated[Path, typer.Option("--data", "-d", help="Evaluation set: a folder with samples.jsonl.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many samples, shared among the tasks.")]
 Strata = Annotated[
@@ -44,18 +48,47 @@ WrongImage = Annotated[
 NoGenerate = Annotated[bool, typer.Option("--no-generate", help="Skip generation: no BLEU, exact match or speed.")]
 
 
+def load_wanted(recipe: str, family: Path | None) -> Any:
+    """The recipe, with the row of a file in place of its own."""
+    from vlmquant.recipe import load_family, load_recipe
+
+    wanted = load_recipe(recipe)
+    return wanted if family is None else wanted.model_copy(update={"family": load_family(family)})
+
+
 def emit(value: dict[str, Any]) -> None:
     """A result for machines, on stdout."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False, trust_remote_code: Trust = False) -> None:
-    """Show the component map: parameters, bytes, blocks, quantizable linears, fused groups."""
+def inspect(
+    model: Annotated[str | None, typer.Argument(help="Model directory or hub id.")] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="The model types of transformers, what of them works and how it was tried.")
+    ] = False,
+    family: FamilyOption = None,
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show the component map: parameters, bytes, blocks, quantizable linears, fused groups, experts."""
     from vlmquant.components import locate_model, resolve_components
-    from vlmquant.tables import component_summary, component_table
+    from vlmquant.families import from_spec
+    from vlmquant.recipe import load_family
+    from vlmquant.support import load_support
+    from vlmquant.tables import component_summary, component_table, support_table
 
-    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code)
+    if families == (model is not None):
+        raise UsageError("give either a model or --families")
+    if model is None:
+        support = load_support()
+        if as_json:
+            emit(support)
+        else:
+            show(support_table(support))
+        return
+    row = from_spec(load_family(family)) if family else None
+    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code, family=row)
     if as_json:
         emit(component_summary(components))
     else:
@@ -67,17 +100,15 @@ def plan(
     model: Model,
     recipe: RecipeOption,
     every_weight: Annotated[bool, typer.Option("--all", help="One line for every weight.")] = False,
+    family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what becomes of every weight, and the bytes before and after. Reads no weights."""
-    from vlmquant.components import locate_model, resolve_components
-    from vlmquant.planning import make_plan
-    from vlmquant.recipe import load_recipe
+    from vlmquant.pipeline import plan_model
     from vlmquant.tables import plan_lines_table, plan_table
 
-    wanted = load_recipe(recipe)
-    planned = make_plan(resolve_components(locate_model(model), trust_remote_code=trust_remote_code), wanted)
+    _, planned = plan_model(model, load_wanted(recipe, family), trust_remote_code=trust_remote_code)
     if as_json:
         emit(planned.to_json())
         return
@@ -133,15 +164,15 @@ def quantize(
     device: Annotated[str, typer.Option(help="Where blocks are quantized, such as cpu or cuda:0.")] = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a model by a recipe."""
     from vlmquant import pipeline
-    from vlmquant.recipe import load_recipe
     from vlmquant.tables import plan_table
 
-    wanted = load_recipe(recipe)
+    wanted = load_wanted(recipe, family)
     if samples is not None:
         strata = parse_counts(samples)
         chosen = wanted.calibration.model_copy(

@@ -47,7 +47,7 @@ def guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
     language = next((name for name in roots(text_config) if embedding.startswith(f"{name}.")), "")
     if not language:
         around = [name for name in submodels if embedding.startswith(f"{name}.") and modules[name].config is not config]
-        language = around[0] if around else embedding.rpartition(".")[0]
+        language = around[0] if around else _around_layers(embedding, modules)
     if not towers:
         towers = _outermost([
             name
@@ -78,6 +78,13 @@ def guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
     return Family(
         tuple(towers), tuple(projector), language, embedding, head, tuple(other), runs=runs, source="guess"
     )
+
+
+def _around_layers(embedding: str, modules: dict[str, nn.Module]) -> str:
+    """The innermost module around the embedding that holds layers as well."""
+    parts = embedding.split(".")
+    names = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+    return next((name for name in names if _has_list(modules[name])), parts[0])
 
 
 def _cannot(config: Any, what: str, model: nn.Module) -> str:

@@ -17,6 +17,7 @@ from vlmquant.experts import holds_experts
 from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.packing import packed_columns
 from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
+from vlmquant.shards import dtype_name
 
 PACKED_WORD_BYTES = 4
 WEIGHT_SHAPE_BYTES = 16
@@ -25,6 +26,10 @@ SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' NF4."""
+FACTOR_COPIES = 5
+"""Matrices in float64, as large as the statistics, that GPTQ's factorization holds."""
+LARGEST_KEPT_STACK = 0.05
+"""Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
 
@@ -94,6 +99,8 @@ class Plan:
     lines: tuple[PlanLine, ...]
     fallbacks: tuple[str, ...] = field(default=())
     """One sentence for every layer that did not get the scheme the recipe asks for."""
+    notes: tuple[str, ...] = field(default=())
+    """What else is worth knowing before the work: a guess, what travels along, what a mixture of experts takes."""
 
     @cached_property
     def _by_name(self) -> dict[str, PlanLine]:
@@ -142,6 +149,7 @@ class Plan:
                 for name, totals in self.by_component().items()
             },
             "fallbacks": list(self.fallbacks),
+            "notes": list(self.notes),
             "lines": [_line_json(line) for line in self.lines],
         }
 
@@ -217,7 +225,60 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
         _line(parameter, choices.get(parameter.name), components, recipe) for parameter in components.parameters
     )
     fallbacks = tuple(f"{name}: {choice.reason}" for name, choice in choices.items() if choice.fallback)
-    return Plan(lines, fallbacks)
+    return Plan(lines, fallbacks, tuple(_notes(components, lines)))
+
+
+def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]:
+    family, kind = components.family, components.config.model_type
+    if components.source:
+        written = dtype_name(components.dtype)
+        yield (
+            f"the source is {components.source.label}: its weights are dequantized when they are read, and what of "
+            f"them is kept is written in {written}"
+        )
+    if family.source == "guess":
+        parts: dict[str, list[str]] = {}
+        for prefix, component in family.prefixes().items():
+            parts.setdefault(component, []).append(prefix)
+        told = "; ".join(f"{name}: {', '.join(parts[name])}" for name in COMPONENTS if name in parts)
+        yield f"model type {kind} is not in the table of families; its parts were guessed: {told}"
+    if travelling := [parameter for parameter in components.parameters if not parameter.loaded]:
+        roots = sorted({parameter.name.partition(".")[0] for parameter in travelling})
+        yield (
+            f"{len(travelling)} tensors ({sum(one.nbytes for one in travelling):,} bytes, below {', '.join(roots)}) are not "
+            f"loaded by the model class; they are {'kept' if components.source else 'copied bit for bit'} and listed "
+            "under ignore"
+        )
+    for component in ("vision_encoder", "language"):
+        scaled = [line for line in lines if line.component == component and line.method == "awq"]
+        if scaled and not _has_folds(components, component):
+            yield (
+                f"components.{component}: no layer of this model is known to take AWQ's channel scales (model type {kind}), "
+                "so weights are only clipped and rounded; gptq does not need such layers"
+            )
+    quantized = {line.name for line in lines if line.action == "quantize" and line.method != DATA_FREE}
+    for module, form in components.experts.items():
+        if f"{module}.0.{form.projections[0]}.weight" in quantized:
+            layers = sum(other == form for other in components.experts.values())
+            weights = form.experts * form.intermediate * form.hidden * len(form.projections)
+            width = max(form.hidden, form.intermediate)
+            statistics = width * width * (torch.float32.itemsize + FACTOR_COPIES * torch.float64.itemsize)
+            yield (
+                f"experts: {layers} layers of {form.experts}; while a layer is calibrated its experts take "
+                f"{weights * torch.float32.itemsize:,} bytes in float32, and the statistics of one expert at a time up to "
+                f"{statistics:,}"
+            )
+            return
+
+
+def _has_folds(components: ComponentMap, component: str) -> bool:
+    for block in components.blocks:
+        if block.component == component:
+            locals_ = [linear.local for linear in block.linears]
+            for fold in components.family.folds:
+                if all(any(fnmatch.fnmatchcase(local, wanted) for local in locals_) for wanted in fold.consumers):
+                    return True
+    return False
 
 
 def _quantizes(spec: ComponentSpec) -> bool:
@@ -256,12 +317,26 @@ def _check_ties(components: ComponentMap, component: str, spec: ComponentSpec) -
 
 def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec) -> None:
     """Stacked weights that could not be taken apart are no linear layers; to skip them would skip most of a model."""
+    uses_bitsandbytes = spec.method == "bitsandbytes" or any(one.method == "bitsandbytes" for one in spec.overrides)
+    for name in components.experts if uses_bitsandbytes else ():
+        if not _matching(spec.keep, _names_of(components, name, component, None)) and _component_of(
+            components, f"{name}."
+        ) == component:
+            raise PlanError(
+                f"components.{component}: bitsandbytes does not quantize experts, whose weights are stacked ({name}); list "
+                "them under keep, or use a scheme of compressed-tensors"
+            )
     modules = dict(components.skeleton().named_modules())
-    for parameter in components.parameters:
+    own = [parameter for parameter in components.parameters if parameter.component == component]
+    whole = sum(prod(parameter.shape) for parameter in own)
+    for parameter in own:
         module = parameter.name.rpartition(".")[0]
-        if parameter.component != component or module not in modules or not holds_experts(modules[module]):
+        if len(parameter.shape) < 3 or module not in modules or not holds_experts(modules[module]):
             continue
-        if len(parameter.shape) > 2 and not _matching(spec.keep, _names_of(components, module, component, None)):
+        alike = sum(prod(one.shape) for one in own if one.name.rpartition(".")[2] == parameter.name.rpartition(".")[2])
+        if alike > LARGEST_KEPT_STACK * whole and not _matching(
+            spec.keep, _names_of(components, module, component, None)
+        ):
             raise PlanError(
                 f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts in a way "
                 f"that we cannot take apart ({type(modules[module]).__name__}); list its module under keep to leave it "
@@ -437,7 +512,7 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
             reason,
             parameter.shape,
             parameter.nbytes,
-            parameter.nbytes,
+            parameter.kept_nbytes,
         )
     return PlanLine(
         parameter.name,
@@ -461,6 +536,8 @@ def _why_kept(parameter: ParameterInfo, recipe: Recipe) -> str:
         return "the recipe keeps this component"
     if len(parameter.shape) < 2:
         return "a norm, bias or other vector"
+    if len(parameter.shape) > 2:
+        return "no matrix: a convolution, or weights stacked in a way that is not known"
     return "not a linear layer of a block"
 
 

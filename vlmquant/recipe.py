@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -289,17 +289,34 @@ def load_recipe(source: str | Path) -> Recipe:
             names = sorted(file.stem for file in shipped("recipes").glob("*.yaml"))
             hint = _nearest(str(source), names)
             raise RecipeError(f"{source}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
+    return parse_recipe(_read_text(path), name=str(path))
+
+
+def load_family(path: Path) -> FamilySpec:
+    """Read a file with the keys of a recipe's `family:`. RecipeError as `load_recipe`'s."""
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file; give a YAML file with the keys {', '.join(FamilySpec.model_fields)}")
+    return _parse(FamilySpec, _read_text(path), name=str(path))
+
+
+def _read_text(path: Path) -> str:
     if path.stat().st_size > RECIPE_MAX_BYTES:
         raise RecipeError(f"{path}: larger than {RECIPE_MAX_BYTES} bytes; this is not a recipe")
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    return parse_recipe(text, name=str(path))
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:
     """Parse recipe text; `name` stands for the file in messages."""
+    return _parse(Recipe, text, name=name)
+
+
+M = TypeVar("M", bound=Data)
+
+
+def _parse(model: type[M], text: str, *, name: str) -> M:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -308,10 +325,11 @@ def parse_recipe(text: str, *, name: str) -> Recipe:
         what = getattr(error, "problem", None) or "not valid YAML"
         raise RecipeError(f"{name}{where}: {what}") from error
     if not isinstance(root, yaml.MappingNode):
-        raise RecipeError(f"{name}:1:1: a recipe is a mapping with keys such as name and components")
+        kind = "recipe" if model is Recipe else "family"
+        raise RecipeError(f"{name}:1:1: a {kind} is a mapping with keys such as {', '.join(list(model.model_fields)[1:3])}")
     _refuse_tricks(root, name=name)
     try:
-        return Recipe.model_validate(yaml.safe_load(text))
+        return model.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(item, root, name=name) for item in _told(error))) from error
 

@@ -1,6 +1,6 @@
 """Component maps, plans and strata as tables for a terminal, and as data for machines."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -64,7 +64,19 @@ def component_summary(components: ComponentMap) -> dict[str, Any]:
         "model": str(components.model_dir),
         "model_type": components.config.model_type,
         "dtype": dtype_name(components.dtype),
+        "stored_as": components.source.label if components.source else None,
         "bytes": components.total_bytes,
+        "family": {
+            "source": components.family.source,
+            "parts": {prefix: owner for prefix, owner in components.family.prefixes().items() if prefix},
+            "runs": components.family.runs,
+            "folds": len(components.family.folds),
+        },
+        "experts": {
+            name: {"experts": form.experts, "hidden": form.hidden, "intermediate": form.intermediate}
+            for name, form in components.experts.items()
+        },
+        "not_loaded": [parameter.name for parameter in components.parameters if not parameter.loaded],
         "tied": [list(names) for names in components.tied],
         "components": parts,
     }
@@ -87,7 +99,10 @@ def component_table(components: ComponentMap) -> Table:
             megabytes(part["bytes"]),
             str(part["blocks"] or "-"),
             str(part["linears"] or "-"),
-            "; ".join("+".join(one.rpartition(".")[2] for one in group) for group in part["fused_groups"]) or "-",
+            "; ".join(
+                dict.fromkeys("+".join(one.rpartition(".")[2] for one in group) for group in part["fused_groups"])
+            )
+            or "-",
         )
         for name, part in summary["components"].items()
     ]
@@ -97,7 +112,65 @@ def component_table(components: ComponentMap) -> Table:
     title = f"{summary['model']}: {summary['model_type']}, {summary['dtype']}"
     if summary["tied"]:
         title += f"; tied: {', '.join(' = '.join(names) for names in summary['tied'])}"
-    return make_table(title, ("component", "parameters", "size", "blocks", "linears", "fused groups"), rows)
+    table = make_table(title, ("component", "parameters", "size", "blocks", "linears", "fused groups"), rows)
+    table.caption, table.caption_justify = "\n".join(_family_lines(components)), "left"
+    return table
+
+
+def _family_lines(components: ComponentMap) -> list[str]:
+    """Where the parts are, who says so, and what is special about the model."""
+    family = components.family
+    parts: dict[str, list[str]] = {}
+    for prefix, owner in family.prefixes().items():
+        parts.setdefault(owner, []).append(prefix)
+    told = "; ".join(f"{name}: {', '.join(parts[name])}" for name in COMPONENTS if name in parts)
+    whose = {"table": "in the table of families", "guess": "guessed", "recipe": "as the given row says"}[family.source]
+    lines = [f"parts ({whose}): {told}"]
+    if components.source:
+        lines.append(f"stored in {components.source.label}, dequantized to {dtype_name(components.dtype)} when read")
+    if components.experts:
+        counts = sorted({form.experts for form in components.experts.values()})
+        lines.append(f"experts: {len(components.experts)} layers of {' or '.join(map(str, counts))}")
+    if travelling := [parameter.name for parameter in components.parameters if not parameter.loaded]:
+        lines.append(f"not loaded by the model class, kept as they are: {len(travelling)} tensors ({travelling[0]}, ...)")
+    if not family.folds:
+        lines.append("no folds are known for its layers: awq only clips them")
+    return lines
+
+
+def support_rows(support: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The support table of `inspect --families`: what works first, then what is refused and why."""
+    columns = ("model type", "parts", "components", "experts", "AWQ folds", "tried with", "transformers alone")
+    works, refused = [], []
+    for kind, found in support["types"].items():
+        if "class" not in found:
+            why = found.get("refused") or f"not tried: {found['not_built']}"
+            refused.append((kind, "-", why.split("; say where")[0], "-", "-", "-", "-"))
+            continue
+        names = {"vision_encoder": "vision", "lm_head": "head"}
+        parts = [names.get(name, name) for name in COMPONENTS if name in found["parts"]]
+        folds = "+".join({"vision_encoder": "vision"}.get(name, name) for name in found["folds"]) or "none"
+        tried = ["rtn", *(["int8 + gptq"] if found["calibrated"] else []), "+".join(found["compared"]) + " logits"]
+        works.append(
+            (
+                kind,
+                found["source"],
+                ", ".join(parts),
+                "yes" if found["experts"] else "-",
+                folds,
+                ", ".join(tried),
+                found["stock"],
+            )
+        )
+    return columns, works + refused
+
+
+def support_table(support: Mapping[str, Any]) -> Table:
+    """Which model types of transformers work, and how that was tried."""
+    columns, rows = support_rows(support)
+    working = sum(row[1] != "-" for row in rows)
+    title = f"{working} of {len(rows)} model types work (transformers {support['versions']['transformers']})"
+    return make_table(title, columns, rows, left=len(columns))
 
 
 def plan_table(plan: Plan) -> Table:
@@ -135,8 +208,8 @@ def plan_table(plan: Plan) -> Table:
     )
     columns = ("component", "schemes", "parameters", "before", "after", "bits/weight", "of the quantized")
     table = make_table("Plan", columns, rows, left=2)
-    if plan.fallbacks:
-        table.caption = "\n".join(plan.fallbacks)
+    if plan.fallbacks or plan.notes:
+        table.caption = "\n".join((*plan.fallbacks, *plan.notes))
         table.caption_justify = "left"
     return table
 

@@ -109,6 +109,13 @@ FUSED = {
     ("in_proj_b", "in_proj_a"): "in_proj_ba",
 }
 """Linears that serving engines run as one, and what they call it (SGLang's name for an already fused qkv included)."""
+ENGINE_NAMES = {
+    r"text_moe\.experts": "text_experts",
+    r"vision_moe\.experts": "vision_experts",
+    r"text_moe\.gate": "text_experts_gate",
+    r"vision_moe\.gate": "vision_experts_gate",
+}
+"""Parts of names as they stand in a regex, and what vLLM calls the same part (of ERNIE 4.5 VL)."""
 VISION_WORDS = "visual|vision"
 """One of them is in the name of every vision module, in all three name spaces, and in no name of the language model."""
 ANY_EXPERT = "#"
@@ -252,7 +259,13 @@ def _patterns(chosen: Iterable[_Place], everything: Iterable[_Place], others: Co
         _shortest(place.local, place.vision, "$", others, least=2 if place.vision else place.local.count(".") + 1)
         for place in outside
     ]
-    return [f"re:{pattern}" for pattern in dict.fromkeys(patterns)]
+    return [f"re:{_with_engine_names(pattern)}" for pattern in dict.fromkeys(patterns)]
+
+
+def _with_engine_names(pattern: str) -> str:
+    for ours, theirs in ENGINE_NAMES.items():
+        pattern = pattern.replace(ours, f"(?:{ours}|{theirs})")
+    return pattern
 
 
 def _start(vision: bool) -> str:
