@@ -119,7 +119,6 @@ def train(out: Path, settings: demo.Settings) -> float:
     stacks = [layer.mlp.experts for layer in layers]
     for layer in layers:
         layer.mlp.experts = SeparateExperts(model.config.text_config)
-        nn.init.normal_(layer.mlp.gate.weight, std=0.02)
     hooks = [layer.mlp.gate.register_forward_hook(balanced) for layer in layers]
     tokenizer = tokenizers.Tokenizer.from_file(str(SOURCE / "tokenizer.json"))
     demo.train_answers(model, demo.Packer(tokenizer), settings, demo.held_out_pictures(DEMO_SEED))
@@ -159,7 +158,6 @@ def spread_channels(model: nn.Module, seed: int) -> None:
 
 def save_model(model: nn.Module, out: Path) -> None:
     """Everything a transformers model directory holds, weights in bfloat16; the processor is the demo's."""
-    shutil.rmtree(out, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(out)
     for path in SOURCE.iterdir():
         if path.suffix != ".safetensors" and path.name != "config.json":
@@ -208,7 +206,7 @@ def report(out: Path, settings: demo.Settings) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the model; what is there is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model; its files are replaced")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=600)
