@@ -108,7 +108,8 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """Stands in for a fused module: the same inputs and outputs, from one linear layer per expert and projection.
 
-    watch: while calibrating, told how many rows each expert is given, in order; says which rows it is to see. See `rows`.
+    watch: while calibrating, told which rows each expert is given and how many there are; says for one expert after the
+    other which rows it is shown: those and perhaps more, in rising order, or None for just those.
     """
 
     def __init__(self, fused: nn.Module, form: Form) -> None:
@@ -126,7 +127,7 @@ class Experts(nn.Module):
         self.post_expert_norm: nn.Module | None = None
         if getattr(fused, "has_post_expert_norm", False):
             self.post_expert_norm = fused.get_submodule("post_expert_norm")
-        self.watch: Callable[[Sequence[Tensor], int], Iterator[Tensor | None]] | None = None
+        self.watch: Callable[..., Iterator[Tensor | None]] | None = None
         self.default_gate = "_apply_gate" not in _own_attributes(type(fused))
         """Whether outputs are act(gate) * up, so linear in up."""
 
@@ -151,7 +152,7 @@ class Experts(nn.Module):
         for expert, given, shown in self._shown([place // slots for place in places], len(hidden_states)):
             computed = self.compute(expert, hidden_states[given if shown is None else shown])
             if shown is not None:
-                computed = computed[given]
+                computed = computed[torch.searchsorted(shown, given)]
             weighted = computed * top_k_weights.reshape(-1)[places[expert], None]
             outputs.index_add_(0, given, weighted.to(outputs.dtype))
         return outputs
@@ -160,17 +161,20 @@ class Experts(nn.Module):
         groups = hidden_states.view(self.form.experts, -1, self.form.hidden)
         outputs = torch.zeros_like(groups)
         given_rows = [group.any(-1).nonzero()[:, 0] for group in groups]
-        for expert, given, shown in self._shown(given_rows, groups.shape[1]):
-            computed = self.compute(expert, groups[expert][given if shown is None else shown])
-            outputs[expert, given] = (computed if shown is None else computed[given]).to(outputs.dtype)
+        for expert, given, _ in self._shown(given_rows, groups.shape[1], blend=False):
+            computed = self.compute(expert, groups[expert][given])
+            outputs[expert, given] = computed.to(outputs.dtype)
         return outputs.view(-1, self.form.hidden)
 
-    def _shown(self, given: Sequence[Tensor], tokens: int) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    def _shown(
+        self, given: Sequence[Tensor], tokens: int, *, blend: bool = True
+    ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
         """Expert, the rows it is given, and the rows it is shown where those are others."""
         if self.watch is None:
             yield from ((expert, rows, None) for expert, rows in enumerate(given) if len(rows))
-        else:
-            yield from ((expert, rows, shown) for expert, (rows, shown) in enumerate(zip(given, self.watch(given, tokens), strict=True)))
+            return
+        watched = self.watch(given, tokens, blend=blend)
+        yield from ((expert, rows, shown) for expert, (rows, shown) in enumerate(zip(given, watched, strict=True)))
 
     def compute(self, expert: int, inputs: Tensor) -> Tensor:
         """What one expert makes of (rows, hidden): (rows, hidden), before the router's weights."""

@@ -151,7 +151,11 @@ def _loose_parts(model: nn.Module, placed: tuple[str, ...]) -> list[str]:
 def _ways_out(tower: str, modules: dict[str, nn.Module], text_config: Any) -> list[str]:
     """Parts of a vision tower, outside its longest list of layers, that lead to the language model."""
     root = modules[tower]
-    lists = [(len(one), name) for name, one in root.named_modules() if isinstance(one, nn.ModuleList)]
+    lists = [
+        (len(one), name)
+        for name, one in root.named_modules()
+        if isinstance(one, nn.ModuleList) and not PROJECTOR.search(name)
+    ]
     blocks = max(lists)[1] if lists else ""
     width = getattr(text_config, "hidden_size", None)
     own = getattr(getattr(root, "config", None), "hidden_size", None)

@@ -182,11 +182,14 @@ class ExpertOptions(Data):
     """Which calibration tokens the experts of a mixture are quantized on."""
 
     tokens: Literal["routed", "blend", "all"] = "blend"
-    """routed: those that the router gives an expert. blend: for an expert with fewer than `least_tokens`, all tokens of
-    the layer as well, each for so little that together they count for what is missing. all: every token, for every
-    expert (as many times the work as there are experts for each one chosen)."""
+    """routed: those that the router gives an expert. blend: an expert with fewer than `enough_tokens` is shown as many of
+    the layer's other tokens as are missing, evenly drawn. all: every token, for every expert (which costs as many times
+    the work as there are experts for each one chosen)."""
+    enough_tokens: Annotated[int, Field(ge=1)] = 256
+    others_count: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much a token of another expert counts, beside 1 for one's own."""
     least_tokens: Annotated[int, Field(ge=1)] = 8
-    """An expert with fewer starves."""
+    """An expert with fewer of its own starves."""
     max_starving: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.05
     """The largest share of a layer's experts that may starve: above it the run ends with exit code 7."""
 
@@ -331,7 +334,7 @@ def _parse(model: type[M], text: str, *, name: str) -> M:
     try:
         return model.model_validate(yaml.safe_load(text))
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(item, root, name=name) for item in _told(error))) from error
+        raise RecipeError("\n".join(_explain(item, root, model, name=name) for item in _told(error))) from error
 
 
 def _told(error: ValidationError) -> list[Any]:
@@ -382,13 +385,13 @@ def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[yaml.Node, lis
     return node, path
 
 
-def _explain(error: Any, root: yaml.Node, *, name: str) -> str:
+def _explain(error: Any, root: yaml.Node, model: type[BaseModel], *, name: str) -> str:
     loc = tuple(error["loc"])
     if error["type"] == "extra_forbidden":
         parent, path = _locate(root, loc[:-1])
         key = str(loc[-1])
         node = next((k for k, _ in getattr(parent, "value", []) if k.value == key), parent)
-        what = f"unknown key '{key}'{_nearest(key, _keys_at(path))}"
+        what = f"unknown key '{key}'{_nearest(key, _keys_at(path, model))}"
     elif error["type"] == "missing":
         node, path = _locate(root, loc[:-1])
         what = f"key '{loc[-1]}' is missing"
@@ -402,9 +405,9 @@ def _explain(error: Any, root: yaml.Node, *, name: str) -> str:
     return f"{name}:{mark.line + 1}:{mark.column + 1}: {where}{what}"
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    """The keys a recipe may have at a path, found by walking the models' own fields."""
-    models: list[type[BaseModel]] = [Recipe]
+def _keys_at(path: list[str], model: type[BaseModel]) -> list[str]:
+    """The keys a recipe, or a family, may have at a path, found by walking the models' own fields."""
+    models: list[type[BaseModel]] = [model]
     for part in path:
         if part.isdigit():
             continue

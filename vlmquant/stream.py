@@ -17,10 +17,10 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from vlmquant.calibration.encode import Batch
-from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
+from vlmquant.components import BlockInfo, ComponentMap, LinearInfo, part_type
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
-from vlmquant.families import Fold
+from vlmquant.families import FOLDS, Fold
 from vlmquant.grid import QuantizedWeight, round_scales
 from vlmquant.kernels.reference import round_activations
 from vlmquant.planning import Plan, PlanLine
@@ -273,7 +273,7 @@ class Block:
         """Linear -> the first of the linears that are quantized with it, on the same inputs."""
         self.expert_tokens = dict(restored.expert_tokens) if restored else {}
         self._shown: dict[str, list[float | None]] = {}
-        """For each module of experts and each expert: what a token of another expert counts for it, None for nothing."""
+        """For each module of experts and each expert: the share of others' tokens that it is shown, None for none."""
 
     @property
     def result(self) -> BlockResult:
@@ -339,8 +339,8 @@ class Block:
             )
         blend = options.tokens == "blend"
         self._shown[module] = [
-            (options.least_tokens - count) / max(tokens - count, 1)
-            if blend and 0 < count < options.least_tokens
+            min((options.enough_tokens - count) / max(tokens - count, 1), 1.0)
+            if blend and 0 < count < options.enough_tokens
             else None
             for count in counts
         ]
@@ -358,8 +358,13 @@ class Block:
         expert = int(rest.partition(".")[0])
         return not self.expert_tokens[f"{self.info.name}.{module}"][expert] and self._shown[module][expert] is None
 
-    def watch(self, module: str, given: Sequence[Tensor], tokens: int) -> Iterator[Tensor | None]:
-        """What `Experts` asks while it runs: which of the tokens each expert is shown, where not just those it is given."""
+    def watch(
+        self, module: str, given: Sequence[Tensor], tokens: int, *, blend: bool = True
+    ) -> Iterator[Tensor | None]:
+        """What `Experts` asks while it runs: which of the tokens each expert is shown, where not just those it is given.
+
+        blend: whether other experts' tokens are to be had.
+        """
         walk = _walk()
         if self.settled or not any(
             not self._is_final(local) for local in self._by_local if local.startswith(f"{module}.")
@@ -372,13 +377,20 @@ class Block:
         _pause(
             _Pause("experts", module, counts=counts, tokens=tokens if real is None else int(real.sum()))
         )
+        if not blend:
+            self._shown[module] = [None] * len(given)
+        everywhere = torch.arange(1, tokens + 1, device=given[0].device, dtype=torch.float64)
         for rows, share in zip(given, self._shown[module], strict=True):
-            weights = torch.full((tokens,), share or 0.0, device=rows.device)
+            weights = torch.zeros(tokens, device=rows.device)
+            if share is not None:  # evenly drawn: as many as make the share up
+                drawn = (everywhere * share).floor() > ((everywhere - 1) * share).floor()
+                weights[drawn] = self.stream.expert_options.others_count
             weights[rows] = 1.0
-            if real is not None:
+            shown = weights.nonzero()[:, 0]
+            if real is not None:  # padding is computed too, and counts for nothing
                 weights *= real
-            walk.row_weights = weights[rows] if share is None else weights
-            yield None if share is None else torch.arange(tokens, device=rows.device)
+            walk.row_weights = weights[shown]
+            yield None if share is None else shown
         walk.row_weights = None
 
     def _is_final(self, local: str) -> bool:
@@ -414,18 +426,28 @@ class Block:
         return self.changed[name] if name in self.changed else self.stream.read(name)
 
     def fold_for(self, consumers: Sequence[str]) -> Fold | None:
-        """A fold whose consumers are exactly these linears and whose producer can take scales now."""
-        for rule in self.stream.components.family.folds:
+        """A fold whose consumers in this block are exactly these linears and whose producer can take scales now."""
+        number = next((part for part in consumers[0].split(".") if part.isdigit()), "*")
+        for general in self._folds():
+            rule = general.inside(self._parameters, number)
             if set(rule.consumers) != set(consumers) or not self._has(f"{rule.producer}.weight"):
+                continue
+            if rule.when and not getattr(self.module, rule.when):
                 continue
             if rule.kind == "norm":
                 return rule
             produced, consumed = self._by_local.get(rule.producer), self._by_local[consumers[0]]
             # Under grouped-query attention one value head feeds several, so it cannot take their scales.
-            if produced is None or produced.out_features != consumed.in_features or not self._is_final(rule.producer):
-                return None
-            return rule
+            if produced and produced.out_features == consumed.in_features and self._is_final(rule.producer):
+                return rule
         return None
+
+    def _folds(self) -> tuple[Fold, ...]:
+        """Of the tower or language model that the block is in: the same names may mean something else in another one."""
+        family = self.stream.components.family
+        around = [place for place in (*family.vision_encoder, family.language) if self.info.name.startswith(f"{place}.")]
+        root = self.stream.model.get_submodule(max(around, key=len))
+        return FOLDS.get(part_type(root, self.stream.components.config), ())
 
     def _has(self, local: str) -> bool:
         return local in self._parameters
@@ -713,9 +735,11 @@ class BlockStream:
         assert isinstance(module, nn.Linear)
         module.forward = functools.partial(forward, module)  # type: ignore[method-assign]
 
-    def _watch(self, module: str, given: Sequence[Tensor], tokens: int) -> Iterator[Tensor | None]:
+    def _watch(
+        self, module: str, given: Sequence[Tensor], tokens: int, *, blend: bool = True
+    ) -> Iterator[Tensor | None]:
         assert self._current is not None
-        return self._current.watch(module, given, tokens)
+        return self._current.watch(module, given, tokens, blend=blend)
 
     def _inside_block(self, local: str) -> Callable[[nn.Linear, Tensor], Tensor]:
         def forward(module: nn.Linear, inputs: Tensor) -> Tensor:

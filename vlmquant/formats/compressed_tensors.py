@@ -168,7 +168,7 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     if not groups:
         raise PlanError("the recipe quantizes nothing in this model; give a component a scheme other than fp16")
     quantized = [name for name in modules if schemes.get(name) is not None]
-    ignore = _patterns(members.get(None, []), places.values(), quantized) + _travelling(components)
+    ignore = _patterns(members.get(None, []), places.values(), quantized) + _travelling(components, modules)
     config = {
         "quant_method": METHOD,
         "format": formats[0] if len(set(formats)) == 1 else MIXED,
@@ -217,16 +217,28 @@ def _place(name: str, components: ComponentMap) -> _Place:
     return _Place(name, vision, None, 0, local)
 
 
-def _travelling(components: ComponentMap) -> list[str]:
-    """Patterns for what the model class does not load but engines may: the modules of tensors that travel along."""
-    modules = {one.disk.rpartition(".")[0] for one in components.parameters if not one.loaded}
-    roots = set()
-    for module in modules:
-        numbered = re.match(r"(?:.*\.)?(layers\.\d+)(?:\.|$)", module)
-        # Layers behind the last one, or a part with a name of its own.
-        own = module.partition(".")[0]
-        roots.add(numbered[1] if numbered and own in ("model", "language_model") else own)
-    return [f"re:^(?:.*\\.)?{re.escape(root)}(?:\\..*)?$" for root in sorted(roots)]
+def _travelling(components: ComponentMap, modules: Collection[str]) -> list[str]:
+    """Patterns for what the model class does not load but engines may: parts that hold nothing but what travels along."""
+    used = {outer for one in components.parameters if one.loaded for outer in _outer_names(one.disk)}
+    roots = dict.fromkeys(
+        next(outer for outer in _outer_names(one.disk) if outer not in used)
+        for one in components.parameters
+        if not one.loaded
+    )
+    patterns = []
+    for root in roots:
+        parts, rest = root.split("."), r"(?:\..*)?$"
+        tails = [".".join(parts[-count:]) for count in range(1, len(parts) + 1) if not parts[-count].isdigit()]
+        choices = [rf"^(?:.*\.)?{re.escape(tail)}{rest}" for tail in tails]
+        fitting = (one for one in choices if not any(re.match(one, module) for module in modules))
+        patterns.append(f"re:{next(fitting, f'^{re.escape(root)}{rest}')}")
+    return patterns
+
+
+def _outer_names(name: str) -> list[str]:
+    """A tensor's name and those of all modules around it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _patterns(chosen: Iterable[_Place], everything: Iterable[_Place], others: Collection[str]) -> list[str]:

@@ -1,0 +1,239 @@
+"""Experts taken apart: the same outputs as the fused module, its weights in the right places, and what calibration sees."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import zoo, zoo_check
+from vlmquant import experts as rooms
+from vlmquant.algorithms import ALGORITHMS
+from vlmquant.components import resolve_components
+from vlmquant.errors import PlanError, SentinelError, StarvedExpertsError
+from vlmquant.experts import Experts, form_of, holds_experts, parts_of, stands_for, take_apart
+from vlmquant.planning import make_plan
+from vlmquant.recipe import ExpertOptions, load_recipe, parse_recipe
+from vlmquant.stream import BlockStream
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KINDS = (
+    "qwen3_vl_moe",
+    "internvl@gpt_oss",
+    "llama4",
+    "aria",
+    "gemma4@moe",
+    "nemotron_h_omni",
+    "muse_spark",
+    "step3p7",
+    "ernie4_5_vl_moe",
+)
+"""Plain, interleaved with biases and clamps, sorted, transposed, without a dense MLP, without a gate, with a norm, ..."""
+
+
+def fused_modules(kind: str) -> dict[str, nn.Module]:
+    model = zoo.make_model(kind)
+    return {name: module for name, module in model.named_modules() if form_of(module)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stand_in_computes_what_the_whole_model_computes(kind: str) -> None:
+    model, whole = zoo.make_model(kind), zoo.make_model(kind)
+    before = {name: value.clone() for name, value in whole.state_dict().items()}
+    forms = take_apart(model)
+    assert forms and not any(holds_experts(module) for module in model.modules())
+    for name, value in parts_of(before, forms).items():
+        owner, _, leaf = name.rpartition(".")
+        if owner.startswith(tuple(forms)):
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    make = zoo.text_inputs if kind in zoo.IMAGE_FORWARD_BROKEN else zoo.inputs
+    values = make(kind)
+    assert values is not None
+    got, wanted = zoo.forward(kind, model, values), zoo.forward(kind, whole, values)
+    assert zoo_check.distance(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "internvl@gpt_oss", "aria"])
+def test_a_wrong_reading_does_not_pass_the_trial(kind: str) -> None:
+    module = next(iter(fused_modules(kind).values()))
+    form = form_of(module)
+    assert form is not None and stands_for(module, form) is None
+    wrong = []
+    if kind != "internvl@gpt_oss":  # whose own gate gets both parts back as they lay
+        wrong.append(replace(form, interleaved=not form.interleaved))
+    if form.hidden == 2 * form.intermediate:
+        wrong.append(replace(form, transposed=not form.transposed))
+    assert wrong
+    for reading in wrong:
+        assert stands_for(module, reading) is not None, reading
+
+
+def test_a_module_that_fails_the_trial_is_left_and_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms, "stands_for", lambda fused, form: "outputs differ")
+    components = resolve_components(zoo.build("qwen3_vl_moe", tmp_path / "model"))
+    assert not components.experts
+    with pytest.raises(PlanError, match=r"experts\.\w+ stacks the weights of 8 experts .*Qwen3VLMoeTextExperts.* under keep"):
+        make_plan(components, load_recipe("mixed"))
+    kept = parse_recipe(KEPT, name="kept")
+    plan = make_plan(components, kept)
+    assert all(line.action == "keep" for line in plan.lines if ".experts." in line.name)
+
+
+KEPT = "version: 1\nname: kept\ncomponents: {language: {scheme: w4a16, keep: ['*mlp.experts']}}\n"
+
+
+def test_three_dimensions_alone_make_no_experts(tmp_path: Path) -> None:
+    """A convolution of linear attention is kept, whatever its number of channels."""
+    components = resolve_components(zoo.build("qwen3_5", tmp_path / "model"))
+    plan = make_plan(components, load_recipe("mixed"))
+    convolutions = [line for line in plan.lines if line.name.endswith("conv1d.weight")]
+    assert convolutions and all(line.action == "keep" and len(line.shape) == 3 for line in convolutions)
+    gates = [line for line in plan.lines if line.name.endswith(("in_proj_a.weight", "in_proj_b.weight"))]
+    assert gates and all("output per head" in line.reason for line in gates)
+
+
+def test_experts_of_a_layer_have_one_scheme(tmp_path: Path) -> None:
+    components = resolve_components(zoo.build("qwen3_vl_moe", tmp_path / "model"))
+    some = KEPT.replace("*mlp.experts", "*mlp.experts.3.*")
+    with pytest.raises(PlanError, match=r"mlp\.experts: the experts of a layer .* need one scheme"):
+        make_plan(components, parse_recipe(some, name="some"))
+
+
+def test_kept_experts_are_copied_as_they_lie_on_disk(tmp_path: Path) -> None:
+    model_dir = zoo.build("qwen3_vl_moe", tmp_path / "model")
+    zoo_check.quantize(model_dir, parse_recipe(KEPT, name="kept"), tmp_path / "out", [])
+    from safetensors.torch import load_file
+
+    before, after = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    stacks = [name for name in before if ".experts." in name]
+    assert stacks and all(torch.equal(before[name], after[name]) for name in stacks)
+    assert not any(".experts.0." in name for name in after)
+
+
+# --- what calibration sees ---
+
+BALANCED = "internvl@qwen3_moe"
+PLANTED = 3
+"""The expert that a planted routing never chooses."""
+
+
+class Watched:
+    """A stream over one kind, and every stage that it gave, with its statistics before they were used."""
+
+    def __init__(self, kind: str, folder: Path, options: ExpertOptions, *, never: int | None = None) -> None:
+        model_dir = zoo.build(kind, folder / "model")
+        recipe = load_recipe("mixed")
+        self.components, self.plan = zoo_check.plan_model(model_dir, recipe)
+        stream = BlockStream(
+            self.components,
+            self.plan,
+            dict(recipe.specs()),
+            zoo_check.calibration(kind),
+            outside={},
+            restore=lambda info: None,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            experts=options,
+        )
+        if never is not None:
+            self._never(stream, never)
+        self.methods: dict[str, str] = {}
+        self.hessians: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.counts: dict[str, list[int]] = {}
+        self.notes: list[str] = []
+        for block in stream:
+            for stage in block.stages():
+                first = f"{block.info.name}.{next(iter(stage.linears))}"
+                self.methods[first] = stage.method
+                if ".experts." in first and stage.method != "rtn":
+                    self.inputs[first] = torch.cat([rows for rows, _ in stage._rows()])
+                    self.hessians[first] = stage.hessian()
+                stage.finish(ALGORITHMS[stage.method](stage))
+            self.counts |= block.expert_tokens
+            self.notes += block.notes
+
+    @staticmethod
+    def _never(stream: BlockStream, expert: int) -> None:
+        for home in stream.components.experts:
+            module = stream.model.get_submodule(home)
+            assert isinstance(module, Experts)
+            plain = module.forward
+
+            def elsewhere(
+                hidden: Tensor, index: Tensor, weights: Tensor, plain: Callable[..., Tensor] = plain
+            ) -> Tensor:
+                return plain(hidden, torch.where(index == expert, (index + 1) % 8, index), weights)
+
+            module.forward = elsewhere  # type: ignore[method-assign]
+
+
+def stages_of(watched: Watched, projection: str) -> dict[str, Tensor]:
+    return {name: value for name, value in watched.hessians.items() if name.endswith(projection)}
+
+
+def test_each_experts_statistics_come_from_its_own_tokens(tmp_path: Path) -> None:
+    watched = Watched(BALANCED, tmp_path, ExpertOptions(tokens="routed", max_starving=1.0))
+    assert watched.counts
+    for module, counts in watched.counts.items():
+        seen = sum(len(make().inputs["input_ids"][0]) for make in zoo_check.calibration(BALANCED))
+        assert sum(counts) == 2 * seen  # top-2
+        for expert, count in enumerate(counts):
+            name = f"{module}.{expert}.gate_proj"
+            if count:
+                rows = watched.inputs[name]
+                assert len(rows) == count
+                wanted = rows.double().T @ rows.double() / count
+                torch.testing.assert_close(watched.hessians[name].double(), wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_with_few_tokens_is_shown_others(tmp_path: Path) -> None:
+    enough = 10_000
+    watched = Watched(BALANCED, tmp_path, ExpertOptions(enough_tokens=enough, others_count=0.25, max_starving=1.0))
+    routed = Watched(BALANCED, tmp_path / "routed", ExpertOptions(tokens="routed", max_starving=1.0))
+    module, counts = next(iter(watched.counts.items()))
+    everything = sum(len(make().inputs["input_ids"][0]) for make in zoo_check.calibration(BALANCED))
+    for expert, count in enumerate(counts):
+        name = f"{module}.{expert}.gate_proj"
+        own = routed.inputs[name]
+        assert len(own) == count
+        assert len(watched.inputs[name]) == everything  # more is asked for than there is: every token is shown
+        rows = watched.inputs[name].double()
+        others = rows.T @ rows - own.double().T @ own.double()
+        wanted = (own.double().T @ own.double() + 0.25 * others) / (count + 0.25 * (everything - count))
+        torch.testing.assert_close(watched.hessians[name].double(), wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_all_tokens_for_all_experts(tmp_path: Path) -> None:
+    watched = Watched(BALANCED, tmp_path, ExpertOptions(tokens="all"), never=PLANTED)
+    first = [watched.hessians[f"{module}.{expert}.gate_proj"] for module in watched.counts for expert in (0, PLANTED)]
+    torch.testing.assert_close(first[0], first[1])
+    assert all(counts[PLANTED] == 0 for counts in watched.counts.values())
+
+
+def test_an_unused_expert_trips_the_sentinel(tmp_path: Path) -> None:
+    with pytest.raises(StarvedExpertsError, match=r"mlp\.experts: .*of 8 experts saw fewer than 8 .*expert.* 3") as error:
+        Watched(BALANCED, tmp_path, ExpertOptions(), never=PLANTED)
+    assert error.value.exit_code == 7
+
+
+def test_an_unused_expert_is_rounded_to_nearest_and_named(tmp_path: Path) -> None:
+    watched = Watched(BALANCED, tmp_path, ExpertOptions(max_starving=1.0), never=PLANTED)
+    for module in watched.counts:
+        methods = {leaf: watched.methods[f"{module}.{PLANTED}.{leaf}"] for leaf in ("gate_proj", "down_proj")}
+        assert set(methods.values()) == {"rtn"}
+        assert watched.methods[f"{module}.0.gate_proj"] == "gptq"
+        assert any(note.startswith(module) and "expert 3" in note and "nearest" in note for note in watched.notes)
+
+
+def test_linears_that_only_pass_for_a_group_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of attention across get the image's inputs, queries the text's."""
+    from vlmquant import families
+
+    rows = tuple(row for row in families.SHARED_INPUTS if not row[0].startswith("encoder_attn"))
+    monkeypatch.setattr(families, "SHARED_INPUTS", rows)
+    model_dir = zoo.build("florence2", tmp_path / "model")
+    with pytest.raises(SentinelError, match=r"encoder_attn\.\w+ and encoder_attn\.\w+ .*different"):
+        zoo_check.quantize(model_dir, load_recipe("mixed"), tmp_path / "out", zoo_check.calibration("florence2"))
