@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from vlmquant.conversion import Lazy, Matched, Stored, match, nbytes, some
 from vlmquant.errors import InputError
-from vlmquant.experts import Form, parts_of, take_apart
+from vlmquant.experts import Form, holds_experts, parts_of, take_apart
 from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, shared_inputs
+from vlmquant.fp8 import Logical, Source, find_source, forget_quantization, logical_tensors
 from vlmquant.guess import guess_family
+from vlmquant.hub import refuse_adapter, why_no_weights
 from vlmquant.recipe import COMPONENTS as RECIPE_COMPONENTS
 from vlmquant.shards import Shards, open_shards
 
@@ -77,17 +80,20 @@ class ParameterInfo:
     disk: str
     """Its name in a checkpoint that stores it by itself: the one it has now, or for a part of a tensor one made for it."""
     nbytes: int
+    """On disk, with its share of the scales."""
     value: Lazy = field(compare=False)
     """How it is made from the tensors on disk."""
     buffer: bool = False
     """Stored with the weights but none of them: a router's bias correction, bounds, positions."""
     loaded: bool = True
     """Whether the model class has a place for it; what has none is copied (the layers of multi-token prediction)."""
+    copyable: bool = True
+    """Whether its tensors on disk can be copied as they are: FP8 values with scales of their own cannot."""
 
     @property
-    def copyable(self) -> bool:
-        """Whether its tensors on disk can be copied as they are: FP8 values with scales of their own cannot."""
-        return True
+    def kept_nbytes(self) -> int:
+        """What it takes where it is kept: FP8 weights are written in the model's dtype."""
+        return nbytes(self.value)
 
     @property
     def sources(self) -> set[str]:
@@ -112,7 +118,10 @@ class ComponentMap:
         tied: tuple[tuple[str, ...], ...],
         ignored: tuple[str, ...],
         experts: dict[str, Form],
+        modules: dict[str, type[nn.Module]],
+        unread_experts: frozenset[str],
         trust_remote_code: bool,
+        source: Source | None = None,
     ) -> None:
         self.model_dir, self.config, self.family, self.dtype = model_dir, config, family, dtype
         self.shards, self.parameters, self.linears, self.blocks = shards, parameters, linears, blocks
@@ -122,6 +131,12 @@ class ComponentMap:
         """Tensors on disk, by their names there, that transformers computes anew instead of loading."""
         self.experts = experts
         """Modules of routed experts, by name, that are taken apart into one linear per expert and projection."""
+        self.modules = modules
+        """The class of every module of the skeleton, by name."""
+        self.unread_experts = unread_experts
+        """Modules that stack experts' weights in a way that is not known."""
+        self.source = source
+        """How weights are stored that are FP8 on disk and dequantized when they are read; None where there are none."""
         self._trust_remote_code = trust_remote_code
 
     @cached_property
@@ -130,6 +145,15 @@ class ComponentMap:
 
     def parameter(self, name: str) -> ParameterInfo:
         return self._by_name[name]
+
+    def form_of(self, linear: str) -> Form | None:
+        """How the experts of its layer lie, for the linear of a routed expert."""
+        return self.experts.get(linear.rsplit(".", 2)[0])
+
+    @cached_property
+    def routed_beside(self) -> dict[str, int]:
+        """Module around a module of experts -> their number."""
+        return {module.rpartition(".")[0]: form.experts for module, form in self.experts.items()}
 
     @cached_property
     def _buffers_on_disk(self) -> set[str]:
@@ -255,14 +279,16 @@ def resolve_components(
     """Place every tensor of a model. Reads its config and the shards' headers, and no weights.
 
     family: where the parts are, for a model that is neither in the table nor guessed right.
-    Raises InputError for a model that is incomplete, damaged, already quantized or has no part that can be quantized.
+    Raises InputError for a model that is incomplete, damaged, already quantized (in another format than FP8, which is
+    read) or has no part that can be quantized.
     """
-    config = _load_config(model_dir, trust_remote_code=trust_remote_code)
+    config, source = _load_config(model_dir, trust_remote_code=trust_remote_code)
     shards = open_shards(model_dir)
-    dtype = _model_dtype(config, shards)
+    dtype = model_dtype(config, shards)
     model = build(config, dtype, trust_remote_code=trust_remote_code, untie=False)
     stored = {name: Lazy.of(Stored(name), entry.shape, entry.dtype) for name, entry in shards.entries.items()}
-    matched, ignored, travelling = _match_names(model, stored, model_dir)
+    logical = logical_tensors(shards, source, dtype) if source else Logical(stored, {}, ())
+    matched, ignored, travelling = _match_names(model, logical.tensors, model_dir)
     linears = {name for name, _ in _quantizable(model)}
     family = _family_of(config, model, model_dir, family)
     experts = take_apart(model)
@@ -294,6 +320,7 @@ def resolve_components(
         ParameterInfo(name, OTHER, tuple(value.shape), value.dtype, name, nbytes(value), value, loaded=False)
         for name, value in travelling.items()
     )
+    parameters = _with_scales(parameters, logical, shards)
     _check_disk_names(parameters, model_dir)
     in_blocks = {linear.name: linear for block in blocks for linear in block.linears}
     infos = tuple(
@@ -311,22 +338,31 @@ def resolve_components(
         linears=infos,
         blocks=blocks,
         tied=tied,
-        ignored=ignored,
+        ignored=ignored + logical.dropped,
         experts=experts,
+        modules={name: type(module) for name, module in model.named_modules()},
+        unread_experts=frozenset(name for name, module in model.named_modules() if holds_experts(module)),
         trust_remote_code=trust_remote_code,
+        source=source,
     )
 
 
-def _load_config(model_dir: Path, *, trust_remote_code: bool) -> Any:
-    """The model's config, after refusing what must not be loaded: other people's code, and quantized weights."""
+def _load_config(model_dir: Path, *, trust_remote_code: bool) -> tuple[Any, Source | None]:
+    """The model's config, after refusing what must not be loaded: other people's code, and quantized weights.
+
+    Of weights in FP8, which are read, the config says nothing any more: how they are stored is the second result.
+    """
     from transformers import AutoConfig
 
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such directory; give a model's directory")
+    refuse_adapter(model_dir)
     file = model_dir / CONFIG_NAME
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if any(model_dir.glob("*.gguf")):
+            raise InputError(f"{model_dir}: {why_no_weights(model_dir)}") from error
         raise InputError(f"{file}: missing; a model's directory holds a {CONFIG_NAME}") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from error
@@ -334,16 +370,13 @@ def _load_config(model_dir: Path, *, trust_remote_code: bool) -> Any:
         raise InputError(f"{file}: cannot be read: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
         raise InputError(f"{file}: names no model_type; this is not the config of a transformers model")
-    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        if quantization := part.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise InputError(f"{file}: already quantized ({method}); start from the unquantized model")
+    source = find_source(content, file)
     if "auto_map" in content and not trust_remote_code:
         raise InputError(
             f"{file}: auto_map asks to run code that comes with the model; read it, then pass --trust-remote-code"
         )
     try:
-        return AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        return forget_quantization(AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)), source
     except Exception as error:
         if f"`{content['model_type']}`" in str(error):
             raise InputError(f"{file}: model type {content['model_type']} is unknown to this transformers") from error
@@ -408,14 +441,15 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _model_dtype(config: Any, shards: Shards) -> torch.dtype:
-    """The config's dtype, or else the one that most weight bytes on disk have."""
-    if isinstance(config.dtype, torch.dtype):
+def model_dtype(config: Any, shards: Shards) -> torch.dtype:
+    """The config's dtype, or else the one that most weight bytes on disk have, FP8 and its scales apart."""
+    if isinstance(config.dtype, torch.dtype) and config.dtype.itemsize > 1:
         return config.dtype
     sizes: Counter[torch.dtype] = Counter()
     for entry in shards.entries.values():
-        sizes[entry.dtype] += entry.nbytes
-    return sizes.most_common(1)[0][0]
+        if entry.dtype.itemsize > 1 and not entry.name.endswith(("_scale", "_scale_inv")):
+            sizes[entry.dtype] += entry.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.bfloat16
 
 
 def _family_of(config: Any, model: nn.Module, model_dir: Path, given: Family | None) -> Family:
@@ -492,6 +526,32 @@ def _name_on_disk(name: str, value: Lazy, experts: dict[str, Form], linear: Matc
         if found:
             return f"{before}.{leaf}{ending[0]}"
     return name
+
+
+def _with_scales(
+    parameters: tuple[ParameterInfo, ...], logical: Logical, shards: Shards
+) -> tuple[ParameterInfo, ...]:
+    """The parameters with what FP8 weights take on disk, scales included: where several are made from the same tensors,
+    each gets a share by its size, and the shares add up to the whole."""
+    together: dict[str, set[str]] = {}  # tensor on disk -> all that it shares a parameter with, directly or not
+    for parameter in parameters:
+        merged = set().union(*(together.get(name, {name}) for name in parameter.sources))
+        together |= dict.fromkeys(merged, merged)
+    members: dict[int, list[ParameterInfo]] = {}
+    for parameter in parameters:
+        members.setdefault(id(together[min(parameter.sources)]), []).append(parameter)
+    changed: dict[str, ParameterInfo] = {}
+    for group in members.values():
+        sources = together[min(group[0].sources)]
+        if sources.isdisjoint(logical.scaled):
+            continue
+        total = sum(logical.scaled.get(name, shards.entries[name].nbytes) for name in sources)
+        whole, done = sum(prod(one.shape) for one in group), 0
+        for one in group:
+            before, done = total * done // whole, done + prod(one.shape)
+            copyable = one.sources.isdisjoint(logical.scaled)
+            changed[one.name] = replace(one, nbytes=total * done // whole - before, copyable=copyable)
+    return tuple(changed.get(one.name, one) for one in parameters)
 
 
 def _check_disk_names(parameters: tuple[ParameterInfo, ...], model_dir: Path) -> None:

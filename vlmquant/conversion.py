@@ -8,7 +8,7 @@ down to the tensors on disk, so that no more is read than is asked for.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -120,7 +120,7 @@ class Lazy(Tensor):
 
     @property
     def disk_name(self) -> str | None:
-        """The name on disk of the one tensor that this is, whole and as it lies there; None for anything else."""
+        """The name on disk of the one tensor that this is, whole (and, if FP8, dequantized); None for anything else."""
         return self.made.name if isinstance(self.made, Stored) and self.made.rows is None else None
 
     def read(self, read: Read) -> Tensor:
@@ -128,12 +128,22 @@ class Lazy(Tensor):
 
 
 def _join(function: Callable[..., Tensor], tensors: Sequence[Lazy], dim: int = 0) -> Lazy:
-    with torch._C.DisableTorchFunctionSubclass():
-        plain = function(list(tensors), dim=dim)
-    dim %= plain.dim()
-    return tensors[0] if function is torch.cat and len(tensors) == 1 else Lazy.of(
-        Joined(function, tuple(tensors), dim), plain.shape, plain.dtype
-    )
+    first = tensors[0]
+    if function is torch.cat and len(tensors) == 1:
+        return first
+    shape = list(first.shape)
+    if function is torch.stack:
+        dim %= first.dim() + 1
+        fitting = all(one.shape == first.shape for one in tensors)
+        shape.insert(dim, len(tensors))
+    else:
+        dim %= first.dim()
+        others = [[*one.shape[:dim], *one.shape[dim + 1 :]] for one in tensors]
+        fitting = all(one == others[0] for one in others)
+        shape[dim] = sum(one.shape[dim] for one in tensors)
+    if not fitting:
+        raise ValueError(f"shapes {', '.join(str(list(one.shape)) for one in tensors[:4])} cannot be joined along {dim}")
+    return Lazy.of(Joined(function, tuple(tensors), dim), shape, first.dtype)
 
 
 def pick(tensor: Lazy, dim: int, index: int) -> Lazy:
@@ -179,7 +189,8 @@ def narrow(tensor: Lazy, dim: int, start: int, length: int) -> Lazy:
         return _transpose(narrow(inner, swapped, start, length), first, second)
     if isinstance(made, Stored) and dim == 0:
         first_row = made.rows.start if made.rows else 0
-        return Lazy.of(Stored(made.name, slice(first_row + start, first_row + start + length)), shape, tensor.dtype)
+        part = replace(made, rows=slice(first_row + start, first_row + start + length))
+        return Lazy.of(part, shape, tensor.dtype)
     return Lazy.of(Called(torch.narrow, (tensor, dim, start, length), {}), shape, tensor.dtype)
 
 
@@ -296,8 +307,9 @@ def match(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
         elif pattern is None:
             take(name, stored[disk], source=disk)
         else:
-            job = jobs.setdefault(name, deepcopy(by_pattern[pattern]))
-            job.add_tensor(name, disk, pattern, stored[disk])
+            if name not in jobs:
+                jobs[name] = deepcopy(by_pattern[pattern])
+            jobs[name].add_tensor(name, disk, pattern, stored[disk])
             inputs.setdefault(name, []).append(disk)
     for first, job in jobs.items():
         try:

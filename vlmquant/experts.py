@@ -102,7 +102,19 @@ class Expert(nn.Module):
             inner, outer = form.hidden, form.intermediate
             if projection == "down_proj":
                 inner, outer = outer, inner
-            self.add_module(projection, nn.Linear(inner, outer, bias=form.biased, dtype=dtype, device=device))
+            self.add_module(projection, _linear(inner, outer, bias=form.biased, dtype=dtype, device=device))
+
+
+def _linear(inner: int, outer: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """An nn.Linear without initial values: models have tens of thousands of experts' layers."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = inner, outer
+    linear.weight = nn.Parameter(torch.empty(outer, inner, dtype=dtype, device=device), requires_grad=False)
+    linear.register_parameter(
+        "bias", nn.Parameter(torch.empty(outer, dtype=dtype, device=device), requires_grad=False) if bias else None
+    )
+    return linear
 
 
 class Experts(nn.Module):

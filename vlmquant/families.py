@@ -3,9 +3,9 @@
 Modules are named as in transformers 5. Which layers are repeated (the blocks) and which are linear, the modules say.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
-
 
 from vlmquant.recipe import FamilySpec
 
@@ -15,12 +15,22 @@ class Fold:
     """Modules of a block between which a per-channel scale can move without changing the block's output.
 
     The producer's outputs, times its (weight + gain_offset), are the inputs of all consumers and of nothing else.
+    Consumers that a block does not have are left out, so one fold fits the different layers of a hybrid model. A *
+    stands for the number of an expert.
     """
 
     producer: str
     consumers: tuple[str, ...]
     kind: Literal["norm", "linear"]
     gain_offset: float = 0.0
+    when: str = ""
+    """An attribute of the block that has to be true."""
+
+    def inside(self, parameters: Collection[str], number: str = "*") -> "Fold":
+        """The fold in a block with these parameters, for the expert of that number: its consumers are all there are."""
+        consumers = (name.replace("*", number) for name in self.consumers)
+        present = tuple(name for name in consumers if f"{name}.weight" in parameters)
+        return replace(self, producer=self.producer.replace("*", number), consumers=present)
 
 
 WAY_OUT = (
@@ -190,61 +200,332 @@ NEVER_QUANTIZED: tuple[tuple[str, str], ...] = (
 """Names of linears inside their blocks that stay at 16 bits whatever the recipe says, and why."""
 
 
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def _below(module: str, leaves: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{module}.{leaf}" for leaf in leaves)
+
+
+def _values(attention: str, out: str, value: str = "v_proj") -> tuple[Fold, ...]:
+    """Values before the output projection."""
+    return (Fold(f"{attention}.{value}", (f"{attention}.{out}",), "linear"),)
+
+
 def _attention(norm: str, attention: str, out: str, *, gain_offset: float = 0.0) -> tuple[Fold, ...]:
     """A norm before separate query, key and value projections; values before the output projection."""
-    return (
-        Fold(norm, tuple(f"{attention}.{leaf}" for leaf in ("q_proj", "k_proj", "v_proj")), "norm", gain_offset),
-        Fold(f"{attention}.v_proj", (f"{attention}.{out}",), "linear"),
-    )
+    return (Fold(norm, _below(attention, _QKV), "norm", gain_offset), *_values(attention, out))
+
+
+def _product(mlp: str) -> tuple[Fold, ...]:
+    """Up (the factor without an activation) before down: not where up is clamped, or where something is added to it."""
+    return (Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",), "linear"),)
 
 
 def _gated_mlp(norm: str, mlp: str, *, gain_offset: float = 0.0) -> tuple[Fold, ...]:
-    """A norm before gate and up; up (the factor without an activation) before down."""
+    """A norm before gate and up; up before down."""
+    return (Fold(norm, _below(mlp, ("gate_proj", "up_proj")), "norm", gain_offset), *_product(mlp))
+
+
+def _mla() -> tuple[Fold, ...]:
+    """Multi-head latent attention: a norm before the first projections, one of latent queries, one of latent values."""
+    first = ("q_proj", "q_a_proj", "kv_a_proj_with_mqa")
     return (
-        Fold(norm, (f"{mlp}.gate_proj", f"{mlp}.up_proj"), "norm", gain_offset),
-        Fold(f"{mlp}.up_proj", (f"{mlp}.down_proj",), "linear"),
+        Fold("input_layernorm", _below("self_attn", first), "norm"),
+        Fold("self_attn.q_a_layernorm", _below("self_attn", ("q_b_proj", "indexer.wq_b")), "norm"),
+        Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "norm"),
     )
 
 
-_LLAMA_FOLDS = _attention("input_layernorm", "self_attn", "o_proj") + _gated_mlp("post_attention_layernorm", "mlp")
-# Gemma's norms multiply by 1 + weight. From its second version on, the norm before the MLP has a name of its own.
+_LLAMA_ATTENTION = _attention("input_layernorm", "self_attn", "o_proj")
+_LLAMA_MLP = _gated_mlp("post_attention_layernorm", "mlp")
+_LLAMA_FOLDS = _LLAMA_ATTENTION + _LLAMA_MLP
+# The norm before routed experts feeds their router too: it takes scales in dense layers only.
+_EXPERTS = _product("mlp.experts.*")
+_SHARED_EXPERT = (*_EXPERTS, *_product("mlp.shared_expert"))
+_SHARED_EXPERTS = (*_EXPERTS, *_product("mlp.shared_experts"))
+_QWEN3_MOE_FOLDS = _LLAMA_FOLDS + _EXPERTS
+_MOE_FOLDS = _LLAMA_FOLDS + _SHARED_EXPERTS
+_DEEPSEEK_FOLDS = (*_mla(), *_LLAMA_MLP, *_SHARED_EXPERTS)
+_POST_NORM_FOLDS = _values("self_attn", "o_proj") + _product("mlp")
+_CROSS_ATTENTION = (Fold("input_layernorm", ("cross_attn.q_proj",), "norm"), *_values("cross_attn", "o_proj"))
+_FUSED_FOLDS = (
+    Fold("input_layernorm", ("self_attn.qkv_proj",), "norm"),
+    Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "norm"),
+)
+_GLM_FOLDS = (*_LLAMA_ATTENTION, Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "norm"))
+# Gemma's norms multiply by 1 + weight, up to its third version. From its second version on, the norm before the MLP has
+# a name of its own. Gemma 4 has a norm behind its values.
 _GEMMA_ATTENTION = _attention("input_layernorm", "self_attn", "o_proj", gain_offset=1.0)
 _GEMMA_FOLDS = _GEMMA_ATTENTION + _gated_mlp("post_attention_layernorm", "mlp", gain_offset=1.0)
-_GEMMA2_FOLDS = _GEMMA_ATTENTION + _gated_mlp("pre_feedforward_layernorm", "mlp", gain_offset=1.0)
+_GEMMA2_MLP = _gated_mlp("pre_feedforward_layernorm", "mlp", gain_offset=1.0)
+_GEMMA2_FOLDS = _GEMMA_ATTENTION + _GEMMA2_MLP
+_GEMMA4_FOLDS = (
+    Fold("input_layernorm", _below("self_attn", _QKV), "norm"),
+    *_gated_mlp("pre_feedforward_layernorm", "mlp"),
+    *_product("experts.*"),
+)
+# Layers of linear attention have two gates, kept at 16 bits, behind the norm: it takes scales in the other layers only.
+_QWEN3_5_ATTENTION = (
+    Fold(
+        "input_layernorm",
+        (
+            *_below("self_attn", _QKV),
+            *_below("linear_attn", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")),
+        ),
+        "norm",
+        1.0,
+    ),
+    *_values("self_attn", "o_proj"),
+)
+# In layers of sparse attention an indexer reads the norm too. Its MLP clamps up.
+_MINIMAX_FOLDS = (
+    Fold("input_layernorm", _below("self_attn", (*_QKV, "indexer.q_proj", "indexer.k_proj")), "norm", 1.0),
+    *_values("self_attn", "o_proj"),
+    Fold("post_attention_layernorm", ("mlp.gate_up_proj",), "norm", 1.0),
+)
+
+
+def _lfm(out: str) -> tuple[Fold, ...]:
+    return (
+        Fold("operator_norm", ("conv.in_proj", *_below("self_attn", (*_QKV, "g_proj"))), "norm"),
+        *_values("self_attn", out),
+        Fold("ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "norm"),
+        Fold("feed_forward.w3", ("feed_forward.w2",), "linear"),
+    )
+
+
+_OPT_FOLDS = (
+    Fold("self_attn_layer_norm", _below("self_attn", _QKV), "norm", when="do_layer_norm_before"),
+    Fold("final_layer_norm", ("fc1",), "norm", when="do_layer_norm_before"),
+    *_values("self_attn", "out_proj"),
+)
+_KOSMOS_TEXT = (
+    Fold("self_attn_layer_norm", _below("self_attn", _QKV), "norm"),
+    Fold("final_layer_norm", ("ffn.fc1",), "norm"),
+    Fold("ffn.ffn_layernorm", ("ffn.fc2",), "norm"),
+)
+_NEMOTRON_H_FOLDS = (
+    Fold("norm", _below("mixer", ("in_proj", *_QKV, "up_proj")), "norm"),
+    Fold("mixer.norm", ("mixer.out_proj",), "norm"),
+    *_values("mixer", "o_proj"),
+)
+
 _CLIP_FOLDS = (*_attention("layer_norm1", "self_attn", "out_proj"), Fold("layer_norm2", ("mlp.fc1",), "norm"))
+_HUNYUAN_VISION = (*_attention("layer_norm1", "self_attn", "o_proj"), Fold("layer_norm2", ("mlp.fc1",), "norm"))
+_BLIP_VISION = (Fold("layer_norm1", ("self_attn.qkv",), "norm"), Fold("layer_norm2", ("mlp.fc1",), "norm"))
+_SAM_FOLDS = (Fold("layer_norm1", ("attn.qkv",), "norm"), Fold("layer_norm2", ("mlp.lin1",), "norm"))
+_MLLAMA_VISION = (*_LLAMA_ATTENTION, Fold("post_attention_layernorm", ("mlp.fc1",), "norm"))
 _FUSED_QKV = Fold("norm1", ("attn.qkv",), "norm")
+_QWEN2_VISION = (_FUSED_QKV, Fold("norm2", ("mlp.fc1",), "norm"))
+_QWEN2_5_VISION = (_FUSED_QKV, *_gated_mlp("norm2", "mlp"))
+_QWEN3_VISION = (_FUSED_QKV, Fold("norm2", ("mlp.linear_fc1",), "norm"))
+_KIMI_VISION = (*_attention("norm1", "attn", "proj"), Fold("norm2", ("mlp.fc1",), "norm"))
+_INTERNVL_VISION = (
+    *_attention("layernorm_before", "attention", "projection_layer"),
+    Fold("layernorm_after", ("mlp.fc1",), "norm"),
+)
+_STEP_VISION = (
+    *_attention("layernorm_before", "self_attn", "out_proj"),
+    Fold("layernorm_after", ("mlp.fc1",), "norm"),
+)
+_AIMV2_FOLDS = _attention("rms_norm1", "attention", "out_proj") + _gated_mlp("rms_norm2", "ffn")
+_PIX2STRUCT_VISION = (*_values("attention", "output", "value"), Fold("mlp.wi_1", ("mlp.wo",), "linear"))
 
 FOLDS: dict[str, tuple[Fold, ...]] = {
     # language models
     "llama": _LLAMA_FOLDS,
     "mistral": _LLAMA_FOLDS,
     "ministral3": _LLAMA_FOLDS,
+    "smollm3": _LLAMA_FOLDS,
+    "ernie4_5": _LLAMA_FOLDS,
     "qwen2": _LLAMA_FOLDS,
     "qwen2_vl_text": _LLAMA_FOLDS,
     "qwen2_5_vl_text": _LLAMA_FOLDS,
+    "qwen2_5_omni_text": _LLAMA_FOLDS,
     "qwen3": _LLAMA_FOLDS,
     "qwen3_vl_text": _LLAMA_FOLDS,
+    "granite": _LLAMA_FOLDS,
+    "granite4_vision_text": _LLAMA_FOLDS,
+    "granite_docling_text": _LLAMA_FOLDS,
+    "hunyuan_vl_text": _LLAMA_FOLDS,
+    "hyperclovax": _LLAMA_FOLDS,
+    "molmo2_text": _LLAMA_FOLDS,
+    "paddleocr_vl_text": _LLAMA_FOLDS,
+    "idefics": _LLAMA_FOLDS + _CROSS_ATTENTION,
     # In a cross-attention layer, keys and values come from the image, not from the norm.
-    "mllama_text_model": (*_LLAMA_FOLDS, Fold("input_layernorm", ("cross_attn.q_proj",), "norm")),
+    "mllama_text_model": _LLAMA_FOLDS + _CROSS_ATTENTION,
+    "qwen2_moe": _LLAMA_FOLDS + _SHARED_EXPERT,
+    "qwen3_moe": _QWEN3_MOE_FOLDS,
+    "qwen3_vl_moe_text": _QWEN3_MOE_FOLDS,
+    "qwen3_omni_moe_text": _QWEN3_MOE_FOLDS,
+    "mixtral": _LLAMA_ATTENTION + _EXPERTS,
+    "aria_text": _LLAMA_ATTENTION + _SHARED_EXPERTS,
+    "glm4v_moe_text": _MOE_FOLDS,
+    "deepseek_ocr2_text": _MOE_FOLDS,
+    "unlimited_ocr_text": _MOE_FOLDS,
+    "ernie4_5_vl_moe_text": (
+        *_LLAMA_FOLDS,
+        *_product("mlp.text_moe.experts.*"),
+        *_product("mlp.vision_moe.experts.*"),
+        *_product("mlp.shared_experts"),
+    ),
+    "llama4_text": (
+        *_LLAMA_ATTENTION,
+        *_gated_mlp("post_attention_layernorm", "feed_forward"),
+        *_product("feed_forward.experts.*"),
+        *_product("feed_forward.shared_expert"),
+    ),
+    "gpt_oss": _LLAMA_ATTENTION,
+    "deepseek_v2": _DEEPSEEK_FOLDS,
+    "deepseek_v3": _DEEPSEEK_FOLDS,
+    "mistral4": _DEEPSEEK_FOLDS,
+    # Gates and indexers take what the norm before attention puts out, in no single stage with the rest.
+    "mistral_large4_text": (
+        Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "norm"),
+        Fold("self_attn.indexer.q_input_norm", ("self_attn.indexer.wq_b",), "norm"),
+        *_LLAMA_MLP,
+        *_SHARED_EXPERTS,
+    ),
+    "dots3_note_text": _DEEPSEEK_FOLDS[1:],
+    # Its routed experts clamp up.
+    "hy_v4_vl_text": (*_mla()[1:], *_LLAMA_MLP, *_product("mlp.shared_experts")),
+    # Its MLP clamps up, and an indexer reads the latent queries.
+    "glm5_next_text": (Fold("self_attn.kv_a_layernorm", ("self_attn.kv_b_proj",), "norm"), *_LLAMA_MLP[:1]),
+    "glm4v_text": _GLM_FOLDS,
+    "glm_ocr_text": _GLM_FOLDS,
+    "phi3": _FUSED_FOLDS,
+    "phi4_multimodal": _FUSED_FOLDS,
+    "apertus1p5_text": (
+        *_attention("attention_layernorm", "self_attn", "o_proj"),
+        Fold("feedforward_layernorm", ("mlp.up_proj",), "norm"),
+    ),
+    "cosmos3_edge_text": (*_LLAMA_ATTENTION, Fold("post_attention_layernorm", ("mlp.fc1",), "norm")),
+    # One norm before attention and MLP, or norms behind both: none that a single stage follows.
+    "cohere": _POST_NORM_FOLDS,
+    "cohere2": _POST_NORM_FOLDS,
+    "cohere_compass_text": _POST_NORM_FOLDS,
+    "exaone4": _POST_NORM_FOLDS,
+    "phi": _values("self_attn", "dense"),
+    "bart": (*_values("self_attn", "out_proj"), *_values("encoder_attn", "out_proj")),
+    "blip_text_model": (
+        Fold("attention.self.value", ("attention.output.dense",), "linear"),
+        Fold("crossattention.self.value", ("crossattention.output.dense",), "linear"),
+    ),
+    "git": (Fold("attention.self.value", ("attention.output.dense",), "linear"),),
+    "qwen4_exp_text": (*_values("self_attn", "o_proj"), *_SHARED_EXPERT),
+    "inkling_text": _values("self_attn", "o_proj") + _EXPERTS,
+    # Norms behind its attention, in front of every projection of its experts.
+    "muse_spark_text": _EXPERTS,
     "gemma": _GEMMA_FOLDS,
     "gemma2": _GEMMA2_FOLDS,
     "gemma3_text": _GEMMA2_FOLDS,
+    "gemma4_text": _GEMMA4_FOLDS,
+    "t5gemma2_encoder": (
+        *_attention("pre_self_attn_layernorm", "self_attn", "o_proj", gain_offset=1.0),
+        *_GEMMA2_MLP,
+    ),
+    "muse_glimmer_text": (*_values("self_attn", "o_proj"), *_GEMMA2_MLP),
+    "qwen3_5_text": (*_QWEN3_5_ATTENTION, *_gated_mlp("post_attention_layernorm", "mlp", gain_offset=1.0)),
+    "qwen3_5_moe_text": (*_QWEN3_5_ATTENTION, *_SHARED_EXPERT),
+    "minimax_m3_vl_text": _MINIMAX_FOLDS,
+    # Its MLP clamps up.
+    "step3p5": (
+        *_values("self_attn", "o_proj"),
+        Fold("post_attention_layernorm", _below("mlp", ("gate_proj", "up_proj")), "norm", 1.0),
+    ),
+    "lfm2": _lfm("out_proj"),
+    "lfm2_moe": (*_lfm("out_proj"), *_product("feed_forward.experts.*")),
+    "lfm3": _lfm("o_proj"),
+    "nemotron_h": _NEMOTRON_H_FOLDS,
+    "opt": _OPT_FOLDS,
+    # Behind its attention is a norm, which no scale of the values passes.
+    "kosmos_2_text_model": (*_KOSMOS_TEXT, Fold("self_attn.inner_attn_ln", ("self_attn.out_proj",), "norm")),
+    "kosmos_2_5_text_model": (*_KOSMOS_TEXT, *_values("self_attn", "out_proj")),
+    "pix2struct_text_model": (
+        Fold("encoder_decoder_attention.layer_norm", ("encoder_decoder_attention.attention.query",), "norm"),
+        *_values("self_attention.attention", "output", "value"),
+        *_values("encoder_decoder_attention.attention", "output", "value"),
+        Fold("mlp.DenseReluDense.wi_1", ("mlp.DenseReluDense.wo",), "linear"),
+    ),
     # vision encoders
     "clip_vision_model": _CLIP_FOLDS,
     "siglip_vision_model": _CLIP_FOLDS,
+    "siglip2_vision_model": _CLIP_FOLDS,
+    "idefics_vision": _CLIP_FOLDS,
+    "idefics2_vision": _CLIP_FOLDS,
     "idefics3_vision": _CLIP_FOLDS,
     "smolvlm_vision": _CLIP_FOLDS,
-    "qwen2_vl_vision": (_FUSED_QKV, Fold("norm2", ("mlp.fc1",), "norm")),
-    "qwen2_5_vl_vision": (_FUSED_QKV, *_gated_mlp("norm2", "mlp")),
-    "qwen3_vl_vision": (_FUSED_QKV, Fold("norm2", ("mlp.linear_fc1",), "norm")),
-    "internvl_vision": (
-        *_attention("layernorm_before", "attention", "projection_layer"),
-        Fold("layernorm_after", ("mlp.fc1",), "norm"),
+    "granite_docling_vision": _CLIP_FOLDS,
+    "phi4_multimodal_vision": _CLIP_FOLDS,
+    "minicpmv4_6_vision": _CLIP_FOLDS,
+    "minicpmv4_7_vision": _CLIP_FOLDS,
+    "minicpm_ocr_vision": _CLIP_FOLDS,
+    "minimax_m3_vl_vision": _CLIP_FOLDS,
+    "video_llama_3_vision": _CLIP_FOLDS,
+    "paddleocr_vl_vision": _CLIP_FOLDS,
+    "cosmos3_edge_vision": _CLIP_FOLDS,
+    "kosmos_2_vision_model": _CLIP_FOLDS,
+    "git_vision_model": _CLIP_FOLDS,
+    "hunyuan_vl_vision": _HUNYUAN_VISION,
+    "hy_v4_vl_vision": _HUNYUAN_VISION,
+    "molmo2_vision": _HUNYUAN_VISION,
+    "janus_vision_model": (
+        *_attention("layer_norm1", "self_attn", "projection_layer"),
+        Fold("layer_norm2", ("mlp.fc1",), "norm"),
     ),
+    "blip_vision_model": _BLIP_VISION,
+    "blip_2_vision_model": _BLIP_VISION,
+    "instructblip_vision_model": _BLIP_VISION,
+    "instructblipvideo_vision_model": _BLIP_VISION,
+    "sam_vision_model": _SAM_FOLDS,
+    "got_ocr2_vision": _SAM_FOLDS,
+    "pp_chart2table_vision": _SAM_FOLDS,
+    "unlimited_ocr_vision": _SAM_FOLDS + _CLIP_FOLDS,
+    "deepseek_ocr2_vision": _SAM_FOLDS + _LLAMA_FOLDS,
+    "qwen2_vl_vision": _QWEN2_VISION,
+    "ernie4_5_vl_moe_vision": _QWEN2_VISION,
+    "qwen2_5_vl_vision": _QWEN2_5_VISION,
+    "qwen2_5_omni_vision_encoder": (
+        Fold("norm1", ("attn.q", "attn.k", "attn.v"), "norm"),
+        *_values("attn", "proj", "v"),
+        *_gated_mlp("norm2", "mlp"),
+    ),
+    "exaone4_5_vision": _QWEN2_5_VISION,
+    "glm4v_vision": _QWEN2_5_VISION,
+    "glm4v_moe_vision": _QWEN2_5_VISION,
+    "glm_ocr_vision": _QWEN2_5_VISION,
+    # Its MLP clamps up.
+    "glm5_next_vision": _QWEN2_5_VISION[:2],
+    "dots3_note_vision_encoder": (*_QWEN2_5_VISION, *_product("mlp.experts.*")),
+    "qwen3_vl_vision": _QWEN3_VISION,
+    "qwen3_vl_moe_vision": _QWEN3_VISION,
+    "qwen3_5_vision": _QWEN3_VISION,
+    "qwen3_5_moe_vision": _QWEN3_VISION,
+    "qwen3_omni_moe_vision_encoder": _QWEN3_VISION,
+    "qwen4_exp_vision": _QWEN3_VISION,
+    "cohere_compass_vision": _QWEN3_VISION,
+    "kimi_k25_vision": _KIMI_VISION,
+    "muse_glimmer_vision": _KIMI_VISION,
+    "muse_spark_vision": _KIMI_VISION,
+    "internvl_vision": _INTERNVL_VISION,
+    "qianfan_ocr_vision": _INTERNVL_VISION,
+    "step3p5_vision": _STEP_VISION,
+    "inkling2_vision": _STEP_VISION,
+    "radio": (*_attention("norm1", "attention", "o_proj"), Fold("norm2", ("mlp.fc1",), "norm")),
     "pixtral": _attention("attention_norm", "attention", "o_proj") + _gated_mlp("ffn_norm", "feed_forward"),
-    "mllama_vision_model": (
-        *_attention("input_layernorm", "self_attn", "o_proj"),
-        Fold("post_attention_layernorm", ("mlp.fc1",), "norm"),
+    "aimv2_vision_model": _AIMV2_FOLDS,
+    "ovis2_vision": _AIMV2_FOLDS,
+    "mllama_vision_model": _MLLAMA_VISION,
+    "llama4_vision_model": _MLLAMA_VISION,
+    "lfm3_vl_vision": _lfm("out_proj"),
+    "kosmos_2_5_vision_model": _PIX2STRUCT_VISION,
+    "pix2struct_vision_model": _PIX2STRUCT_VISION,
+    "florence_vision": (
+        Fold("spatial_block.norm1", ("spatial_block.window_attn.qkv",), "norm"),
+        Fold("spatial_block.norm2", ("spatial_block.ffn.fc1",), "norm"),
+        Fold("channel_block.norm1", ("channel_block.channel_attn.qkv",), "norm"),
+        Fold("channel_block.norm2", ("channel_block.ffn.fc1",), "norm"),
     ),
 }
 """By the model_type of a language model's or vision encoder's own config; one that is not listed takes no folds."""
@@ -264,15 +545,62 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
 
 Calibration checks that they do: see `stream.Block`."""
 
+_CLIP_ACTIVATION = ("mlp.fc1", "mlp.activation_fn")
+_QWEN2_ACTIVATION = ("mlp.fc1", "mlp.act")
+_QWEN3_ACTIVATION = ("mlp.linear_fc1", "mlp.act_fn")
+_SAM_ACTIVATION = ("mlp.lin1", "mlp.act")
+
 ACTIVATIONS: dict[str, tuple[str, str]] = {
-    "clip_vision_model": ("mlp.fc1", "mlp.activation_fn"),
-    "siglip_vision_model": ("mlp.fc1", "mlp.activation_fn"),
-    "idefics3_vision": ("mlp.fc1", "mlp.activation_fn"),
-    "smolvlm_vision": ("mlp.fc1", "mlp.activation_fn"),
-    "internvl_vision": ("mlp.fc1", "mlp.activation_fn"),
-    "mllama_vision_model": ("mlp.fc1", "mlp.activation_fn"),
-    "qwen2_vl_vision": ("mlp.fc1", "mlp.act"),
-    "qwen3_vl_vision": ("mlp.linear_fc1", "mlp.act_fn"),
+    "clip_vision_model": _CLIP_ACTIVATION,
+    "siglip_vision_model": _CLIP_ACTIVATION,
+    "siglip2_vision_model": _CLIP_ACTIVATION,
+    "idefics2_vision": _CLIP_ACTIVATION,
+    "idefics3_vision": _CLIP_ACTIVATION,
+    "smolvlm_vision": _CLIP_ACTIVATION,
+    "granite_docling_vision": _CLIP_ACTIVATION,
+    "phi4_multimodal_vision": _CLIP_ACTIVATION,
+    "minicpmv4_6_vision": _CLIP_ACTIVATION,
+    "minicpmv4_7_vision": _CLIP_ACTIVATION,
+    "minicpm_ocr_vision": _CLIP_ACTIVATION,
+    "minimax_m3_vl_vision": _CLIP_ACTIVATION,
+    "video_llama_3_vision": _CLIP_ACTIVATION,
+    "paddleocr_vl_vision": _CLIP_ACTIVATION,
+    "cosmos3_edge_vision": _CLIP_ACTIVATION,
+    "kosmos_2_vision_model": _CLIP_ACTIVATION,
+    "git_vision_model": _CLIP_ACTIVATION,
+    "hunyuan_vl_vision": _CLIP_ACTIVATION,
+    "hy_v4_vl_vision": _CLIP_ACTIVATION,
+    "molmo2_vision": _CLIP_ACTIVATION,
+    "janus_vision_model": _CLIP_ACTIVATION,
+    "blip_vision_model": _CLIP_ACTIVATION,
+    "blip_2_vision_model": _CLIP_ACTIVATION,
+    "instructblip_vision_model": _CLIP_ACTIVATION,
+    "instructblipvideo_vision_model": _CLIP_ACTIVATION,
+    "internvl_vision": _CLIP_ACTIVATION,
+    "qianfan_ocr_vision": _CLIP_ACTIVATION,
+    "step3p5_vision": _CLIP_ACTIVATION,
+    "inkling2_vision": _CLIP_ACTIVATION,
+    "radio": _CLIP_ACTIVATION,
+    "mllama_vision_model": _CLIP_ACTIVATION,
+    "llama4_vision_model": _CLIP_ACTIVATION,
+    "qwen2_vl_vision": _QWEN2_ACTIVATION,
+    "ernie4_5_vl_moe_vision": _QWEN2_ACTIVATION,
+    "kimi_k25_vision": _QWEN2_ACTIVATION,
+    "muse_glimmer_vision": _QWEN2_ACTIVATION,
+    "muse_spark_vision": _QWEN2_ACTIVATION,
+    "qwen3_vl_vision": _QWEN3_ACTIVATION,
+    "qwen3_vl_moe_vision": _QWEN3_ACTIVATION,
+    "qwen3_5_vision": _QWEN3_ACTIVATION,
+    "qwen3_5_moe_vision": _QWEN3_ACTIVATION,
+    "qwen3_omni_moe_vision_encoder": _QWEN3_ACTIVATION,
+    "qwen4_exp_vision": _QWEN3_ACTIVATION,
+    "cohere_compass_vision": _QWEN3_ACTIVATION,
+    "sam_vision_model": _SAM_ACTIVATION,
+    "got_ocr2_vision": _SAM_ACTIVATION,
+    "pp_chart2table_vision": _SAM_ACTIVATION,
+    "unlimited_ocr_vision": _SAM_ACTIVATION,
+    "deepseek_ocr2_vision": _SAM_ACTIVATION,
+    "florence_vision": ("ffn.fc1", "ffn.activation_fn"),
 }
 """By a vision encoder's model_type: a linear of its blocks whose outputs go through an activation and nowhere else; the
 activation."""

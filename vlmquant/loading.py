@@ -20,16 +20,17 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from vlmquant.components import EXPERT_NAME, auto_class
+from vlmquant.components import EXPERT_NAME, auto_class, model_dtype
 from vlmquant.conversion import Lazy, Stored, match
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
 from vlmquant.experts import Form, form_of, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
 from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
+from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors
 from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
 from vlmquant.recipe import Scheme
-from vlmquant.shards import Shards, TensorEntry, open_shards, read_header
+from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header
 
 READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
 FUSED_ACTIVATIONS = {
@@ -353,29 +354,36 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     CheckpointError where the checkpoint does not fit its model: every tensor must be there, be used and have its shape.
     """
     path, device = Path(path), torch.device(device)
-    open_shards(path)
-    quantized_by = _method_of(path)
+    shards = open_shards(path)
+    source = _fp8_source(path)
+    quantized_by = None if source else _method_of(path)
     config = _config(path)
     auto = auto_class(config)
     arguments: dict[str, Any] = {}
+    if len(shards.files) == 1 and shards.files[0].name != SINGLE_NAME and not (path / INDEX_NAME).is_file():
+        config.transformers_weights = shards.files[0].name
+        arguments["config"] = config
     if quantized_by == bitsandbytes.METHOD:
         bitsandbytes.require_bitsandbytes()
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every product in bfloat16
         arguments["device_map"] = {"": str(device)}
     try:
         with _installed():
-            model, info = _from_pretrained(
-                auto,
-                config,
-                path,
-                dtype=dtype or "auto",
-                output_loading_info=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                **arguments,
-            )
+            if source:
+                model, info = _from_fp8(auto, config, path, shards, source, dtype)
+            else:
+                model, info = _from_pretrained(
+                    auto,
+                    config,
+                    path,
+                    dtype=dtype or "auto",
+                    output_loading_info=True,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    **arguments,
+                )
     except VlmquantError as error:
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
@@ -386,15 +394,15 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
                 f"{path}: {len(names)} {what.replace('_', ' ')}: {', '.join(names[:SHOWN])}; "
                 "the weights and config.json do not belong together, or the checkpoint is incomplete"
             )
-    if arguments and dtype is not None:
+    if quantized_by == bitsandbytes.METHOD and dtype is not None:
         _cast_kept(model, dtype)
-    if device.type != "cpu" and not arguments:
+    if device.type != "cpu" and quantized_by != bitsandbytes.METHOD:
         model.to(device)
     _give_back_freed_memory()
     return model.eval()
 
 
-def _from_pretrained(auto: Any, config: Any, path: Path, **arguments: Any) -> Any:
+def _from_pretrained(auto: Any, config: Any, path: Path, /, **arguments: Any) -> Any:
     """Model and loading info, also where a class's own from_pretrained cannot give the latter (Qwen2.5-Omni's)."""
     kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping.keys() else None
     own = kind is not None and kind.from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__
@@ -405,6 +413,66 @@ def _from_pretrained(auto: Any, config: Any, path: Path, **arguments: Any) -> An
     if hasattr(model, "load_speakers") and voices.is_file():
         model.load_speakers(str(voices))
     return model, info
+
+
+class _Slice:
+    """Stands in for a tensor of a checkpoint while transformers loads it, which reads it by `[...]`."""
+
+    def __init__(self, name: str, value: Lazy, shards: Shards, *, check: bool) -> None:
+        self.name, self.value, self.shards, self.check = name, value, shards, check
+        self.shape, self.dtype = value.shape, value.dtype
+
+    def __getitem__(self, key: Any) -> Tensor:
+        read = self.value.read(self.shards.read)
+        if self.check and not read.isfinite().all():
+            file = self.shards.entries[self.name].file
+            raise InputError(f"{file}: tensor {self.name} holds NaN or infinite values; the model is damaged")
+        return read[key]
+
+
+def _from_fp8(
+    auto: Any, config: Any, path: Path, shards: Shards, source: Source, dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any]]:
+    """The model of an FP8 checkpoint as we quantize it: dequantized to its own dtype, one tensor at a time, then cast.
+
+    transformers' own FP8 loader needs accelerate, refuses or misreads blocks at the edges that are partial, and rounds
+    to the dtype asked for.
+    """
+    from transformers import GenerationConfig
+
+    own = model_dtype(config, shards)
+    forget_quantization(config)
+    logical = logical_tensors(shards, source, own)
+    kind = auto._model_mapping[type(config)]
+    model, info = PreTrainedModel.from_pretrained.__func__(
+        kind,
+        None,
+        config=config,
+        state_dict={
+            name: _Slice(name, value, shards, check=name in logical.scaled) for name, value in logical.tensors.items()
+        },
+        dtype=dtype or own,
+        output_loading_info=True,
+    )
+    model.name_or_path = model.config._name_or_path = str(path)
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return model, info
+
+
+def _fp8_source(path: Path) -> Source | None:
+    """How the weights of an FP8 checkpoint are stored; None for any other, and for one that we load packed."""
+    content = _content(path / "config.json")
+    try:
+        parse_config(content["quantization_config"])
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
+        pass
+    else:
+        return None
+    try:
+        return find_source(content, path / "config.json")
+    except InputError:
+        return None  # told by `_method_of`
 
 
 def _config(path: Path) -> Any:
@@ -432,13 +500,7 @@ def _method_of(path: Path) -> str | None:
     CheckpointError for one that we do not load: transformers warns of a method it does not know, and loads nonsense.
     """
     file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: missing; a model's directory holds a config.json") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    quantization = _content(file).get("quantization_config")
     if not quantization:
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -450,6 +512,16 @@ def _method_of(path: Path) -> str | None:
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
     return str(method)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file}: missing; a model's directory holds a config.json") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from error
+    return config if isinstance(config, dict) else {}
 
 
 def _cast_kept(model: nn.Module, dtype: torch.dtype) -> None:

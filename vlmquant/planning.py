@@ -13,7 +13,6 @@ from torch import nn
 
 from vlmquant.components import COMPONENTS, OTHER, BlockInfo, ComponentMap, LinearInfo, ParameterInfo
 from vlmquant.errors import PlanError
-from vlmquant.experts import holds_experts
 from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.packing import packed_columns
 from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
@@ -202,6 +201,11 @@ class _Choice:
 def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
     """A line for every tensor. PlanError where the recipe cannot be carried out on this model; no weight is read."""
     choices: dict[str, _Choice] = {}
+    if components.source and recipe.output.format == "bitsandbytes":
+        raise PlanError(
+            f"{components.model_dir}: bitsandbytes quantizes from 16-bit weights, and this model is "
+            f"{components.source.label}; start from the unquantized model, or use a scheme of compressed-tensors"
+        )
     for component, spec in recipe.specs():
         _check_spec(component, spec)
         _check_globs(components, component, spec)
@@ -326,12 +330,11 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
                 f"components.{component}: bitsandbytes does not quantize experts, whose weights are stacked ({name}); list "
                 "them under keep, or use a scheme of compressed-tensors"
             )
-    modules = dict(components.skeleton().named_modules())
     own = [parameter for parameter in components.parameters if parameter.component == component]
     whole = sum(prod(parameter.shape) for parameter in own)
     for parameter in own:
         module = parameter.name.rpartition(".")[0]
-        if len(parameter.shape) < 3 or module not in modules or not holds_experts(modules[module]):
+        if len(parameter.shape) < 3 or module not in components.unread_experts:
             continue
         alike = sum(prod(one.shape) for one in own if one.name.rpartition(".")[2] == parameter.name.rpartition(".")[2])
         if alike > LARGEST_KEPT_STACK * whole and not _matching(
@@ -339,7 +342,7 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
         ):
             raise PlanError(
                 f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts in a way "
-                f"that we cannot take apart ({type(modules[module]).__name__}); list its module under keep to leave it "
+                f"that we cannot take apart ({components.modules[module].__name__}); list its module under keep to leave it "
                 "at 16 bits"
             )
 
@@ -374,10 +377,10 @@ def _embedding(components: ComponentMap, spec: ComponentSpec) -> str:
             "no overrides) or as fp16"
         )
     prefix = next(prefix for prefix, owner in components.family.prefixes().items() if owner == "embedding")
-    module = components.skeleton().get_submodule(prefix)
-    if type(module) is not nn.Embedding:
+    module = components.modules.get(prefix, nn.Module)
+    if module is not nn.Embedding:
         raise PlanError(
-            f"components.embedding: {prefix} is a {type(module).__name__}, not a plain embedding; make it fp16"
+            f"components.embedding: {prefix} is a {module.__name__}, not a plain embedding; make it fp16"
         )
     return f"{prefix}.weight"
 
@@ -453,17 +456,13 @@ def _wanted(
 
 def _is_router(components: ComponentMap, linear: LinearInfo) -> bool:
     """Whether a linear beside a layer's experts has an output for each of them."""
-    parent = linear.name.rpartition(".")[0]
-    beside = [form.experts for module, form in components.experts.items() if module.rpartition(".")[0] == parent]
-    return linear.out_features in beside
+    return components.routed_beside.get(linear.name.rpartition(".")[0]) == linear.out_features
 
 
 def _dividing_inputs(components: ComponentMap, linear: LinearInfo) -> int:
     """The number that a group size has to divide: of an expert, what all its linears have in common."""
-    for module, form in components.experts.items():
-        if linear.name.startswith(f"{module}."):
-            return gcd(form.hidden, form.intermediate)
-    return linear.in_features
+    form = components.form_of(linear.name)
+    return gcd(form.hidden, form.intermediate) if form else linear.in_features
 
 
 def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) -> _Choice:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from vlmquant.errors import InputError
+from vlmquant.hub import only_file, refuse_adapter, why_no_weights
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 HEADER_MAX_BYTES = 100_000_000
 """The limit of the safetensors format."""
-PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 LENGTH_BYTES = 8
 """Size of the little-endian header length a safetensors file begins with."""
 
@@ -108,11 +108,13 @@ def open_shards(model_dir: Path) -> Shards:
     """Read and check every header, and the index against them. InputError names the file and what is wrong."""
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such directory; give the directory of a model in safetensors format")
+    refuse_adapter(model_dir)
     index, single = model_dir / INDEX_NAME, model_dir / SINGLE_NAME
     if not index.is_file():
-        if not single.is_file():
-            raise InputError(f"{model_dir}: {_why_no_weights(model_dir)}")
-        return Shards({entry.name: entry for entry in read_header(_inside(model_dir, SINGLE_NAME))})
+        name = SINGLE_NAME if single.is_file() else only_file(model_dir)
+        if name is None:
+            raise InputError(f"{model_dir}: {why_no_weights(model_dir)}")
+        return Shards({entry.name: entry for entry in read_header(_inside(model_dir, name))})
     weight_map = _read_index(index)
     if single.is_file() and SINGLE_NAME not in weight_map.values():
         raise InputError(
@@ -230,7 +232,7 @@ def _inside(model_dir: Path, name: str) -> Path:
     file, root = model_dir / name, model_dir.resolve()
     homes = [root]
     if root.parent.name == "snapshots":
-        homes.append(root.parent.parent / "blobs")
+        homes.append((root.parent.parent / "blobs").resolve())
     if not any(file.resolve().is_relative_to(home) for home in homes):
         raise InputError(
             f"{file}: is a symbolic link that leads out of the model directory; copy the file in its place"
@@ -259,15 +261,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"key {next(key for key in values if keys.count(key) > 1)} stands twice")
     return values
-
-
-def _why_no_weights(model_dir: Path) -> str:
-    if any(file.suffix in PICKLED_SUFFIXES for file in model_dir.iterdir()):
-        return (
-            "holds pickled weights only, which can run code when loaded; "
-            "convert them to safetensors first, with transformers' save_pretrained"
-        )
-    return f"holds neither {SINGLE_NAME} nor {INDEX_NAME}; is the download complete?"
 
 
 def _some(names: list[str], *, shown: int = 5) -> str:

@@ -445,7 +445,8 @@ class Block:
     def _folds(self) -> tuple[Fold, ...]:
         """Of the tower or language model that the block is in: the same names may mean something else in another one."""
         family = self.stream.components.family
-        around = [place for place in (*family.vision_encoder, family.language) if self.info.name.startswith(f"{place}.")]
+        parts = (*family.vision_encoder, family.language)
+        around = [part for part in parts if self.info.name.startswith(f"{part}.")]
         root = self.stream.model.get_submodule(max(around, key=len))
         return FOLDS.get(part_type(root, self.stream.components.config), ())
 

@@ -1,5 +1,6 @@
 """Samples -> model inputs, by the model's own processor and chat template, answers marked; batches by length."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,14 @@ from vlmquant.errors import InputError, SentinelError
 DETACHED_STOP = " ."
 """How captions end that were split into words before they were stored, as those of Flickr8k and others."""
 
-TOKEN_ALIGNED = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+TOKEN_ALIGNED = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "cross_attention_mask",
+)
 """Inputs whose dimension 1 counts tokens. All others are images' and are joined along dimension 0."""
 
 NOT_MODEL_INPUTS = ("labels",)
@@ -25,6 +33,12 @@ NOT_MODEL_INPUTS = ("labels",)
 
 ANSWER_TOKEN_TYPE = {"PaliGemmaProcessor": 1}
 """token_type_ids of answer tokens by processor class, where not 0: PaliGemma reads its prefix in both directions."""
+
+STRIPS = ("pixel_values", "target_sizes")
+"""Inputs of MiniCPM-V: one strip (1, 3, patch, patches * patch) of all images one behind the other, and their sizes."""
+
+THINKING = ("enable_thinking", "thinking")
+"""What chat templates call the switch of their chain of thought."""
 
 MARKER = "vlmquantmarker"
 
@@ -81,6 +95,9 @@ class Encoder:
         own = getattr(self.tokenizer, "image_token_id", None)
         self.image_id: int | None = own if own is not None else getattr(processor, "image_token_id", None)
         self.template = chat_template(processor)
+        # Sets hold answers without a chain of thought: a template that would open one at the prompt's end is told so.
+        used = (name for name in THINKING if re.search(rf"\b{name} (is|==|!=)|\bnot {name}\b", self.template or ""))
+        self._switches = dict.fromkeys(used, False)
         self.prompt_style = "chat template" if self.template else "plain"
         if self.template is None and self.image_token is None:
             raise InputError("the model has neither a chat template nor an image token; add its chat_template.jinja")
@@ -112,7 +129,11 @@ class Encoder:
         try:
             return str(
                 self.processor.apply_chat_template(
-                    messages, chat_template=self.template, add_generation_prompt=prompt, tokenize=False
+                    messages,
+                    chat_template=self.template,
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                    **self._switches,
                 )
             )
         except jinja2.TemplateError as error:
@@ -202,6 +223,8 @@ class Encoder:
         inputs = self._process(sample, prompt)
         length = inputs["input_ids"].shape[1]
         if sample.images and self.image_id is not None and self.image_tokens(inputs) == 0:
+            self.image_id = self._feature_token(prompt, inputs)
+        if sample.images and self.image_id is not None and self.image_tokens(inputs) == 0:
             raise SentinelError(
                 f"sample {sample.id}: no image tokens in the prompt after processing; check the processor"
             )
@@ -215,6 +238,15 @@ class Encoder:
     def image_tokens(self, inputs: dict[str, Tensor]) -> int:
         """How many of the input tokens stand for image features."""
         return int((inputs["input_ids"] == self.image_id).sum()) if self.image_id is not None else 0
+
+    def _feature_token(self, prompt: str, inputs: dict[str, Tensor]) -> int | None:
+        """The token that stands for image features where others took the place of the prompt's image token (Ovis2).
+
+        It is the special one that the processor put in most often; the id as it was where it put in none.
+        """
+        added = set(inputs["input_ids"].flatten().tolist()) - set(self._ids(prompt))
+        special = sorted(added & self._special_ids() - set(self._end_ids))
+        return max(special, key=lambda token: int((inputs["input_ids"] == token).sum()), default=self.image_id)
 
     def _process(self, sample: Sample, prompt: str) -> dict[str, Tensor]:
         images = [open_image(path) for path in sample.images]
@@ -273,8 +305,8 @@ def collate(items: Sequence[Encoded], pad_side: str) -> Batch:
     """Pad to one length on the "right" (to score) or the "left" (to generate from), and join.
 
     Inputs of images are padded at their ends to one shape and joined along dimension 0: (1, 3, H, W) of LLaVA stack,
-    Qwen's (patches, features) and image_grid_thw follow one another. All items must have the same inputs, that is all
-    have images or none.
+    Qwen's (patches, features) and image_grid_thw follow one another; MiniCPM-V's strips are joined end to end. All
+    items must have the same inputs, that is all have images or none.
     """
     assert items
     assert pad_side in ("left", "right")
@@ -288,11 +320,14 @@ def collate(items: Sequence[Encoded], pad_side: str) -> Batch:
 
     inputs = {}
     for key in items[0].inputs:
+        rows, along = [item.inputs[key] for item in items], 0
         if key in TOKEN_ALIGNED:
-            rows = [pad_tokens(item.inputs[key], item.pad_id if key == "input_ids" else 0) for item in items]
+            rows = [pad_tokens(row, items[0].pad_id if key == "input_ids" else 0) for row in rows]
+        elif key == STRIPS[0] and STRIPS[1] in items[0].inputs:
+            along = -1
         else:
-            rows = _same_shape([item.inputs[key] for item in items])
-        inputs[key] = torch.cat(rows)
+            rows = _same_shape(rows)
+        inputs[key] = torch.cat(rows, along)
     answer_mask = torch.cat([pad_tokens(item.answer_mask[None], 0) for item in items])
     return Batch(inputs, answer_mask, tuple(item.sample for item in items))
 

@@ -20,7 +20,8 @@ def load_processor(model_dir: Path) -> Any:
     """The processor of a model directory: a ProcessorMixin with tokenizer, image_processor and chat template.
 
     Never runs code from the directory. Video processors need torchvision; without it a processor that has one is put
-    together without, for images and text only. Raises InputError that names what is missing.
+    together for images and text only, without its parts for video and audio. Raises InputError that names what is
+    missing.
     """
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such model directory")
@@ -91,12 +92,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _without_video(model_dir: Path, processor_class: Any) -> Any:
-    """An instance of the class whose video_processor is None; its image and text side are transformers' own."""
+    """An instance of the class for text and images alone: they are transformers' own, and its other parts are None."""
 
     def check(self: Any, name: str, argument: Any) -> Any:
-        if name == "video_processor":
-            return None
-        return processor_class.check_argument_for_proper_class(self, name, argument)
+        return processor_class.check_argument_for_proper_class(self, name, argument) if name in parts else None
 
     # SmolVLM's own apply_chat_template only adds the video's frame rate to the common one.
     changes = {"check_argument_for_proper_class": check, "apply_chat_template": ProcessorMixin.apply_chat_template}
@@ -104,8 +103,12 @@ def _without_video(model_dir: Path, processor_class: Any) -> Any:
     parts = {
         "tokenizer": AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False),
         "image_processor": AutoImageProcessor.from_pretrained(str(model_dir), trust_remote_code=False),
-        "video_processor": None,
     }
     settings, _ = processor_class.get_processor_dict(str(model_dir))
-    arguments = [parts[name] for name in processor_class.get_attributes()]
-    return image_only.from_args_and_dict(arguments, settings)  # type: ignore[attr-defined]
+    names = processor_class.get_attributes()
+    # While it is built, the image processor stands in: some read settings from their video processor.
+    arguments = [parts.get(name, parts["image_processor"]) for name in names]
+    processor = image_only.from_args_and_dict(arguments, settings)  # type: ignore[attr-defined]
+    for name in set(names) - set(parts):
+        setattr(processor, name, None)
+    return processor

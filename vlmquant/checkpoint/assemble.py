@@ -18,6 +18,7 @@ from vlmquant.checkpoint.reader import MANIFEST_NAME, MANIFEST_VERSION
 from vlmquant.components import ComponentMap
 from vlmquant.errors import CheckpointError
 from vlmquant.formats import compressed_tensors
+from vlmquant.fp8 import without_quantization
 from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, dtype_name
@@ -165,7 +166,8 @@ def _read_config(model_dir: Path) -> dict[str, Any]:
 
 def write_config(target: Path, components: ComponentMap, quantization_config: Mapping[str, Any]) -> None:
     """The model's own config, with how its weights are quantized."""
-    config = _read_config(components.model_dir) | {"quantization_config": dict(quantization_config)}
+    config = without_quantization(_read_config(components.model_dir))
+    config["quantization_config"] = dict(quantization_config)
     write_text(target / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

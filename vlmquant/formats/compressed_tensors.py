@@ -139,12 +139,12 @@ class _Place:
 
 def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     """What goes into config.json. PlanError if no regexes say exactly which modules the plan quantizes."""
-    modules = dict(components.skeleton().named_modules())
+    modules = {name: kind for name, kind in components.modules.items() if not _further_expert(name, components)}
     schemes: dict[str, Scheme | None] = {name.rpartition(".")[0]: None for names in components.tied for name in names}
     travelling = {parameter.name for parameter in components.parameters if not parameter.loaded}
     for line in plan.lines:
         module = line.name.rpartition(".")[0]
-        if line.name in travelling:
+        if line.name in travelling or _further_expert(module, components):
             continue
         if line.action == "quantize":
             if not isinstance(line.scheme, Scheme):
@@ -161,7 +161,7 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     for scheme, inside in members.items():
         if scheme is not None:
             targets = _patterns(inside, places.values(), [name for name in modules if schemes.get(name) != scheme])
-            if any(isinstance(modules.get(place.name), nn.Embedding) for place in inside):
+            if any(issubclass(modules.get(place.name, nn.Module), nn.Embedding) for place in inside):
                 targets.append(EMBEDDING_CLASS)
             groups[f"group_{len(groups)}"] = _group(scheme, targets)
             formats.append(storage_format(scheme))
@@ -181,6 +181,15 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     }
     _verify(config, schemes, modules)
     return config
+
+
+def _further_expert(name: str, components: ComponentMap) -> bool:
+    """Whether a module belongs to an expert that is not the first of its layer: patterns do not tell experts apart."""
+    parts = name.split(".")
+    return any(
+        parts[place].isdigit() and parts[place] != "0" and ".".join(parts[:place]) in components.experts
+        for place in range(max(len(parts) - 2, 1), len(parts))
+    )
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
@@ -206,10 +215,9 @@ def _place(name: str, components: ComponentMap) -> _Place:
         if name.startswith(f"{block.name}."):
             container, _, layer = block.name.rpartition(".")
             local = name[len(block.name) + 1 :]
-            home = next((home for home in components.experts if name.startswith(f"{home}.")), None)
-            if home is not None:  # one pattern for all experts of a layer
-                expert, _, projection = name[len(home) + 1 :].partition(".")
-                local = f"{home[len(block.name) + 1 :]}.{ANY_EXPERT}.{projection}" if expert.isdigit() else local
+            home = name.rsplit(".", 2)[0]
+            if home in components.experts:  # one pattern for all experts of a layer
+                local = f"{home[len(block.name) + 1 :]}.{ANY_EXPERT}.{name.rpartition('.')[2]}"
             return _Place(name, vision, container, int(layer), local)
     if vision:
         return _Place(name, vision, None, 0, name)
@@ -339,11 +347,13 @@ _TESTS: tuple[Callable[[str, str, str], bool], ...] = (
 )
 
 
-def _verify(config: Mapping[str, Any], schemes: Mapping[str, Scheme | None], modules: Mapping[str, nn.Module]) -> None:
+def _verify(
+    config: Mapping[str, Any], schemes: Mapping[str, Scheme | None], modules: Mapping[str, type[nn.Module]]
+) -> None:
     """Match all names of the model as a loader will; PlanError names a module that would be taken for another."""
     groups, ignore = parse_config(config)
-    for name, module in modules.items():
-        found, wanted = scheme_for(name, type(module).__name__, groups, ignore), schemes.get(name)
+    for name, kind in modules.items():
+        found, wanted = scheme_for(name, kind.__name__, groups, ignore), schemes.get(name)
         if found != wanted:
             labels = [scheme.label if scheme else "kept" for scheme in (found, wanted)]
             raise PlanError(
