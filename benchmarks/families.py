@@ -3,7 +3,8 @@
     python benchmarks/families.py [KIND ...]
 
 Each is quantized with rtn and with `mixed` (on inputs made by hand), loaded, and compared with the original that holds
-the dequantized weights (tests/zoo_check.py). Writes vlmquant/families.json, which `vlmquant inspect --families` shows and
+the dequantized weights (tests/zoo_check.py). Writes vlmquant/families.json, which `vlmquant inspect --families`
+shows and
 tests/test_zoo.py checks, and benchmarks/results/families.md, whose table stands in README.md. With kinds given, only
 those are tried anew. About ten minutes on one core.
 """
@@ -41,7 +42,9 @@ def main() -> None:
     for number, kind in enumerate(asked or zoo.KINDS, start=1):
         with tempfile.TemporaryDirectory() as folder:
             types[kind] = zoo_check.check(kind, Path(folder))
-        stderr.print(f"{number}/{len(asked or zoo.KINDS)} {kind}: {types[kind].get('refused') or 'works'}", soft_wrap=True)
+        stderr.print(
+            f"{number}/{len(asked or zoo.KINDS)} {kind}: {types[kind].get('refused') or 'works'}", soft_wrap=True
+        )
     types |= {kind: {"not_built": reason} for kind, reason in zoo.NOT_BUILT.items()}
     support = {**provenance(), "types": dict(sorted(types.items()))}
     FILE.write_text(json.dumps(support, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from tests import tiny_vlm
-from vlmquant import components as rooms
 from vlmquant.components import ComponentMap, locate_model, resolve_components
 from vlmquant.errors import InputError
 from vlmquant.families import FAMILIES

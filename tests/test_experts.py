@@ -1,4 +1,5 @@
-"""Experts taken apart: the same outputs as the fused module, its weights in the right places, and what calibration sees."""
+"""Experts taken apart: the same outputs as the fused module, its weights in the right places, and what calibration
+sees."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +31,8 @@ KINDS = (
     "step3p7",
     "ernie4_5_vl_moe",
 )
-"""Plain, interleaved with biases and clamps, sorted, transposed, without a dense MLP, without a gate, with a norm, ..."""
+"""Plain, interleaved with biases and clamps, sorted, transposed, without a dense MLP, without a gate, with a norm,
+..."""
 
 
 def fused_modules(kind: str) -> dict[str, nn.Module]:
@@ -43,7 +45,8 @@ def test_a_stand_in_computes_what_the_whole_model_computes(kind: str) -> None:
     model, whole = zoo.make_model(kind), zoo.make_model(kind)
     before = {name: value.clone() for name, value in whole.state_dict().items()}
     forms = take_apart(model)
-    assert forms and not any(holds_experts(module) for module in model.modules())
+    assert forms
+    assert not any(holds_experts(module) for module in model.modules())
     for name, value in parts_of(before, forms).items():
         owner, _, leaf = name.rpartition(".")
         if owner.startswith(tuple(forms)):
@@ -59,7 +62,8 @@ def test_a_stand_in_computes_what_the_whole_model_computes(kind: str) -> None:
 def test_a_wrong_reading_does_not_pass_the_trial(kind: str) -> None:
     module = next(iter(fused_modules(kind).values()))
     form = form_of(module)
-    assert form is not None and stands_for(module, form) is None
+    assert form is not None
+    assert stands_for(module, form) is None
     wrong = []
     if kind != "internvl@gpt_oss":  # whose own gate gets both parts back as they lay
         wrong.append(replace(form, interleaved=not form.interleaved))
@@ -74,7 +78,9 @@ def test_a_module_that_fails_the_trial_is_left_and_refused(tmp_path: Path, monke
     monkeypatch.setattr(rooms, "stands_for", lambda fused, form: "outputs differ")
     components = resolve_components(zoo.build("qwen3_vl_moe", tmp_path / "model"))
     assert not components.experts
-    with pytest.raises(PlanError, match=r"experts\.\w+ stacks the weights of 8 experts .*Qwen3VLMoeTextExperts.* under keep"):
+    with pytest.raises(
+        PlanError, match=r"experts\.\w+ stacks the weights of 8 experts .*Qwen3VLMoeTextExperts.* under keep"
+    ):
         make_plan(components, load_recipe("mixed"))
     kept = parse_recipe(KEPT, name="kept")
     plan = make_plan(components, kept)
@@ -89,9 +95,11 @@ def test_three_dimensions_alone_make_no_experts(tmp_path: Path) -> None:
     components = resolve_components(zoo.build("qwen3_5", tmp_path / "model"))
     plan = make_plan(components, load_recipe("mixed"))
     convolutions = [line for line in plan.lines if line.name.endswith("conv1d.weight")]
-    assert convolutions and all(line.action == "keep" and len(line.shape) == 3 for line in convolutions)
+    assert convolutions
+    assert all(line.action == "keep" and len(line.shape) == 3 for line in convolutions)
     gates = [line for line in plan.lines if line.name.endswith(("in_proj_a.weight", "in_proj_b.weight"))]
-    assert gates and all("output per head" in line.reason for line in gates)
+    assert gates
+    assert all("output per head" in line.reason for line in gates)
 
 
 def test_experts_of_a_layer_have_one_scheme(tmp_path: Path) -> None:
@@ -108,7 +116,8 @@ def test_kept_experts_are_copied_as_they_lie_on_disk(tmp_path: Path) -> None:
 
     before, after = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     stacks = [name for name in before if ".experts." in name]
-    assert stacks and all(torch.equal(before[name], after[name]) for name in stacks)
+    assert stacks
+    assert all(torch.equal(before[name], after[name]) for name in stacks)
     assert not any(".experts.0." in name for name in after)
 
 
@@ -214,7 +223,9 @@ def test_all_tokens_for_all_experts(tmp_path: Path) -> None:
 
 
 def test_an_unused_expert_trips_the_sentinel(tmp_path: Path) -> None:
-    with pytest.raises(StarvedExpertsError, match=r"mlp\.experts: .*of 8 experts saw fewer than 8 .*expert.* 3") as error:
+    with pytest.raises(
+        StarvedExpertsError, match=r"mlp\.experts: .*of 8 experts saw fewer than 8 .*expert.* 3"
+    ) as error:
         Watched(BALANCED, tmp_path, ExpertOptions(), never=PLANTED)
     assert error.value.exit_code == 7
 
@@ -225,7 +236,8 @@ def test_an_unused_expert_is_rounded_to_nearest_and_named(tmp_path: Path) -> Non
         methods = {leaf: watched.methods[f"{module}.{PLANTED}.{leaf}"] for leaf in ("gate_proj", "down_proj")}
         assert set(methods.values()) == {"rtn"}
         assert watched.methods[f"{module}.0.gate_proj"] == "gptq"
-        assert any(note.startswith(module) and "expert 3" in note and "nearest" in note for note in watched.notes)
+        told = [note for note in watched.notes if note.startswith(module)]
+        assert any("expert 3" in note and "nearest" in note for note in told)
 
 
 def test_linears_that_only_pass_for_a_group_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -392,19 +392,6 @@ def test_a_wrong_fold_would_be_seen(what: str) -> None:
     assert max(changes(before, after, divided).values()) > 100 * TOLERANCE
 
 
-UNASKED: dict[tuple[str, str], str] = {
-    **{
-        (kind, "ffn_norm"): "SHARED_INPUTS does not have w1 and w3 together"
-        for kind in ("lfm2", "lfm2_moe", "lfm3", "lfm3_vl_vision")
-    },
-    **{
-        (kind, "input_layernorm"): "SHARED_INPUTS does not have q_a_proj and kv_a_proj_with_mqa together"
-        for kind in ("deepseek_v2", "deepseek_v3", "mistral4")
-    },
-}
-"""Type and producer of folds whose consumers are several stages, so that none of them can take the fold."""
-
-
 def test_every_row_is_tried_on_a_model_that_asks_for_it() -> None:
     """Some kind has a block whose linears a fold fits, and these are one stage: linears that are quantized together."""
     tried, asked, activated = set(), set(), set()
@@ -418,7 +405,7 @@ def test_every_row_is_tried_on_a_model_that_asks_for_it() -> None:
                     asked.add((kind, row))
         activated |= {kind for kind, _, _ in activation_pairs(part.model)}
     assert tried == {(kind, fold) for kind, folds in FOLDS.items() for fold in folds}
-    assert {(kind, fold.producer) for kind, fold in tried - asked} <= set(UNASKED)
+    assert tried == asked
     assert activated == set(ACTIVATIONS)
 
 

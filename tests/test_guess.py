@@ -1,6 +1,5 @@
 """Where a model's parts are: guessed for models without a row, given by a user, refused with a way out."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,7 +40,10 @@ def test_the_guess_places_what_the_row_places(kind: str, tmp_path: Path, monkeyp
     guessed = resolve_components(model_dir)
     assert (with_row.family.source, guessed.family.source) == ("table", "guess")
     assert guessed.blocks == with_row.blocks
-    both = {one.name: (one.component, two.component) for one, two in zip(with_row.parameters, guessed.parameters, strict=True)}
+    both = {
+        one.name: (one.component, two.component)
+        for one, two in zip(with_row.parameters, guessed.parameters, strict=True)
+    }
     quantizable = ("vision_encoder", "language", "embedding", "lm_head")
     different = {name: pair for name, pair in both.items() if pair[0] != pair[1]}
     assert not [name for name, pair in different.items() if any(one in quantizable for one in pair)], different
@@ -55,7 +57,8 @@ def test_a_refusal_names_the_type_the_parts_and_a_way_out(kind: str, what: str, 
         resolve_components(zoo.build(kind, tmp_path / "model"))
     told = str(error.value)
     assert f"model type {kind}: found no {what} among its parts: " in told
-    assert "--family" in told and "vision_encoder, projector, language" in told
+    assert "--family" in told
+    assert "vision_encoder, projector, language" in told
     parts = told.split("parts: ")[1].split(";")[0].split(", ")
     assert all(part.count(".") <= 1 for part in parts), "outermost modules, not leaves"
 
@@ -69,7 +72,9 @@ language: model.language_model
 
 def test_a_users_row_takes_the_place_of_a_guess(tmp_path: Path) -> None:
     model_dir = zoo.build("aya_vision", tmp_path / "model")
-    (tmp_path / "row.yaml").write_text(ROW.replace("projector: [model.multi_modal_projector]", "other: [model.multi_modal_projector]"))
+    (tmp_path / "row.yaml").write_text(
+        ROW.replace("projector: [model.multi_modal_projector]", "other: [model.multi_modal_projector]")
+    )
     family = from_spec(load_family(tmp_path / "row.yaml"))
     components = resolve_components(model_dir, family=family)
     assert components.family.source == "recipe"
@@ -84,7 +89,8 @@ def test_a_row_in_a_recipe_and_in_a_file_give_the_same_plan(tmp_path: Path) -> N
     (tmp_path / "plain.yaml").write_text(recipe)
     (tmp_path / "with.yaml").write_text(recipe + "family:" + ROW.replace("\n", "\n  ") + "\n")
     by_file = CliRunner().invoke(
-        app, ["plan", str(model_dir), "-r", str(tmp_path / "plain.yaml"), "--family", str(tmp_path / "row.yaml"), "--json"]
+        app,
+        ["plan", str(model_dir), "-r", str(tmp_path / "plain.yaml"), "--family", str(tmp_path / "row.yaml"), "--json"],
     )
     by_recipe = CliRunner().invoke(app, ["plan", str(model_dir), "-r", str(tmp_path / "with.yaml"), "--json"])
     assert (by_file.exit_code, by_recipe.exit_code) == (0, 0), by_file.output + by_recipe.output
@@ -107,15 +113,19 @@ def test_a_bad_row_is_told_by_place(text: str, told: str, tmp_path: Path) -> Non
 
 
 def test_a_recipe_with_a_row_is_read(tmp_path: Path) -> None:
-    recipe = parse_recipe(f"version: 1\nname: x\ncomponents: {{}}\nfamily:{ROW.replace(chr(10), chr(10) + '  ')}\n", name="x")
-    assert recipe.family is not None and recipe.family.language == "model.language_model"
+    recipe = parse_recipe(
+        f"version: 1\nname: x\ncomponents: {{}}\nfamily:{ROW.replace(chr(10), chr(10) + '  ')}\n", name="x"
+    )
+    assert recipe.family is not None
+    assert recipe.family.language == "model.language_model"
 
 
 def test_a_guess_is_shown(tmp_path: Path, tiny_llava: Path) -> None:
     model_dir = zoo.build("aya_vision", tmp_path / "model")
     shown = CliRunner().invoke(app, ["inspect", str(model_dir)])
     assert shown.exit_code == 0, shown.output
-    assert "parts (guessed)" in shown.stdout and "model.vision_tower" in shown.stdout
+    assert "parts (guessed)" in shown.stdout
+    assert "model.vision_tower" in shown.stdout
     assert "parts (in the table of families)" in CliRunner().invoke(app, ["inspect", str(tiny_llava)]).stdout
     planned = CliRunner().invoke(app, ["plan", str(model_dir), "-r", "mixed", "--json"])
     assert "its parts were guessed" in planned.stdout
@@ -123,5 +133,6 @@ def test_a_guess_is_shown(tmp_path: Path, tiny_llava: Path) -> None:
 
 def test_families_are_listed() -> None:
     listed = CliRunner().invoke(app, ["inspect", "--families"])
-    assert listed.exit_code == 0 and "qwen3_5_moe" in listed.stdout
+    assert listed.exit_code == 0
+    assert "qwen3_5_moe" in listed.stdout
     assert CliRunner().invoke(app, ["inspect"]).exit_code != 0

@@ -1,4 +1,5 @@
-"""Tensors that the model class leaves aside by design, and buffers that are stored with the weights: kept, bit for bit."""
+"""Tensors that the model class leaves aside by design, and buffers that are stored with the weights: kept, bit for
+bit."""
 
 import json
 import re
@@ -22,7 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 WEIGHTS = "model.safetensors"
 MTP = {
     "qwen3_5": ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp.layers.0.mlp.experts.3.up_proj.weight"),
-    "glm_ocr": ("model.language_model.layers.16.self_attn.q_proj.weight", "model.language_model.layers.16.eh_proj.weight"),
+    "glm_ocr": (
+        "model.language_model.layers.16.self_attn.q_proj.weight",
+        "model.language_model.layers.16.eh_proj.weight",
+    ),
     "paddleocr_vl": ("visual.vision_model.head.mlp.fc1.weight",),
 }
 """Kind -> names of tensors that its class ignores, as its published checkpoints have them."""
@@ -83,7 +87,8 @@ def test_stored_buffers_are_there_while_calibrating_and_after(kind: str, tmp_pat
     model_dir = zoo.build(kind, tmp_path / "model")
     components, plan = zoo_check.quantize(model_dir, zoo_check.mixed(), tmp_path / "out", zoo_check.calibration(kind))
     buffers = [one for one in components.parameters if one.buffer and one.name.endswith(BUFFERS[kind])]
-    assert buffers and all(plan.line(one.name).action == "keep" for one in buffers)
+    assert buffers
+    assert all(plan.line(one.name).action == "keep" for one in buffers)
     before, after = load_file(model_dir / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
     assert all(torch.equal(before[one.disk], after[one.disk]) for one in buffers)
 

@@ -14,11 +14,37 @@ from vlmquant.support import load_support
 
 SUPPORT: dict[str, Any] = load_support()["types"]
 MUST_WORK = (
-    "qwen3_5 qwen3_5_moe qwen3_vl_moe gemma4 gemma4@moe llama4 glm4v glm4v_moe glm46v kimi_k25 internvl@qwen3_moe "
-    "internvl@gpt_oss llava_onevision llava_next_video qwen2_5_omni qwen2_5_omni_thinker qwen3_omni_moe "
-    "qwen3_omni_moe_thinker deepseek_vl deepseek_vl_hybrid ovis2 lfm2_vl minicpmv4_6 phi4_multimodal ernie4_5_vl_moe "
-    "aria blip-2 instructblip florence2 molmo2"
-).split()
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_vl_moe",
+    "gemma4",
+    "gemma4@moe",
+    "llama4",
+    "glm4v",
+    "glm4v_moe",
+    "glm46v",
+    "kimi_k25",
+    "internvl@qwen3_moe",
+    "internvl@gpt_oss",
+    "llava_onevision",
+    "llava_next_video",
+    "qwen2_5_omni",
+    "qwen2_5_omni_thinker",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_thinker",
+    "deepseek_vl",
+    "deepseek_vl_hybrid",
+    "ovis2",
+    "lfm2_vl",
+    "minicpmv4_6",
+    "phi4_multimodal",
+    "ernie4_5_vl_moe",
+    "aria",
+    "blip-2",
+    "instructblip",
+    "florence2",
+    "molmo2",
+)
 MOST_REFUSALS = 15
 QUICK = (
     "qwen3_5",  # linear attention, a merger inside the tower

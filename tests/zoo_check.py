@@ -1,9 +1,9 @@
-"""What becomes of one kind of the zoo: quantized, loaded, compared with the original that holds the dequantized weights."""
+"""What becomes of one kind of the zoo: quantized, loaded, compared with the original that holds the dequantized
+weights."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vlmquant.errors import VlmquantError
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
 from vlmquant.pipeline import _quantize_outside, _record, plan_model
-from vlmquant.planning import Plan, _has_folds
+from vlmquant.planning import Plan, has_folds
 from vlmquant.recipe import Recipe, load_recipe, parse_recipe
 from vlmquant.stream import BlockResult, BlockStream
 
@@ -39,7 +39,9 @@ STOCK_TOLERANCE = 0.05
 """transformers alone rounds dequantized experts to bfloat16, and a router that is close to even may choose another."""
 
 
-def quantize(model_dir: Path, recipe: Recipe, out: Path, batches: list[Callable[[], Batch]]) -> tuple[ComponentMap, Plan]:
+def quantize(
+    model_dir: Path, recipe: Recipe, out: Path, batches: list[Callable[[], Batch]]
+) -> tuple[ComponentMap, Plan]:
     """`pipeline.quantize` on inputs made by hand instead of a processor's."""
     components, plan = plan_model(model_dir, recipe)
     with CheckpointWriter(out, components, recipe, plan, fingerprint={}, resume=False, force=False) as writer:
@@ -126,7 +128,7 @@ def stock() -> Iterator[None]:
 
 
 def in_stock(kind: str, checkpoint: Path, packed: nn.Module) -> str:
-    """"ok" where transformers alone loads it and computes the same from text, or what keeps it from that."""
+    """ "ok" where transformers alone loads it and computes the same from text, or what keeps it from that."""
     values = zoo.text_inputs(kind)
     try:
         with stock(), torch.no_grad():
@@ -151,7 +153,7 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
     model_dir = zoo.build(kind, folder / "model")
     weights_only = parse_recipe(WEIGHTS_ONLY, name="weights-only")
     try:
-        components, plan = plan_model(model_dir, load_recipe("mixed"))
+        components, _ = plan_model(model_dir, load_recipe("mixed"))
     except VlmquantError as error:
         return {"refused": str(error).replace(f"{model_dir}: ", "").replace(str(model_dir), "MODEL")}
     parts: dict[str, list[str]] = {}
@@ -164,7 +166,7 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
         "source": components.family.source,
         "parts": parts,
         "experts": bool(counts),
-        "folds": [name for name in ("vision_encoder", "language") if _has_folds(components, name)],
+        "folds": [name for name in ("vision_encoder", "language") if has_folds(components, name)],
     }
     quantize(model_dir, weights_only, folder / "rtn", [])
     packed = load_model(folder / "rtn", dtype=torch.float32)
@@ -185,7 +187,9 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
         found["stock"] = in_stock(kind, folder / "mixed", load_model(folder / "mixed", dtype=torch.float32))
         found["calibrated"] = True
     else:
-        quantize(model_dir, parse_recipe(WEIGHTS_ONLY.replace("w8a16", "w8a8-dynamic"), name="rtn"), folder / "int8", [])
+        quantize(
+            model_dir, parse_recipe(WEIGHTS_ONLY.replace("w8a16", "w8a8-dynamic"), name="rtn"), folder / "int8", []
+        )
         found["stock"] = in_stock(kind, folder / "int8", load_model(folder / "int8", dtype=torch.float32))
         found["calibrated"] = False
         found["broken"] = zoo.IMAGE_FORWARD_BROKEN[kind]

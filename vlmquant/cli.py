@@ -65,7 +65,8 @@ def emit(value: dict[str, Any]) -> None:
 def inspect(
     model: Annotated[str | None, typer.Argument(help="Model directory or hub id.")] = None,
     families: Annotated[
-        bool, typer.Option("--families", help="The model types of transformers, what of them works and how it was tried.")
+        bool,
+        typer.Option("--families", help="The model types of transformers, what of them works and how it was tried."),
     ] = False,
     family: FamilyOption = None,
     as_json: Json = False,

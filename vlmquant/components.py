@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vlmquant.conversion import Lazy, Matched, Stored, match, nbytes, some
 from vlmquant.errors import InputError
 from vlmquant.experts import Form, holds_experts, parts_of, take_apart
-from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, shared_inputs
+from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, Fold, shared_inputs
 from vlmquant.fp8 import Logical, Source, find_source, forget_quantization, logical_tensors
 from vlmquant.guess import guess_family
 from vlmquant.hub import refuse_adapter, why_no_weights
@@ -78,7 +78,8 @@ class ParameterInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     disk: str
-    """Its name in a checkpoint that stores it by itself: the one it has now, or for a part of a tensor one made for it."""
+    """Its name in a checkpoint that stores it by itself: the one it has now, or for a part of a tensor one made for
+    it."""
     nbytes: int
     """On disk, with its share of the scales."""
     value: Lazy = field(compare=False)
@@ -120,6 +121,7 @@ class ComponentMap:
         experts: dict[str, Form],
         modules: dict[str, type[nn.Module]],
         unread_experts: frozenset[str],
+        part_types: dict[str, str],
         trust_remote_code: bool,
         source: Source | None = None,
     ) -> None:
@@ -135,6 +137,8 @@ class ComponentMap:
         """The class of every module of the skeleton, by name."""
         self.unread_experts = unread_experts
         """Modules that stack experts' weights in a way that is not known."""
+        self.part_types = part_types
+        """The model_type of each vision encoder and of the language model, by the module's name."""
         self.source = source
         """How weights are stored that are FP8 on disk and dequantized when they are read; None where there are none."""
         self._trust_remote_code = trust_remote_code
@@ -145,6 +149,11 @@ class ComponentMap:
 
     def parameter(self, name: str) -> ParameterInfo:
         return self._by_name[name]
+
+    def folds_in(self, block: BlockInfo) -> tuple[Fold, ...]:
+        """Of the tower or language model that a block is in: the same names may mean something else in another one."""
+        around = [part for part in self.part_types if block.name.startswith(f"{part}.")]
+        return FOLDS.get(self.part_types[max(around, key=len)], ()) if around else ()
 
     def form_of(self, linear: str) -> Form | None:
         """How the experts of its layer lie, for the linear of a routed expert."""
@@ -188,7 +197,8 @@ class ComponentMap:
         return value if disk in self._buffers_on_disk else self._checked(value, disk)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own; runs anywhere."""
+        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own; runs
+        anywhere."""
         model = build(self.config, dtype or self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
         take_apart(model, check=False, only=set(self.experts))
         return model
@@ -341,6 +351,9 @@ def resolve_components(
         ignored=ignored + logical.dropped,
         experts=experts,
         modules={name: type(module) for name, module in model.named_modules()},
+        part_types={
+            name: part_type(model.get_submodule(name), config) for name in (*family.vision_encoder, family.language)
+        },
         unread_experts=frozenset(name for name, module in model.named_modules() if holds_experts(module)),
         trust_remote_code=trust_remote_code,
         source=source,
@@ -388,7 +401,7 @@ def auto_class(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    for name in (AUTO_CLASSES if getattr(config, "auto_map", None) else ()):
+    for name in AUTO_CLASSES if getattr(config, "auto_map", None) else ():
         if name in config.auto_map:
             return getattr(transformers, name)
     known = (
@@ -405,7 +418,8 @@ def auto_class(config: Any) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bool) -> nn.Module:
-    """The model on the meta device, in eval mode. InputError where transformers has no such model, or cannot build it."""
+    """The model on the meta device, in eval mode. InputError where transformers has no such model, or cannot build
+    it."""
     auto = auto_class(config)
     for attention in ("sdpa", "eager"):
         try:
@@ -431,7 +445,8 @@ def _why_not_built(config: Any, error: Exception) -> str:
     parts = (config, *(value for value in vars(config).values() if hasattr(value, "model_type")))
     if any(part.model_type.startswith("timm") for part in parts):
         return (
-            f"model type {config.model_type} takes its vision encoder from timm, which does not build it without weights "
+            f"model type {config.model_type} takes its vision encoder from timm, which does not build it "
+            f"without weights "
             f"here ({_first_line(error)}); such models are not handled"
         )
     return f"transformers cannot build a model of type {config.model_type}: {_first_line(error)}"
@@ -453,7 +468,7 @@ def model_dtype(config: Any, shards: Shards) -> torch.dtype:
 
 
 def _family_of(config: Any, model: nn.Module, model_dir: Path, given: Family | None) -> Family:
-    """The row given, the model's own in the table, or a guess; with the folds of its vision encoders and language model."""
+    """The row given, the model's own in the table, or a guess."""
     row = given or FAMILIES.get(config.model_type) or guess_family(config, model, model_dir)
     modules = dict(model.named_modules())
     if absent := [name for name in (*row.vision_encoder, row.language) if name not in modules]:
@@ -461,8 +476,7 @@ def _family_of(config: Any, model: nn.Module, model_dir: Path, given: Family | N
             f"{model_dir}: model type {config.model_type} has no module {', '.join(absent)}, where its row "
             f"({row.source}) says that its parts are; it is made of {', '.join(outline(model))}"
         )
-    types = [part_type(modules[name], config) for name in (*row.vision_encoder, row.language)]
-    return replace(row, folds=tuple(fold for kind in dict.fromkeys(types) for fold in FOLDS.get(kind, ())))
+    return row
 
 
 def part_type(module: nn.Module, config: Any) -> str:
@@ -517,8 +531,8 @@ def _name_on_disk(name: str, value: Lazy, experts: dict[str, Form], linear: Matc
     home = name.removesuffix(ending[0]) if ending else ""
     if value.disk_name is not None:
         module, _, leaf = value.disk_name.rpartition(".")
-        found = linear is None or (leaf == "weight" and linear.module_name(module) == name.removesuffix(".weight"))
-        return value.disk_name if found or home in experts else name
+        loads = linear is None or (leaf == "weight" and linear.module_name(module) == name.removesuffix(".weight"))
+        return value.disk_name if loads or home in experts else name
     if ending and home in experts and len(sources) == 1:
         # Beside the stack that it is taken from: there the loaders of engines look for single experts.
         leaf = home.rpartition(".")[2]
@@ -528,9 +542,7 @@ def _name_on_disk(name: str, value: Lazy, experts: dict[str, Form], linear: Matc
     return name
 
 
-def _with_scales(
-    parameters: tuple[ParameterInfo, ...], logical: Logical, shards: Shards
-) -> tuple[ParameterInfo, ...]:
+def _with_scales(parameters: tuple[ParameterInfo, ...], logical: Logical, shards: Shards) -> tuple[ParameterInfo, ...]:
     """The parameters with what FP8 weights take on disk, scales included: where several are made from the same tensors,
     each gets a share by its size, and the shares add up to the whole."""
     together: dict[str, set[str]] = {}  # tensor on disk -> all that it shares a parameter with, directly or not
@@ -603,9 +615,7 @@ def _check_shapes(
         and (name in expected or not any(pattern.search(name) for pattern in made_up))
     ]
     if missing:
-        raise InputError(
-            f"{model_dir}: {len(missing)} tensors are missing: {some(missing)}; is the download complete?"
-        )
+        raise InputError(f"{model_dir}: {len(missing)} tensors are missing: {some(missing)}; is the download complete?")
     for name, value in found.items():
         if value.shape != stored[name].shape:
             sources = sorted(value.made.names())
@@ -628,7 +638,8 @@ def _check_dtypes(model: nn.Module, found: dict[str, Lazy], shards: Shards) -> N
 
 
 def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path) -> dict[str, str]:
-    """Parameter name -> component; what no prefix covers is `other`. InputError where a needed component has nothing."""
+    """Parameter name -> component; what no prefix covers is `other`. InputError where a needed component has
+    nothing."""
     prefixes = sorted(family.prefixes().items(), key=lambda item: -len(item[0]))
     owners = {
         name: next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), OTHER)
@@ -643,7 +654,8 @@ def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path)
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers that run as such: not those inside torch's own attention, which reads them and never calls them, and
+    """Linear layers that run as such: not those inside torch's own attention, which reads them and never calls
+    them, and
     no module that makes something else of a linear's weight, as some routers do."""
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     for name, module in model.named_modules():
@@ -657,7 +669,8 @@ def _linear_info(name: str, local: str, block: str | None, module: nn.Linear, co
 
 
 def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> Iterator[BlockInfo]:
-    """The items of the outermost lists of modules that run, those of the vision encoders first, in order of definition."""
+    """The items of the outermost lists of modules that run, those of the vision encoders first, in order of
+    definition."""
     linears = [(name, module) for name, module in _quantizable(model) if f"{name}.weight" in owners]
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for component, inside in (("vision_encoder", family.vision_encoder), ("language", (family.language,))):

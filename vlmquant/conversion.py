@@ -1,4 +1,5 @@
-"""How a model's parameters are made from the tensors on disk: transformers' own converters, run on names instead of values.
+"""How a model's parameters are made from the tensors on disk: transformers' own converters, run on names instead of
+values.
 
 A `Lazy` is a tensor on the meta device that remembers how its values come about. transformers renames, stacks, splits,
 transposes and permutes such tensors as it does when it loads a model; what comes out says for every parameter which
@@ -142,7 +143,9 @@ def _join(function: Callable[..., Tensor], tensors: Sequence[Lazy], dim: int = 0
         fitting = all(one == others[0] for one in others)
         shape[dim] = sum(one.shape[dim] for one in tensors)
     if not fitting:
-        raise ValueError(f"shapes {', '.join(str(list(one.shape)) for one in tensors[:4])} cannot be joined along {dim}")
+        raise ValueError(
+            f"shapes {', '.join(str(list(one.shape)) for one in tensors[:4])} cannot be joined along {dim}"
+        )
     return Lazy.of(Joined(function, tuple(tensors), dim), shape, first.dtype)
 
 
@@ -161,9 +164,7 @@ def pick(tensor: Lazy, dim: int, index: int) -> Lazy:
         if dim not in pair:
             return _transpose(pick(inner, dim, index), *left)
     if isinstance(made, Stored) and dim == 0:
-        return Lazy.of(
-            Called(torch.squeeze, (narrow(tensor, 0, index, 1), 0), {}), shape, tensor.dtype
-        )
+        return Lazy.of(Called(torch.squeeze, (narrow(tensor, 0, index, 1), 0), {}), shape, tensor.dtype)
     return Lazy.of(Called(torch.select, (tensor, dim, index), {}), shape, tensor.dtype)
 
 
@@ -189,8 +190,8 @@ def narrow(tensor: Lazy, dim: int, start: int, length: int) -> Lazy:
         return _transpose(narrow(inner, swapped, start, length), first, second)
     if isinstance(made, Stored) and dim == 0:
         first_row = made.rows.start if made.rows else 0
-        part = replace(made, rows=slice(first_row + start, first_row + start + length))
-        return Lazy.of(part, shape, tensor.dtype)
+        less = replace(made, rows=slice(first_row + start, first_row + start + length))
+        return Lazy.of(less, shape, tensor.dtype)
     return Lazy.of(Called(torch.narrow, (tensor, dim, start, length), {}), shape, tensor.dtype)
 
 
@@ -264,7 +265,8 @@ class Matched:
 
 
 def match(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
-    """Carry a checkpoint's names (and the shapes behind them) through transformers' renamings and converters for `model`.
+    """Carry a checkpoint's names (and the shapes behind them) through transformers' renamings and converters for
+    `model`.
 
     Raises InputError where two tensors stand for one parameter, or a converter does not fit them.
     """
@@ -325,7 +327,9 @@ def match(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
                 take(name, one, source=inputs[first][0])
             else:
                 unexpected += inputs[first]
-    return Matched({name: found[name] for name in state if name in found}, tuple(dict.fromkeys(unexpected)), module_name)
+    return Matched(
+        {name: found[name] for name in state if name in found}, tuple(dict.fromkeys(unexpected)), module_name
+    )
 
 
 def some(names: Iterable[str], *, shown: int = 5) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -151,7 +152,8 @@ class Experts(nn.Module):
     ) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden).
 
-        Without an index: hidden_states (experts * tokens, hidden), already multiplied by the router's scores, with zeros
+        Without an index: hidden_states (experts * tokens, hidden), already multiplied by the router's scores, with
+        zeros
         for the tokens an expert is not given (Llama 4).
         """
         if top_k_index is None or top_k_weights is None:
@@ -160,7 +162,7 @@ class Experts(nn.Module):
         order = torch.argsort(top_k_index.flatten(), stable=True)
         ids, slots = top_k_index.flatten()[order], top_k_index.shape[-1]
         edges = torch.searchsorted(ids, torch.arange(self.form.experts + 1, device=ids.device)).tolist()
-        places = [order[low:high] for low, high in zip(edges, edges[1:], strict=False)]
+        places = [order[low:high] for low, high in pairwise(edges)]
         for expert, given, shown in self._shown([place // slots for place in places], len(hidden_states)):
             computed = self.compute(expert, hidden_states[given if shown is None else shown])
             if shown is not None:
@@ -215,9 +217,7 @@ def _own_attributes(kind: type) -> set[str]:
     """Names that a module's class defines itself, without what transformers' decorator adds to all."""
     from transformers.integrations.moe import _default_apply_gate
 
-    return {
-        name for base in kind.__mro__ for name, value in vars(base).items() if value is not _default_apply_gate
-    }
+    return {name for base in kind.__mro__ for name, value in vars(base).items() if value is not _default_apply_gate}
 
 
 def stands_for(fused: nn.Module, form: Form) -> str | None:
@@ -265,7 +265,7 @@ def _shrunk(fused: nn.Module, generator: torch.Generator) -> nn.Module:
             setattr(trial, name, CHECKED_EXPERTS)
     if hasattr(trial, "config"):
         trial.config = copy(trial.config)
-        trial.config._experts_implementation = "eager"
+        trial.config._experts_implementation = "eager"  # type: ignore[union-attr]  # a config
     return trial
 
 

@@ -54,9 +54,8 @@ class Family:
     other: tuple[str, ...] = ()
     """What is neither of these and always kept: audio towers, talkers, image decoders."""
     runs: str = ""
-    """The part of the model whose forward pass is calibrated and evaluated, where it is not the whole: Omni's thinker."""
-    folds: tuple[Fold, ...] = ()
-    """Filled in from FOLDS for the model's own vision encoders and language model."""
+    """The part of the model whose forward pass is calibrated and evaluated, where it is not the whole: Omni's
+    thinker."""
     source: Literal["table", "recipe", "guess"] = "table"
 
     def prefixes(self) -> dict[str, str]:
@@ -165,7 +164,7 @@ FAMILIES: dict[str, Family] = {
 
 def from_spec(spec: FamilySpec) -> Family:
     """The row that a recipe or a file of its own gives."""
-    return Family(**{name: value for name, value in spec}, source="recipe")
+    return Family(**dict(spec), source="recipe")
 
 
 def inside(family: Family, part: str, *, others: tuple[str, ...]) -> Family:
@@ -535,9 +534,10 @@ SHARED_INPUTS: tuple[tuple[str, ...], ...] = (
     ("cross_attn.k_proj", "cross_attn.v_proj"),
     ("encoder_attn.q_proj",),
     ("encoder_attn.k_proj", "encoder_attn.v_proj"),
-    ("q_proj", "k_proj", "v_proj"),
+    ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa"),
     ("attn.q", "attn.k", "attn.v"),
     ("gate_proj", "up_proj"),
+    ("w1", "w3"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_b", "in_proj_a"),
 )

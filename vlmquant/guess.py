@@ -1,4 +1,5 @@
-"""A row for a model that has none in the table of families: where its parts are, by its config and its modules' names."""
+"""A row for a model that has none in the table of families: where its parts are, by its config and its modules'
+names."""
 
 import re
 from pathlib import Path
@@ -49,15 +50,17 @@ def guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
         around = [name for name in submodels if embedding.startswith(f"{name}.") and modules[name].config is not config]
         language = around[0] if around else _around_layers(embedding, modules)
     if not towers:
-        towers = _outermost([
-            name
-            for name, module in modules.items()
-            if VISION.search(name.rpartition(".")[2])
-            and not PROJECTOR.search(name.rpartition(".")[2])
-            and not OTHER.search(name)
-            and not embedding.startswith(f"{name}.")
-            and _has_list(module)
-        ])
+        towers = _outermost(
+            [
+                name
+                for name, module in modules.items()
+                if VISION.search(name.rpartition(".")[2])
+                and not PROJECTOR.search(name.rpartition(".")[2])
+                and not OTHER.search(name)
+                and not embedding.startswith(f"{name}.")
+                and _has_list(module)
+            ]
+        )
     if not language or not any(isinstance(module, nn.ModuleList) for module in modules[language].modules()):
         raise InputError(f"{model_dir}: {_cannot(config, 'language model', model)}")
     if not towers:
@@ -75,9 +78,7 @@ def guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
             other.append(name)
     for tower in towers:
         projector += _ways_out(tower, modules, text_config)
-    return Family(
-        tuple(towers), tuple(projector), language, embedding, head, tuple(other), runs=runs, source="guess"
-    )
+    return Family(tuple(towers), tuple(projector), language, embedding, head, tuple(other), runs=runs, source="guess")
 
 
 def _around_layers(embedding: str, modules: dict[str, nn.Module]) -> str:

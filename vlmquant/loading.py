@@ -98,16 +98,17 @@ class _SparingConverter(WeightConverter):  # type: ignore[misc]  # transformers 
         made = _SparingConverter(
             list(rule._original_source_patterns), list(rule._original_target_patterns), list(rule.operations)
         )
-        made.force_cpu, made._was_used = rule.force_cpu, rule._was_used
+        made.force_cpu = rule.force_cpu
+        made._was_used = rule._was_used
         made.scope_prefix, made.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
         made.spared = spared
         return made
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        used = self._was_used
+        used = self.was_used()
         name, pattern = super().rename_source_key(source_key)
         if pattern is not None and (self.spared.holds(source_key) or self.spared.holds(name)):
-            self._was_used = used
+            self._was_used = used  # type: ignore[misc]
             return source_key, None
         return name, pattern
 
@@ -158,17 +159,16 @@ class _ModuleRenaming(WeightRenaming):  # type: ignore[misc]
         module, _, leaf = source_key.rpartition(".")
         if module not in self.table:
             return source_key, None
-        self._was_used = True
+        self._was_used = True  # type: ignore[misc]
         return f"{self.table[module]}.{leaf}", source_key
 
     def reverse_transform(self) -> "_ModuleRenaming":
         return _ModuleRenaming.of({new: old for old, new in self.table.items()})
 
 
-def _expert_names(
-    model: nn.Module, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]
-) -> dict[str, str]:
-    """Module of an expert's linear as the checkpoint has it -> as the model has it, where transformers' converters say so.
+def _expert_names(model: nn.Module, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]) -> dict[str, str]:
+    """Module of an expert's linear as the checkpoint has it -> as the model has it, where transformers' converters
+    say so.
 
     They are asked about the weights that the codes stand for.
     """
@@ -176,7 +176,7 @@ def _expert_names(
     for name, entry in entries.items():
         module, _, leaf = name.rpartition(".")
         if leaf == "weight_shape":
-            shape = shards.read(name).tolist()
+            shape = tuple(shards.read(name).tolist())
         elif leaf == "weight" and f"{module}.weight_scale" in entries:
             shape = entry.shape
         else:
@@ -222,7 +222,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
     def update_weight_conversions(self, conversions: list[Any], model: nn.Module) -> list[Any]:
         """transformers' own, kept away from experts that stay apart, and one that gives those the model's names."""
         # Not with transformers' own changes: those are for weights that are dequantized while they are loaded.
-        base, state = model.base_model_prefix, model.state_dict()
+        base, state = str(model.base_model_prefix), model.state_dict()
         spared = _Spared((name for name, module in model.named_modules() if isinstance(module, _Arriving)), base)
         converters = [_SparingConverter.of(rule, spared) for rule in conversions if isinstance(rule, WeightConverter)]
         renamings = [rule for rule in conversions if isinstance(rule, WeightRenaming)]
@@ -404,7 +404,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
 
 def _from_pretrained(auto: Any, config: Any, path: Path, /, **arguments: Any) -> Any:
     """Model and loading info, also where a class's own from_pretrained cannot give the latter (Qwen2.5-Omni's)."""
-    kind = auto._model_mapping[type(config)] if type(config) in auto._model_mapping.keys() else None
+    kind = auto._model_mapping.get(type(config), None)
     own = kind is not None and kind.from_pretrained.__func__ is not PreTrainedModel.from_pretrained.__func__
     if not own:
         return auto.from_pretrained(path, **arguments)

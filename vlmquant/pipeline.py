@@ -184,9 +184,7 @@ def quantize(
     )
 
 
-def plan_model(
-    model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False
-) -> tuple[ComponentMap, Plan]:
+def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[ComponentMap, Plan]:
     """What becomes of every tensor of a model (a directory or hub id), before any work.
 
     Raises InputError or PlanError for whatever would keep `quantize` from writing it.

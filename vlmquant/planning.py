@@ -249,15 +249,17 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]
     if travelling := [parameter for parameter in components.parameters if not parameter.loaded]:
         roots = sorted({parameter.name.partition(".")[0] for parameter in travelling})
         yield (
-            f"{len(travelling)} tensors ({sum(one.nbytes for one in travelling):,} bytes, below {', '.join(roots)}) are not "
+            f"{len(travelling)} tensors ({sum(one.nbytes for one in travelling):,} bytes, below "
+            f"{', '.join(roots)}) are not "
             f"loaded by the model class; they are {'kept' if components.source else 'copied bit for bit'} and listed "
             "under ignore"
         )
     for component in ("vision_encoder", "language"):
         scaled = [line for line in lines if line.component == component and line.method == "awq"]
-        if scaled and not _has_folds(components, component):
+        if scaled and not has_folds(components, component):
             yield (
-                f"components.{component}: no layer of this model is known to take AWQ's channel scales (model type {kind}), "
+                f"components.{component}: no layer of this model is known to take AWQ's channel scales (model "
+                f"type {kind}), "
                 "so weights are only clipped and rounded; gptq does not need such layers"
             )
     quantized = {line.name for line in lines if line.action == "quantize" and line.method != DATA_FREE}
@@ -269,20 +271,32 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]
             statistics = width * width * (torch.float32.itemsize + FACTOR_COPIES * torch.float64.itemsize)
             yield (
                 f"experts: {layers} layers of {form.experts}; while a layer is calibrated its experts take "
-                f"{weights * torch.float32.itemsize:,} bytes in float32, and the statistics of one expert at a time up to "
+                f"{weights * torch.float32.itemsize:,} bytes in float32, and the statistics of one expert at a "
+                f"time up to "
                 f"{statistics:,}"
             )
             return
 
 
-def _has_folds(components: ComponentMap, component: str) -> bool:
+def has_folds(components: ComponentMap, component: str) -> bool:
+    """Whether some linears of a component's blocks are known to take channel scales from what produces their inputs."""
+    names = {parameter.name.removesuffix(".weight") for parameter in components.parameters}
     for block in components.blocks:
-        if block.component == component:
-            locals_ = [linear.local for linear in block.linears]
-            for fold in components.family.folds:
-                if all(any(fnmatch.fnmatchcase(local, wanted) for local in locals_) for wanted in fold.consumers):
+        if block.component != component:
+            continue
+        groups = [{linear.local for linear in group} for group in components.fused_groups(block)]
+        fitting = {f"{one}.weight" for one in _inside(names, block)}
+        for fold in components.folds_in(block):
+            numbers = {part for group in groups for local in group for part in local.split(".") if part.isdigit()}
+            for number in numbers if "*" in fold.producer else {"*"}:
+                rule = fold.inside(fitting, number)
+                if rule.consumers and set(rule.consumers) in groups:
                     return True
     return False
+
+
+def _inside(names: set[str], block: BlockInfo) -> list[str]:
+    return [name[len(block.name) + 1 :] for name in names if name.startswith(f"{block.name}.")]
 
 
 def _quantizes(spec: ComponentSpec) -> bool:
@@ -323,11 +337,13 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
     """Stacked weights that could not be taken apart are no linear layers; to skip them would skip most of a model."""
     uses_bitsandbytes = spec.method == "bitsandbytes" or any(one.method == "bitsandbytes" for one in spec.overrides)
     for name in components.experts if uses_bitsandbytes else ():
-        if not _matching(spec.keep, _names_of(components, name, component, None)) and _component_of(
-            components, f"{name}."
-        ) == component:
+        if (
+            not _matching(spec.keep, _names_of(components, name, component, None))
+            and _component_of(components, f"{name}.") == component
+        ):
             raise PlanError(
-                f"components.{component}: bitsandbytes does not quantize experts, whose weights are stacked ({name}); list "
+                f"components.{component}: bitsandbytes does not quantize experts, whose weights are stacked "
+                f"({name}); list "
                 "them under keep, or use a scheme of compressed-tensors"
             )
     own = [parameter for parameter in components.parameters if parameter.component == component]
@@ -342,7 +358,8 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
         ):
             raise PlanError(
                 f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts in a way "
-                f"that we cannot take apart ({components.modules[module].__name__}); list its module under keep to leave it "
+                f"that we cannot take apart ({components.modules[module].__name__}); list its module under keep "
+                f"to leave it "
                 "at 16 bits"
             )
 
@@ -350,15 +367,15 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
 def _check_expert_schemes(components: ComponentMap, choices: dict[str, _Choice]) -> None:
     """Engines run all experts of a layer as one: they need one scheme for all, and none may be left out."""
     for module, form in components.experts.items():
-        names = [
-            f"{module}.{expert}.{leaf}.weight" for expert in range(form.experts) for leaf in form.projections
-        ]
+        names = [f"{module}.{expert}.{leaf}.weight" for expert in range(form.experts) for leaf in form.projections]
         schemes = {_label(choices[name].scheme) if name in choices else KEEP: name for name in names}
         if len(schemes) > 1:
             told = ", ".join(f"{name} {label}" for label, name in sorted(schemes.items()))
             raise PlanError(
-                f"{module}: the experts of a layer run as one when served and need one scheme, but the recipe and their "
-                f"shapes give them several ({told}); let keep and overrides cover all of them, or use a group size that "
+                f"{module}: the experts of a layer run as one when served and need one scheme, but the recipe "
+                f"and their "
+                f"shapes give them several ({told}); let keep and overrides cover all of them, or use a group "
+                f"size that "
                 "divides all their inputs"
             )
 
@@ -379,9 +396,7 @@ def _embedding(components: ComponentMap, spec: ComponentSpec) -> str:
     prefix = next(prefix for prefix, owner in components.family.prefixes().items() if owner == "embedding")
     module = components.modules.get(prefix, nn.Module)
     if module is not nn.Embedding:
-        raise PlanError(
-            f"components.embedding: {prefix} is a {module.__name__}, not a plain embedding; make it fp16"
-        )
+        raise PlanError(f"components.embedding: {prefix} is a {module.__name__}, not a plain embedding; make it fp16")
     return f"{prefix}.weight"
 
 
@@ -485,7 +500,8 @@ def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) ->
     advice = f"use a divisor such as {smaller}" if smaller else "use group_size: null"
     raise PlanError(
         f"components.{linear.component}: {linear.name} has {linear.in_features} inputs, which group size "
-        f"{scheme.group_size} does not divide{'' if inputs == linear.in_features else f' ({why})'}; {advice}, list the layer under keep, or allow a fallback"
+        f"{scheme.group_size} does not divide{'' if inputs == linear.in_features else f' ({why})'}; {advice}, "
+        f"list the layer under keep, or allow a fallback"
     )
 
 

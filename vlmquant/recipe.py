@@ -182,7 +182,8 @@ class ExpertOptions(Data):
     """Which calibration tokens the experts of a mixture are quantized on."""
 
     tokens: Literal["routed", "blend", "all"] = "blend"
-    """routed: those that the router gives an expert. blend: an expert with fewer than `enough_tokens` is shown as many of
+    """routed: those that the router gives an expert. blend: an expert with fewer than `enough_tokens` is shown as
+    many of
     the layer's other tokens as are missing, evenly drawn. all: every token, for every expert (which costs as many times
     the work as there are experts for each one chosen)."""
     enough_tokens: Annotated[int, Field(ge=1)] = 256
@@ -329,7 +330,9 @@ def _parse(model: type[M], text: str, *, name: str) -> M:
         raise RecipeError(f"{name}{where}: {what}") from error
     if not isinstance(root, yaml.MappingNode):
         kind = "recipe" if model is Recipe else "family"
-        raise RecipeError(f"{name}:1:1: a {kind} is a mapping with keys such as {', '.join(list(model.model_fields)[1:3])}")
+        raise RecipeError(
+            f"{name}:1:1: a {kind} is a mapping with keys such as {', '.join(list(model.model_fields)[1:3])}"
+        )
     _refuse_tricks(root, name=name)
     try:
         return model.model_validate(yaml.safe_load(text))

@@ -17,10 +17,10 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from vlmquant.calibration.encode import Batch
-from vlmquant.components import BlockInfo, ComponentMap, LinearInfo, part_type
+from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
-from vlmquant.families import FOLDS, Fold
+from vlmquant.families import Fold
 from vlmquant.grid import QuantizedWeight, round_scales
 from vlmquant.kernels.reference import round_activations
 from vlmquant.planning import Plan, PlanLine
@@ -50,7 +50,8 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class _Pause:
-    """Where a forward pass stopped: "enter" or "exit" of a block, one of its linears, or where its experts were chosen."""
+    """Where a forward pass stopped: "enter" or "exit" of a block, one of its linears, or where its experts were
+    chosen."""
 
     kind: str
     name: str
@@ -68,11 +69,23 @@ class _Walk(greenlet):
     def __init__(self, run: Callable[[], None]) -> None:
         super().__init__(run)
         self.token_mask: Tensor | None = None
+        self.kinds_of_tokens: list[Tensor] = []
+        """Which tokens are of which type, for models whose experts see those of one type only."""
         self.row_weights: Tensor | None = None
         """While an expert runs: how much each of the rows it is shown counts, 0 for padding."""
         self.group_inputs: dict[str, Tensor] = {}
         """Inputs of the first linear of a group, by the name of each other one."""
         self.paused: _Pause | None = None
+
+    def real_tokens(self, count: int) -> Tensor | None:
+        """bool (count,): which of the tokens that a module got are no padding, where those are all or all of one
+        type."""
+        if self.token_mask is None:
+            return None
+        flat = self.token_mask.flatten()
+        if len(flat) == count:
+            return flat
+        return next((flat[kind] for kind in self.kinds_of_tokens if int(kind.sum()) == count), None)
 
     def resume(self) -> None:
         """Run to the next pause; `paused` is None once the forward pass has ended."""
@@ -267,9 +280,7 @@ class Block:
         self._divisors: dict[str, Tensor] = {}
         self._by_local = {linear.local: linear for linear in info.linears}
         self._parameters = {local for local, _ in self.module.named_parameters()}
-        self._leaders = {
-            linear.local: group[0].local for group in self._groups() for linear in group[1:]
-        }
+        self._leaders = {linear.local: group[0].local for group in self._groups() for linear in group[1:]}
         """Linear -> the first of the linears that are quantized with it, on the same inputs."""
         self.expert_tokens = dict(restored.expert_tokens) if restored else {}
         self._shown: dict[str, list[float | None]] = {}
@@ -334,7 +345,8 @@ class Block:
         if len(starving) > options.max_starving * len(counts):
             raise StarvedExpertsError(
                 f"{name}: {len(starving)} of {len(counts)} experts saw fewer than {options.least_tokens} calibration "
-                f"tokens ({_some(starving)}), more than {options.max_starving:.0%} (calibration.experts.max_starving); give "
+                f"tokens ({_some(starving)}), more than {options.max_starving:.0%} "
+                f"(calibration.experts.max_starving); give "
                 "more or more varied samples, or set calibration.experts.tokens: all to show every expert all tokens"
             )
         blend = options.tokens == "blend"
@@ -361,7 +373,8 @@ class Block:
     def watch(
         self, module: str, given: Sequence[Tensor], tokens: int, *, blend: bool = True
     ) -> Iterator[Tensor | None]:
-        """What `Experts` asks while it runs: which of the tokens each expert is shown, where not just those it is given.
+        """What `Experts` asks while it runs: which of the tokens each expert is shown, where not just those it is
+        given.
 
         blend: whether other experts' tokens are to be had.
         """
@@ -371,12 +384,9 @@ class Block:
         ):
             yield from (None for _ in given)
             return
-        mask = walk.token_mask
-        real = mask.flatten() if mask is not None and mask.numel() == tokens else None
+        real = walk.real_tokens(tokens)
         counts = tuple(len(rows) if real is None else int(real[rows].sum()) for rows in given)
-        _pause(
-            _Pause("experts", module, counts=counts, tokens=tokens if real is None else int(real.sum()))
-        )
+        _pause(_Pause("experts", module, counts=counts, tokens=tokens if real is None else int(real.sum())))
         if not blend:
             self._shown[module] = [None] * len(given)
         everywhere = torch.arange(1, tokens + 1, device=given[0].device, dtype=torch.float64)
@@ -428,7 +438,7 @@ class Block:
     def fold_for(self, consumers: Sequence[str]) -> Fold | None:
         """A fold whose consumers in this block are exactly these linears and whose producer can take scales now."""
         number = next((part for part in consumers[0].split(".") if part.isdigit()), "*")
-        for general in self._folds():
+        for general in self.stream.components.folds_in(self.info):
             rule = general.inside(self._parameters, number)
             if set(rule.consumers) != set(consumers) or not self._has(f"{rule.producer}.weight"):
                 continue
@@ -441,14 +451,6 @@ class Block:
             if produced and produced.out_features == consumed.in_features and self._is_final(rule.producer):
                 return rule
         return None
-
-    def _folds(self) -> tuple[Fold, ...]:
-        """Of the tower or language model that the block is in: the same names may mean something else in another one."""
-        family = self.stream.components.family
-        parts = (*family.vision_encoder, family.language)
-        around = [part for part in parts if self.info.name.startswith(f"{part}.")]
-        root = self.stream.model.get_submodule(max(around, key=len))
-        return FOLDS.get(part_type(root, self.stream.components.config), ())
 
     def _has(self, local: str) -> bool:
         return local in self._parameters
@@ -536,7 +538,6 @@ class Block:
                 inputs = (inputs.float() / self._divisors[local]).to(inputs.dtype)
         return _linear(self._line(self._by_local[local]), module, inputs)
 
-
     def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
         """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
         first = _walk().group_inputs.get(leader)
@@ -545,7 +546,8 @@ class Block:
         if first.shape != inputs.shape or not torch.equal(first, inputs):
             raise SentinelError(
                 f"{self.info.name}: {leader} and {local} pass for linears with the same inputs, but they get different "
-                "ones, so their statistics would be wrong; give one of them method rtn or list it under keep, and please "
+                "ones, so their statistics would be wrong; give one of them method rtn or list it under keep, "
+                "and please "
                 "report the model"
             )
 
@@ -688,6 +690,12 @@ class BlockStream:
             inputs = make().inputs
             walk = _walk()
             walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
+            walk.kinds_of_tokens = [
+                (value == kind).flatten().to(self.device)
+                for key, value in inputs.items()
+                if key.endswith("token_type_ids")
+                for kind in torch.unique(value)
+            ]
             cast = {
                 key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
                 for key, value in inputs.items()

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from vlmquant.calibration.sampling import Stratum
 from vlmquant.components import COMPONENTS, ComponentMap
-from vlmquant.planning import Plan
+from vlmquant.planning import Plan, has_folds
 from vlmquant.report.data import Verdict, overall
 from vlmquant.report.numbers import threshold_text, threshold_title
 from vlmquant.shards import dtype_name
@@ -70,7 +70,7 @@ def component_summary(components: ComponentMap) -> dict[str, Any]:
             "source": components.family.source,
             "parts": {prefix: owner for prefix, owner in components.family.prefixes().items() if prefix},
             "runs": components.family.runs,
-            "folds": len(components.family.folds),
+            "folds": [name for name in ("vision_encoder", "language") if has_folds(components, name)],
         },
         "experts": {
             name: {"experts": form.experts, "hidden": form.hidden, "intermediate": form.intermediate}
@@ -132,16 +132,20 @@ def _family_lines(components: ComponentMap) -> list[str]:
         counts = sorted({form.experts for form in components.experts.values()})
         lines.append(f"experts: {len(components.experts)} layers of {' or '.join(map(str, counts))}")
     if travelling := [parameter.name for parameter in components.parameters if not parameter.loaded]:
-        lines.append(f"not loaded by the model class, kept as they are: {len(travelling)} tensors ({travelling[0]}, ...)")
-    if not family.folds:
-        lines.append("no folds are known for its layers: awq only clips them")
+        lines.append(
+            f"not loaded by the model class, kept as they are: {len(travelling)} tensors ({travelling[0]}, ...)"
+        )
+    for name in ("vision_encoder", "language"):
+        if not has_folds(components, name):
+            lines.append(f"{name}: no layer is known to take AWQ's channel scales, so awq only clips there")
     return lines
 
 
 def support_rows(support: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """The support table of `inspect --families`: what works first, then what is refused and why."""
     columns = ("model type", "parts", "components", "experts", "AWQ folds", "tried with", "transformers alone")
-    works, refused = [], []
+    works: list[tuple[str, ...]] = []
+    refused: list[tuple[str, ...]] = []
     for kind, found in support["types"].items():
         if "class" not in found:
             why = found.get("refused") or f"not tried: {found['not_built']}"

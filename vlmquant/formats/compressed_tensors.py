@@ -107,6 +107,7 @@ FUSED = {
     ("qkv",): "qkv_proj",
     ("in_proj_qkv", "in_proj_z"): "in_proj_qkvz",
     ("in_proj_b", "in_proj_a"): "in_proj_ba",
+    ("q_a_proj", "kv_a_proj_with_mqa"): "fused_qkv_a_proj",
 }
 """Linears that serving engines run as one, and what they call it (SGLang's name for an already fused qkv included)."""
 ENGINE_NAMES = {
@@ -226,7 +227,8 @@ def _place(name: str, components: ComponentMap) -> _Place:
 
 
 def _travelling(components: ComponentMap, modules: Collection[str]) -> list[str]:
-    """Patterns for what the model class does not load but engines may: parts that hold nothing but what travels along."""
+    """Patterns for what the model class does not load but engines may: parts that hold nothing but what travels
+    along."""
     used = {outer for one in components.parameters if one.loaded for outer in _outer_names(one.disk)}
     roots = dict.fromkeys(
         next(outer for outer in _outer_names(one.disk) if outer not in used)
@@ -294,7 +296,8 @@ def _start(vision: bool) -> str:
 
 
 def _shortest(name: str, vision: bool, rest: str, others: Collection[str], *, least: int = 1) -> str:
-    """A regex with as much of the end of a name as keeps it from fitting the others; name spaces differ in what is before.
+    """A regex with as much of the end of a name as keeps it from fitting the others; name spaces differ in what is
+    before.
 
     The whole name, where nothing less does.
     """
