@@ -29,7 +29,7 @@ from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.components import resolve_components
 from vlmquant.conversion import Lazy
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, PlanError
 from vlmquant.evaluation.scoring import score_here
 from vlmquant.evaluation.settings import Settings
 from vlmquant.fp8 import Source, find_source, logical_tensors, without_quantization
@@ -382,6 +382,19 @@ def test_other_quantization_is_refused_by_name(
     with pytest.raises(
         InputError, match=rf"already quantized.*{named}.*; start from the unquantized model, or from its FP8"
     ):
+        resolve_components(copy)
+
+
+def test_bitsandbytes_is_refused_before_any_work(pair: Made) -> None:
+    with pytest.raises(PlanError, match="bitsandbytes quantizes from 16-bit weights, and this model is FP8"):
+        plan_model(pair[0], load_recipe("bnb-nf4"))
+
+
+def test_two_ways_at_once_are_refused(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["quantization_config"] = ct_config("tensor")
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="already quantized, in 2 ways at once"):
         resolve_components(copy)
 
 

@@ -24,7 +24,7 @@ from vlmquant.components import EXPERT_NAME, auto_class, model_dtype
 from vlmquant.conversion import Lazy, Stored, match
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
 from vlmquant.experts import Form, form_of, parts_of, take_apart
-from vlmquant.families import ACTIVATIONS, FOLDS, shared_inputs
+from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
 from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors
@@ -483,6 +483,12 @@ def _config(path: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: transformers cannot read its config: {reason}") from error
+
+
+def reading_part(model: Any) -> Any:
+    """The part of a loaded model that takes image and text and answers: itself, or the thinker of an Omni model."""
+    row = FAMILIES.get(model.config.model_type)
+    return model.get_submodule(row.runs) if row else model
 
 
 def _give_back_freed_memory() -> None:

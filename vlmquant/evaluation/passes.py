@@ -1,5 +1,6 @@
 """Passes through a model: known answers teacher-forced, new answers greedily, and how long they take."""
 
+import inspect
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
         predicted &= ids != encoder.image_id
     predicted[:, 0] = False
     keep = predicted.roll(-1, dims=1)  # the logits that predict token t stand at t - 1
-    logits = model(**_to_model(batch, model), logits_to_keep=keep.to(model.device), use_cache=False).logits
+    logits = _logits(model, batch, keep.to(model.device))
     ids, answers = ids[predicted], answers[predicted]
     assert logits.shape[:-1] == ids.shape, "the model did not take logits_to_keep as a mask"
     start = 0
@@ -88,6 +89,13 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
         )
         yield Scored(row, own[answer], mine[answer], prompt)
         start += count
+
+
+def _logits(model: Any, batch: Batch, keep: Tensor) -> Tensor:
+    """(kept tokens, vocabulary): from the head alone where the model can be asked for some tokens, else from all."""
+    asked = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits: Tensor = model(**_to_model(batch, model), **asked, use_cache=False).logits
+    return logits[keep] if logits.shape[:-1] == keep.shape else logits
 
 
 def greedy(model: Any, encoder: Encoder, *, max_new_tokens: int, min_new_tokens: int = 0) -> GenerationConfig:

@@ -32,7 +32,7 @@ from vlmquant.evaluation.passes import Row, Scored, batches_of, generate, measur
 from vlmquant.evaluation.records import Costs, Run, SampleScore
 from vlmquant.evaluation.settings import Settings
 from vlmquant.kernels.probe import compute_dtype
-from vlmquant.loading import load_model
+from vlmquant.loading import load_model, reading_part
 from vlmquant.progress import bar
 from vlmquant.threads import QUIET_WAIT
 
@@ -147,7 +147,7 @@ def score_here(
     tidy = are_tokenized(samples) if settings.tidy_captions is None else settings.tidy_captions
     encoder = Encoder(load_processor(model_dir), tidy_captions=tidy)
     baseline, start = peak_resident_bytes(), time.perf_counter()
-    model = load_model(model_dir, dtype=dtype, device=settings.device).eval()
+    model = reading_part(load_model(model_dir, dtype=dtype, device=settings.device).eval())
     load_seconds, load_peak = time.perf_counter() - start, peak_resident_bytes()
     prefill_seconds, speeds = _measure_speed(model, encoder, samples, settings)
     costs = Costs(
