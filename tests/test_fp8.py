@@ -340,7 +340,11 @@ def test_a_value_or_scale_that_is_no_number_is_named(copy: Path) -> None:
         components.read(f"{HEAD}.weight")
     with pytest.raises(InputError, match=r"scale .*up_proj\.weight_scale_inv holds 1 values that are NaN"):
         components.read(f"{HEAD.replace('down', 'up')}.weight")
-    with pytest.raises(InputError, match="NaN"):
+
+
+def test_a_reference_with_a_value_that_is_no_number_is_refused(copy: Path) -> None:
+    edit(copy, lambda tensors: tensors[f"{HEAD}.weight"].view(torch.uint8)[200, 7].fill_(0xFF))
+    with pytest.raises(InputError, match=rf"tensor {HEAD}\.weight holds NaN or infinite values"):
         load_model(copy)
 
 

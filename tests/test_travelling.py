@@ -23,6 +23,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 WEIGHTS = "model.safetensors"
 MTP = {
     "qwen3_5": ("mtp.fc.weight", "mtp.layers.0.self_attn.q_proj.weight", "mtp.layers.0.mlp.experts.3.up_proj.weight"),
+    "glm4v_moe": (
+        "model.language_model.layers.46.mlp.experts.0.gate_proj.weight",
+        "model.language_model.layers.46.eh_proj.weight",
+    ),
     "glm_ocr": (
         "model.language_model.layers.16.self_attn.q_proj.weight",
         "model.language_model.layers.16.eh_proj.weight",

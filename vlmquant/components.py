@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmquant.conversion import Lazy, Matched, Stored, match, nbytes, some
+from vlmquant.conversion import Lazy, Matched, Stored, left_aside, match, nbytes, some
 from vlmquant.errors import InputError
 from vlmquant.experts import Form, holds_experts, parts_of, take_apart
 from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, Fold, shared_inputs
@@ -442,6 +442,11 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bo
 
 
 def _why_not_built(config: Any, error: Exception) -> str:
+    if "requires the timm library" in str(error):
+        return (
+            f"model type {config.model_type} takes its vision encoder from timm, which is not installed here; "
+            "pip install timm (it brings torchvision along)"
+        )
     parts = (config, *(value for value in vars(config).values() if hasattr(value, "model_type")))
     if any(part.model_type.startswith("timm") for part in parts):
         return (
@@ -505,12 +510,11 @@ def _match_names(
         matched = match(model, stored)
     except InputError as error:
         raise InputError(f"{model_dir}: {error}") from error
-    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     ignored, travelling, unexpected = [], {}, []
     for disk in matched.unexpected:
         if RECOMPUTED.search(disk):
             ignored.append(disk)
-        elif any(pattern.search(disk) for pattern in patterns):
+        elif left_aside(model, disk):
             travelling[disk] = stored[disk]
         else:
             unexpected.append(disk)
@@ -646,9 +650,12 @@ def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path)
         for name in found
     }
     if absent := [name for name in NEEDED if name not in owners.values()]:
+        places = [prefix for prefix, owner in family.prefixes().items() if owner in absent]
+        outermost = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in found))
         raise InputError(
-            f"{model_dir}: model type {config.model_type}: found no weights of {', '.join(absent)} where its row "
-            f"({family.source}) says: {family.prefixes()}; {WAY_OUT}"
+            f"{model_dir}: model type {config.model_type}: found no weights of {', '.join(absent)} below "
+            f"{', '.join(places)}, where its row ({family.source}) says; the weights lie below "
+            f"{some(outermost)}; {WAY_OUT}"
         )
     return owners
 

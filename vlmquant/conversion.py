@@ -7,6 +7,7 @@ tensors it needs and what is done to them. Taking one expert out of a stack, or 
 down to the tensors on disk, so that no more is read than is asked for.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -330,6 +331,16 @@ def match(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
     return Matched(
         {name: found[name] for name in state if name in found}, tuple(dict.fromkeys(unexpected)), module_name
     )
+
+
+def left_aside(model: nn.Module, name: str) -> bool:
+    """Whether transformers leaves a tensor of this name aside by design, such as the layers of multi-token prediction.
+
+    Its patterns are written for the language model alone (model.layers.46), so a name counts without that part as well.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    forms = (name, name.replace("language_model.", ""))
+    return any(re.search(pattern, form) for pattern in patterns for form in forms)
 
 
 def some(names: Iterable[str], *, shown: int = 5) -> str:

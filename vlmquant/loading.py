@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from vlmquant.components import EXPERT_NAME, auto_class, model_dtype
-from vlmquant.conversion import Lazy, Stored, match
+from vlmquant.conversion import Lazy, Stored, left_aside, match
 from vlmquant.errors import CheckpointError, InputError, VlmquantError
 from vlmquant.experts import Form, form_of, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
@@ -388,8 +388,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
     for what, keys in sorted(info.items()):
-        if keys:
-            names = sorted(str(key) for key in keys)
+        names = sorted(str(key) for key in keys)
+        if what == "unexpected_keys":
+            names = [name for name in names if not left_aside(model, name)]
+        if names:
             raise CheckpointError(
                 f"{path}: {len(names)} {what.replace('_', ' ')}: {', '.join(names[:SHOWN])}; "
                 "the weights and config.json do not belong together, or the checkpoint is incomplete"

@@ -295,8 +295,13 @@ class Block:
         if self.restored:
             return
         if not self._walks:
+            idle = self.stream.runs_passes and any(
+                self._line(linear).method in NEEDS_DATA for linear in self.info.linears
+            )
+            if idle:
+                self.notes.append(f"{self.info.name}: never ran during calibration: rounded to nearest")
             for group in self._groups():
-                yield Stage(self, group, self._line(group[0]), [])
+                yield Stage(self, group, self._line(group[0]), [], unseen=idle)
             return
         group_of = {linear.local: group for group in self._groups() for linear in group}
         for walk in self._walks:
@@ -559,6 +564,11 @@ def _some(experts: Sequence[int], *, shown: int = 8) -> str:
     )
 
 
+def _end_pass(*args: Any, **kwargs: Any) -> Any:
+    """What runs in the head's place: nothing behind the last block is of interest, and the head has no weights."""
+    raise GreenletExit
+
+
 def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
     if isinstance(line.scheme, Scheme) and line.scheme.activations == "dynamic-int8":
         inputs = round_activations(inputs)
@@ -616,6 +626,8 @@ class BlockStream:
         self.model = components.skeleton(dtype)
         self._batches, self._outside, self._restore = batches, outside, restore
         self._current: Block | None = None
+        self.runs_passes = False
+        """Whether some block is quantized on data."""
         self._order = {info.name: index for index, info in enumerate(components.blocks)}
 
     def read(self, name: str) -> Tensor:
@@ -637,6 +649,7 @@ class BlockStream:
 
     def __iter__(self) -> Iterator[Block]:
         waiting = {info.name for info in self.components.blocks if self._needs_data(info)}
+        self.runs_passes = bool(waiting)
         seen: set[str] = set()
         if waiting:
             for block in self._walk(waiting):
@@ -644,13 +657,19 @@ class BlockStream:
                 yield block
         for info in self.components.blocks:
             if info.name not in seen:
-                if self._needs_data(info) and not (restored := self._restore(info)):
+                restored = self._restore(info)
+                if self._needs_data(info) and not restored and not self._spare(info, seen):
                     raise SentinelError(
                         f"{info.name} never ran during calibration, so it cannot be quantized on data; "
                         "the calibration set needs samples with images for a vision encoder, text for a language model"
                     )
-                restored = self._restore(info)
                 yield Block(self, info, [], restored)
+
+    def _spare(self, info: BlockInfo, seen: set[str]) -> bool:
+        """Whether a block that never ran is one of a tower that never did, beside one that did: a video's beside images."""
+        towers = [f"{name}." for name in self.components.family.vision_encoder]
+        own = next((tower for tower in towers if info.name.startswith(tower)), None)
+        return own is not None and bool(seen) and not any(name.startswith(own) for name in seen)
 
     def _needs_data(self, info: BlockInfo) -> bool:
         lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]
@@ -734,6 +753,8 @@ class BlockStream:
                     experts.watch = functools.partial(self._watch, home[len(info.name) + 1 :])
             for linear in info.linears:
                 self._take_over_linear(linear, self._inside_block(linear.local))
+        if head := self.components.family.lm_head:
+            self.model.get_submodule(head).forward = _end_pass
         for linear in self.components.linears:
             if linear.block is None and linear.component != "lm_head":
                 line = self.plan.line(f"{linear.name}.weight")
