@@ -30,12 +30,13 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "moe"
 CALIBRATION, TEST = ROOT / "vlmquant/demo/calibration", ROOT / "vlmquant/demo/test"
 SAMPLES = 96
-FEW = (2, 4, 16)
+FEW = (2, 6, 16)
 CHOICES = {
     "routed": "tokens: routed",
-    "blend to 64": "enough_tokens: 64",
-    "blend to 256": "enough_tokens: 256",
-    "blend to 256, others count 1/4": "enough_tokens: 256, others_count: 0.25",
+    "half a token for each input": "enough_tokens: 64",
+    "two for each input": "enough_tokens: 256",
+    "two for each input, others count 1/4": "enough_tokens: 256, others_count: 0.25",
+    "eight for each input, others count 1/4": "enough_tokens: 1024, others_count: 0.25",
     "all": "tokens: all",
 }
 """What experts are calibrated on, as it stands in a recipe."""

@@ -265,14 +265,3 @@ def test_bitsandbytes_needs_its_method(tiny_llava: Path) -> None:
     result = plan(tiny_llava, "{language: {scheme: nf4, method: bitsandbytes}}", more="output: {format: bitsandbytes}")
     line = result.line(f"{LAYERS}.0.mlp.up_proj.weight")
     assert (line.scheme, line.scheme_label, line.method) == ("nf4", "nf4", "bitsandbytes")
-
-
-def test_experts_are_not_passed_over(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    components = resolve_components(tiny_llava)
-    stacked = components.parameter(f"{LAYERS}.0.mlp.up_proj.weight")
-    as_experts = type(stacked)(**(vars(stacked) | {"shape": (4, 96, 256)}))
-    parameters = tuple(as_experts if one is stacked else one for one in components.parameters)
-    monkeypatch.setattr(components, "parameters", parameters)
-    with pytest.raises(PlanError, match=r"up_proj\.weight stacks the weights of 4 experts"):
-        make_plan(components, recipe("{language: w4a16}"))
-    assert make_plan(components, recipe("{vision_encoder: w8a8-dynamic}"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -144,6 +145,16 @@ def in_stock(kind: str, checkpoint: Path, packed: nn.Module) -> str:
     return "ok" if apart < STOCK_TOLERANCE else f"loads, but its logits differ by {apart:.2g}"
 
 
+def stored(checkpoint: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by their names on disk."""
+    return {name: value for file in checkpoint.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+def travelling(components: ComponentMap) -> set[str]:
+    """Tensors that no model holds, so that none can save them."""
+    return {one.disk for one in components.parameters if not one.loaded}
+
+
 def distance(got: Tensor, wanted: Tensor) -> float:
     return ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
 
@@ -181,6 +192,11 @@ def check(kind: str, folder: Path) -> dict[str, Any]:
             assert apart < TOLERANCE, f"{kind}: logits of {what} inputs differ by {apart:.2g}"
             tried.append(what)
     found["compared"] = tried
+    packed.save_pretrained(folder / "again")
+    before, after = stored(folder / "rtn"), stored(folder / "again")
+    assert before.keys() - travelling(components) == after.keys() - travelling(components)
+    assert all(torch.equal(before[name], after[name].to(before[name].dtype)) for name in after if "_scale" not in name)
+    load_model(folder / "again", dtype=torch.float32)
     if kind not in zoo.IMAGE_FORWARD_BROKEN:
         quantize(model_dir, mixed(), folder / "mixed", calibration(kind))
         assert verify_checkpoint(folder / "mixed") == []

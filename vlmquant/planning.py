@@ -551,8 +551,6 @@ def _why_kept(parameter: ParameterInfo, recipe: Recipe) -> str:
         return "the recipe keeps this component"
     if len(parameter.shape) < 2:
         return "a norm, bias or other vector"
-    if len(parameter.shape) > 2:
-        return "no matrix: a convolution, or weights stacked in a way that is not known"
     return "not a linear layer of a block"
 
 

@@ -186,7 +186,8 @@ class ExpertOptions(Data):
     many of
     the layer's other tokens as are missing, evenly drawn. all: every token, for every expert (which costs as many times
     the work as there are experts for each one chosen)."""
-    enough_tokens: Annotated[int, Field(ge=1)] = 256
+    enough_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Null: two for each of an expert's inputs."""
     others_count: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How much a token of another expert counts, beside 1 for one's own."""
     least_tokens: Annotated[int, Field(ge=1)] = 8

@@ -29,6 +29,11 @@ from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
 GRAM_SLICES = 4
 """X^T X is symmetric: computed in 4 column slices, only the upper ones, it takes 62 % of the multiplications."""
 
+TOKENS_PER_INPUT = 2
+"""So many tokens for each of its inputs are enough for an expert, where the recipe says nothing else.
+
+With fewer, others' tokens help; with more, they harm (benchmarks/results/moe.md)."""
+
 NEEDS_DATA = frozenset({"int8", "gptq", "awq"})
 """Methods that look at a layer's inputs."""
 
@@ -354,10 +359,11 @@ class Block:
                 f"(calibration.experts.max_starving); give "
                 "more or more varied samples, or set calibration.experts.tokens: all to show every expert all tokens"
             )
-        blend = options.tokens == "blend"
+        form = self.stream.components.experts[name]
+        enough = options.enough_tokens or TOKENS_PER_INPUT * max(form.hidden, form.intermediate)
         self._shown[module] = [
-            min((options.enough_tokens - count) / max(tokens - count, 1), 1.0)
-            if blend and 0 < count < options.enough_tokens
+            min((enough - count) / max(tokens - count, 1), 1.0)
+            if options.tokens == "blend" and 0 < count < enough
             else None
             for count in counts
         ]
@@ -666,10 +672,11 @@ class BlockStream:
                 yield Block(self, info, [], restored)
 
     def _spare(self, info: BlockInfo, seen: set[str]) -> bool:
-        """Whether a block that never ran is one of a tower that never did, beside one that did: a video's beside images."""
+        """Whether a block that never ran is of a tower that never did, beside one that did: a video's beside images."""
         towers = [f"{name}." for name in self.components.family.vision_encoder]
         own = next((tower for tower in towers if info.name.startswith(tower)), None)
-        return own is not None and bool(seen) and not any(name.startswith(own) for name in seen)
+        others = tuple(tower for tower in towers if tower != own)
+        return own is not None and any(name.startswith(others) for name in seen if not name.startswith(own))
 
     def _needs_data(self, info: BlockInfo) -> bool:
         lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]

@@ -163,7 +163,7 @@ def support_rows(support: Mapping[str, Any]) -> tuple[tuple[str, ...], list[tupl
                 "yes" if found["experts"] else "-",
                 folds,
                 ", ".join(tried),
-                found["stock"],
+                "ok" if found["stock"] == "ok" else "needs vlmquant",
             )
         )
     return columns, works + refused
