@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests import zoo, zoo_check
 from vlmquant import experts as rooms
 from vlmquant.algorithms import ALGORITHMS
+from vlmquant.calibration.encode import Batch
 from vlmquant.components import resolve_components
 from vlmquant.errors import PlanError, SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts, form_of, holds_experts, parts_of, stands_for, take_apart
@@ -131,14 +132,16 @@ PLANTED = 3
 class Watched:
     """A stream over one kind, and every stage that it gave, with its statistics before they were used."""
 
-    def __init__(self, kind: str, folder: Path, options: ExpertOptions, *, never: int | None = None) -> None:
+    def __init__(
+        self, kind: str, folder: Path, options: ExpertOptions, *, never: int | None = None, recipe: str = ""
+    ) -> None:
         model_dir = zoo.build(kind, folder / "model")
-        recipe = load_recipe("mixed")
-        self.components, self.plan = zoo_check.plan_model(model_dir, recipe)
+        wanted = parse_recipe(recipe, name="given") if recipe else load_recipe("mixed")
+        self.components, self.plan = zoo_check.plan_model(model_dir, wanted)
         stream = BlockStream(
             self.components,
             self.plan,
-            dict(recipe.specs()),
+            dict(wanted.specs()),
             zoo_check.calibration(kind),
             outside={},
             restore=lambda info: None,
@@ -238,6 +241,35 @@ def test_an_unused_expert_is_rounded_to_nearest_and_named(tmp_path: Path) -> Non
         assert watched.methods[f"{module}.0.gate_proj"] == "gptq"
         told = [note for note in watched.notes if note.startswith(module)]
         assert any("expert 3" in note and "nearest" in note for note in told)
+
+
+def test_padding_reaches_no_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two samples in one padded batch give every expert the tokens and statistics that they give it one by one."""
+    values = [zoo.text_inputs(BALANCED, seed=seed) for seed in (1, 2)]
+    ids = [(value or {})["input_ids"][0] for value in values]
+    ids[1] = ids[1][:41]
+    alone = [{"input_ids": one[None], "attention_mask": torch.ones_like(one)[None]} for one in ids]
+    short = len(ids[0]) - len(ids[1])
+    padded = {
+        "input_ids": torch.stack([ids[0], torch.cat([torch.zeros(short, dtype=torch.long), ids[1]])]),
+        "attention_mask": torch.stack([torch.ones_like(ids[0]), (torch.arange(len(ids[0])) >= short).long()]),
+    }
+    watched = []
+    for name, batches in (("alone", alone), ("padded", [padded])):
+        made = [Batch(one, torch.ones(1, 1, dtype=torch.bool), ()) for one in batches]
+        monkeypatch.setattr(zoo_check, "calibration", lambda kind, made=made: [lambda one=one: one for one in made])
+        options = ExpertOptions(tokens="routed", max_starving=1.0)
+        watched.append(Watched(BALANCED, tmp_path / name, options, recipe=LANGUAGE))
+    one, other = watched
+    module = next(iter(one.counts))
+    assert one.counts[module] == other.counts[module]
+    assert sum(one.counts[module]) == 2 * sum(map(len, ids))
+    for name, hessian in one.hessians.items():
+        if name.startswith(module) and name.endswith("gate_proj"):  # all else sees what rounding made of these
+            torch.testing.assert_close(other.hessians[name], hessian, rtol=1e-3, atol=1e-5)
+
+
+LANGUAGE = "version: 1\nname: language\ncomponents: {language: {scheme: w4a16, method: gptq, keep: ['*self_attn']}}\n"
 
 
 def test_linears_that_only_pass_for_a_group_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

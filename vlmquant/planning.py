@@ -220,7 +220,7 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
         if not groups:
             raise PlanError(
                 f"components.{component}: the recipe quantizes it, but this {components.config.model_type} model has "
-                "no linear layer there; make it fp16"
+                "no linear layer there; set it to fp16"
             )
         for group, block in groups:
             choices |= _choose_group(components, recipe, spec, group, block)

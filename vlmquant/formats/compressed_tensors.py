@@ -121,6 +121,8 @@ VISION_WORDS = "visual|vision"
 """One of them is in the name of every vision module, in all three name spaces, and in no name of the language model."""
 ANY_EXPERT = "#"
 """Stands for the number of an expert."""
+OWN_MODEL = r"language_model\."
+"""The end of a name in transformers, behind which engines have a model of its own."""
 EMBEDDING_CLASS = "Embedding"
 """Target for an int8 embedding beside its regex: vLLM builds that of Llama models without a name (vLLM PR 45535)."""
 
@@ -304,7 +306,10 @@ def _shortest(name: str, vision: bool, rest: str, others: Collection[str], *, le
     parts = name.split(".")
     counts = [count for count in range(min(least, len(parts)), len(parts)) if not parts[-count].isdigit()]
     for count in [*counts, len(parts)]:
-        pattern = f"{_start(vision)}{re.escape('.'.join(parts[-count:]))}{rest}"
+        tail = re.escape(".".join(parts[-count:]))
+        if tail.startswith(OWN_MODEL):  # engines call it language_model.model.layers
+            tail = tail.replace(OWN_MODEL, OWN_MODEL + r"(?:model\.)?", 1)
+        pattern = f"{_start(vision)}{tail}{rest}"
         matcher = re.compile(pattern)
         if not any(matcher.match(other) for other in others):
             return pattern
