@@ -14,7 +14,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from tests import zoo
-from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
 from vlmquant.checkpoint import CheckpointWriter
 from vlmquant.checkpoint.reader import verify_checkpoint
@@ -22,10 +21,9 @@ from vlmquant.components import ComponentMap
 from vlmquant.errors import VlmquantError
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
-from vlmquant.pipeline import _quantize_outside, _record, plan_model
+from vlmquant.pipeline import plan_model, quantize_blocks
 from vlmquant.planning import Plan, has_folds
 from vlmquant.recipe import Recipe, load_recipe, parse_recipe
-from vlmquant.stream import BlockResult, BlockStream
 
 WEIGHTS_ONLY = """version: 1
 name: weights-only
@@ -46,23 +44,7 @@ def quantize(
     """`pipeline.quantize` on inputs made by hand instead of a processor's."""
     components, plan = plan_model(model_dir, recipe)
     with CheckpointWriter(out, components, recipe, plan, fingerprint={}, resume=False, force=False) as writer:
-        outside = BlockResult(_quantize_outside(components, plan), {})
-        _record(writer, None, outside)
-        stream = BlockStream(
-            components,
-            plan,
-            dict(recipe.specs()),
-            batches,
-            outside=outside.quantized,
-            restore=lambda info: None,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            experts=recipe.calibration.experts,
-        )
-        for block in stream:
-            for stage in block.stages():
-                stage.finish(ALGORITHMS[stage.method](stage))
-            _record(writer, block.info.name, block.result)
+        quantize_blocks(writer, batches, dtype=torch.float32, device=torch.device("cpu"))
         writer.finish({})
     return components, plan
 

@@ -120,7 +120,6 @@ def quantize(
     components, plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     errors: dict[str, float] = {}
     notes: list[str] = []
-    expert_tokens: dict[str, list[int]] = {}
     selection = None
     batches: list[Callable[[], Batch]] = []
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
@@ -144,32 +143,11 @@ def quantize(
         if recipe.output.format == "bitsandbytes":
             bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial)
         else:
-            outside = _restore(writer, None) or BlockResult(_quantize_outside(components, plan), {})
-            _record(writer, None, outside)
-            stream = BlockStream(
-                components,
-                plan,
-                dict(recipe.specs()),
-                batches,
-                outside=outside.quantized,
-                restore=lambda info: _restore(writer, info.name),
-                dtype=dtype,
-                device=torch.device(device),
-                experts=recipe.calibration.experts,
-            )
-            with bar("quantize", total=len(components.blocks)) as progress:
-                for block in stream:
-                    for stage in block.stages():
-                        stage.finish(ALGORITHMS[stage.method](stage))
-                    if not block.restored:
-                        _record(writer, block.info.name, block.result)
-                    errors |= block.errors
-                    notes += block.notes
-                    expert_tokens |= block.expert_tokens
-                    progress.step(f"quantize {block.info.component}")
-        if expert_tokens:
-            manifest["experts"] = expert_tokens
-            notes.append(_expert_note(expert_tokens, recipe))
+            done = quantize_blocks(writer, batches, dtype=dtype, device=torch.device(device))
+            errors, notes = done.errors, [*notes, *done.notes]
+            if done.expert_tokens:
+                manifest["experts"] = done.expert_tokens
+                notes.append(_expert_note(done.expert_tokens, recipe))
         writer.finish(manifest | {"errors": errors, "notes": notes})
     return Quantized(
         path=Path(out),
@@ -182,6 +160,43 @@ def quantize(
         peak_bytes=peak_resident_bytes(),
         compute_dtype=dtype_name(dtype),
     )
+
+
+def quantize_blocks(
+    writer: CheckpointWriter, batches: Sequence[Callable[[], Batch]], *, dtype: torch.dtype, device: torch.device
+) -> BlockResult:
+    """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
+
+    Returns errors, notes and tokens per expert of all blocks together; codes are with the writer.
+    """
+    components, plan, recipe = writer.components, writer.plan, writer.recipe
+    outside = _restore(writer, None) or BlockResult(_quantize_outside(components, plan), {})
+    _record(writer, None, outside)
+    stream = BlockStream(
+        components,
+        plan,
+        dict(recipe.specs()),
+        batches,
+        outside=outside.quantized,
+        restore=lambda info: _restore(writer, info.name),
+        dtype=dtype,
+        device=device,
+        experts=recipe.calibration.experts,
+    )
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    expert_tokens: dict[str, list[int]] = {}
+    with bar("quantize", total=len(components.blocks)) as progress:
+        for block in stream:
+            for stage in block.stages():
+                stage.finish(ALGORITHMS[stage.method](stage))
+            if not block.restored:
+                _record(writer, block.info.name, block.result)
+            errors |= block.errors
+            notes += block.notes
+            expert_tokens |= block.expert_tokens
+            progress.step(f"quantize {block.info.component}")
+    return BlockResult({}, {}, errors, tuple(notes), expert_tokens)
 
 
 def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[ComponentMap, Plan]:
