@@ -4,9 +4,9 @@
 
 DIR is what train_moe_model.py writes. The first table scores round-to-nearest, GPTQ and AWQ at 3 and 4 bits, groups of
 128, on the whole language model and on its routed experts alone, against the unquantized model on vlmquant/demo/test.
-The second is about `calibration.experts`: with few calibration samples, how much is lost when an expert is calibrated on
-its own tokens, on others' as well, or on all; several draws each, on the same test scenes. Its default was chosen by this
-table, and nothing else was. Writes benchmarks/results/moe.{json,md}.
+The second is about `calibration.experts`: with few calibration samples, how much is lost when an expert is calibrated
+on its own tokens, on others' as well, or on all; several draws each, on the same test scenes. Its default was chosen by
+this table, and nothing else was. Writes benchmarks/results/moe.{json,md}.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def main() -> None:
         )
     lines += [
         "",
-        f"Experts calibrated on few samples, GPTQ at 3 bits, {arguments.draws} draws, the same test scenes:",
+        f"Experts calibrated on few samples, GPTQ at 3 bits, {arguments.draws} draws, the same scenes:",
         "",
     ]
     lines += [

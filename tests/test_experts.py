@@ -1,5 +1,4 @@
-"""Experts taken apart: the same outputs as the fused module, its weights in the right places, and what calibration
-sees."""
+"""Experts taken apart: the fused module's outputs, its weights in the right places, and what calibration sees."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,8 +31,7 @@ KINDS = (
     "step3p7",
     "ernie4_5_vl_moe",
 )
-"""Plain, interleaved with biases and clamps, sorted, transposed, without a dense MLP, without a gate, with a norm,
-..."""
+"""Plain, interleaved with biases and clamps, sorted, transposed, without a gate, with a norm, ..."""
 
 
 def fused_modules(kind: str) -> dict[str, nn.Module]:

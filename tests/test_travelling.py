@@ -1,5 +1,4 @@
-"""Tensors that the model class leaves aside by design, and buffers that are stored with the weights: kept, bit for
-bit."""
+"""Tensors that the model class leaves aside by design, and stored buffers: kept, bit for bit."""
 
 import json
 import re

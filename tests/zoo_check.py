@@ -1,5 +1,4 @@
-"""What becomes of one kind of the zoo: quantized, loaded, compared with the original that holds the dequantized
-weights."""
+"""What becomes of one kind of the zoo: quantized, loaded, compared with the original that holds its weights."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -78,8 +78,7 @@ class ParameterInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     disk: str
-    """Its name in a checkpoint that stores it by itself: the one it has now, or for a part of a tensor one made for
-    it."""
+    """Its name in a checkpoint that stores it by itself: the one it has, or one made for a part of a tensor."""
     nbytes: int
     """On disk, with its share of the scales."""
     value: Lazy = field(compare=False)
@@ -197,8 +196,7 @@ class ComponentMap:
         return value if disk in self._buffers_on_disk else self._checked(value, disk)
 
     def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own; runs
-        anywhere."""
+        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own."""
         model = build(self.config, dtype or self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
         take_apart(model, check=False, only=set(self.experts))
         return model
@@ -418,8 +416,7 @@ def auto_class(config: Any) -> Any:
 
 
 def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bool) -> nn.Module:
-    """The model on the meta device, in eval mode. InputError where transformers has no such model, or cannot build
-    it."""
+    """The model on the meta device, in eval mode. InputError where transformers cannot build one."""
     auto = auto_class(config)
     for attention in ("sdpa", "eager"):
         try:
@@ -642,8 +639,7 @@ def _check_dtypes(model: nn.Module, found: dict[str, Lazy], shards: Shards) -> N
 
 
 def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path) -> dict[str, str]:
-    """Parameter name -> component; what no prefix covers is `other`. InputError where a needed component has
-    nothing."""
+    """Parameter name -> component; what no prefix covers is `other`. InputError where a needed one has nothing."""
     prefixes = sorted(family.prefixes().items(), key=lambda item: -len(item[0]))
     owners = {
         name: next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), OTHER)
@@ -661,9 +657,11 @@ def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path)
 
 
 def _quantizable(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Linear layers that run as such: not those inside torch's own attention, which reads them and never calls
-    them, and
-    no module that makes something else of a linear's weight, as some routers do."""
+    """Linear layers that run as such.
+
+    Not those inside torch's own attention, which reads them and never calls them, and no module that makes something
+    else of a linear's weight, as some routers do.
+    """
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     for name, module in model.named_modules():
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
@@ -676,8 +674,7 @@ def _linear_info(name: str, local: str, block: str | None, module: nn.Linear, co
 
 
 def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> Iterator[BlockInfo]:
-    """The items of the outermost lists of modules that run, those of the vision encoders first, in order of
-    definition."""
+    """The items of the outermost lists whose items run, those of the vision encoders first, in order of definition."""
     linears = [(name, module) for name, module in _quantizable(model) if f"{name}.weight" in owners]
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     for component, inside in (("vision_encoder", family.vision_encoder), ("language", (family.language,))):

@@ -1,5 +1,4 @@
-"""How a model's parameters are made from the tensors on disk: transformers' own converters, run on names instead of
-values.
+"""How a model's parameters are made from the tensors on disk: transformers' own converters, run on names, not values.
 
 A `Lazy` is a tensor on the meta device that remembers how its values come about. transformers renames, stacks, splits,
 transposes and permutes such tensors as it does when it loads a model; what comes out says for every parameter which
@@ -266,8 +265,7 @@ class Matched:
 
 
 def match(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
-    """Carry a checkpoint's names (and the shapes behind them) through transformers' renamings and converters for
-    `model`.
+    """Carry a checkpoint's names, and the shapes behind them, through transformers' renamings and converters.
 
     Raises InputError where two tensors stand for one parameter, or a converter does not fit them.
     """

@@ -152,9 +152,8 @@ class Experts(nn.Module):
     ) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) -> (tokens, hidden).
 
-        Without an index: hidden_states (experts * tokens, hidden), already multiplied by the router's scores, with
-        zeros
-        for the tokens an expert is not given (Llama 4).
+        Without an index: hidden_states (experts * tokens, hidden), already multiplied by the router's scores, and
+        zero for the tokens that an expert is not given (Llama 4).
         """
         if top_k_index is None or top_k_weights is None:
             return self._forward_sorted(hidden_states)

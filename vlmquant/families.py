@@ -54,8 +54,7 @@ class Family:
     other: tuple[str, ...] = ()
     """What is neither of these and always kept: audio towers, talkers, image decoders."""
     runs: str = ""
-    """The part of the model whose forward pass is calibrated and evaluated, where it is not the whole: Omni's
-    thinker."""
+    """The part whose forward pass is calibrated and evaluated, where it is not the whole model: Omni's thinker."""
     source: Literal["table", "recipe", "guess"] = "table"
 
     def prefixes(self) -> dict[str, str]:

@@ -1,5 +1,4 @@
-"""A row for a model that has none in the table of families: where its parts are, by its config and its modules'
-names."""
+"""A row for a model that has none in the table: where its parts are, by its config and its modules' names."""
 
 import re
 from pathlib import Path

@@ -40,6 +40,8 @@ FUSED_ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
 }
 """transformers' name of an activation -> that of kernels.reference.ACTIVATIONS for the same function."""
+WORTH_RETURNING = 1 << 19
+"""Bytes of packed weights: returning memory takes a millisecond, and mixtures of experts have thousands of weights."""
 SHOWN = 5
 """Names of a long list that an error message shows."""
 
@@ -167,8 +169,7 @@ class _ModuleRenaming(WeightRenaming):  # type: ignore[misc]
 
 
 def _expert_names(model: nn.Module, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Module of an expert's linear as the checkpoint has it -> as the model has it, where transformers' converters
-    say so.
+    """Module of an expert's linear on disk -> in the model, where transformers' converters say so.
 
     They are asked about the weights that the codes stand for.
     """
@@ -259,6 +260,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
     def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
         activations = _activations(model)
         arrived = {name: module for name, module in model.named_modules() if isinstance(module, _Arriving)}
+        freed = 0
         for name in list(arrived):
             follower, activation = activations.get(name, ("", ""))
             model.set_submodule(name, arrived.pop(name).finish(name, activation))
@@ -266,7 +268,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
                 block, _, leaf = name.rpartition(".")
                 function = model.get_submodule(follower)
                 model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
-            _give_back_freed_memory()
+            freed = _give_back(freed + model.get_submodule(name).packed_bytes)  # type: ignore[operator, arg-type]
         _share_inputs(model)
         self._names_for_saving(model)
         return model
@@ -309,6 +311,7 @@ def _activations(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 def _share_inputs(model: nn.Module) -> None:
     """Let linears that get the same inputs lie together, where their weights are of one kind."""
+    freed = 0
     for _, _, part in _known_parts(model):
         groups: dict[tuple[str, ...], list[QuantLinear]] = {}
         for name, module in part.named_modules():
@@ -317,7 +320,7 @@ def _share_inputs(model: nn.Module) -> None:
         for group in groups.values():
             if can_share(group):
                 share(group)
-                _give_back_freed_memory()
+                freed = _give_back(freed + sum(one.packed_bytes for one in group))
 
 
 def _choose_quantizer(config: Any, **arguments: Any) -> CompressedTensorsHfQuantizer:
@@ -491,6 +494,14 @@ def reading_part(model: Any) -> Any:
     """The part of a loaded model that takes image and text and answers: itself, or the thinker of an Omni model."""
     row = FAMILIES.get(model.config.model_type)
     return model.get_submodule(row.runs) if row else model
+
+
+def _give_back(freed: int) -> int:
+    """Have memory returned once so many bytes were freed that it is worth the call; what is still to be returned."""
+    if freed < WORTH_RETURNING:
+        return freed
+    _give_back_freed_memory()
+    return 0
 
 
 def _give_back_freed_memory() -> None:

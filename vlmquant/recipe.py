@@ -182,9 +182,8 @@ class ExpertOptions(Data):
     """Which calibration tokens the experts of a mixture are quantized on."""
 
     tokens: Literal["routed", "blend", "all"] = "blend"
-    """routed: those that the router gives an expert. blend: an expert with fewer than `enough_tokens` is shown as
-    many of
-    the layer's other tokens as are missing, evenly drawn. all: every token, for every expert (which costs as many times
+    """routed: those that the router gives an expert. blend: an expert with fewer than `enough_tokens` is shown as many
+    of the layer's others as are missing, evenly drawn. all: every token, for every expert (which costs as many times
     the work as there are experts for each one chosen)."""
     enough_tokens: Annotated[int, Field(ge=1)] | None = None
     """Null: two for each of an expert's inputs."""

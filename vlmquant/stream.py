@@ -55,8 +55,7 @@ class BlockResult:
 
 @dataclass(frozen=True)
 class _Pause:
-    """Where a forward pass stopped: "enter" or "exit" of a block, one of its linears, or where its experts were
-    chosen."""
+    """Where a forward pass stopped: "enter" or "exit" of a block, a linear, or where its experts were chosen."""
 
     kind: str
     name: str
@@ -83,8 +82,7 @@ class _Walk(greenlet):
         self.paused: _Pause | None = None
 
     def real_tokens(self, count: int) -> Tensor | None:
-        """bool (count,): which of the tokens that a module got are no padding, where those are all or all of one
-        type."""
+        """bool (count,): which of a module's tokens are no padding, where it got all, or all of one type."""
         if self.token_mask is None:
             return None
         flat = self.token_mask.flatten()
@@ -384,8 +382,7 @@ class Block:
     def watch(
         self, module: str, given: Sequence[Tensor], tokens: int, *, blend: bool = True
     ) -> Iterator[Tensor | None]:
-        """What `Experts` asks while it runs: which of the tokens each expert is shown, where not just those it is
-        given.
+        """What `Experts` asks while it runs: which tokens each expert is shown, where not just those it is given.
 
         blend: whether other experts' tokens are to be had.
         """

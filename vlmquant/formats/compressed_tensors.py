@@ -229,8 +229,7 @@ def _place(name: str, components: ComponentMap) -> _Place:
 
 
 def _travelling(components: ComponentMap, modules: Collection[str]) -> list[str]:
-    """Patterns for what the model class does not load but engines may: parts that hold nothing but what travels
-    along."""
+    """Patterns for what the model class does not load but engines may: parts with nothing in them that it loads."""
     used = {outer for one in components.parameters if one.loaded for outer in _outer_names(one.disk)}
     roots = dict.fromkeys(
         next(outer for outer in _outer_names(one.disk) if outer not in used)
@@ -298,8 +297,7 @@ def _start(vision: bool) -> str:
 
 
 def _shortest(name: str, vision: bool, rest: str, others: Collection[str], *, least: int = 1) -> str:
-    """A regex with as much of the end of a name as keeps it from fitting the others; name spaces differ in what is
-    before.
+    """A regex with as much of the end of a name as keeps it from fitting others; name spaces differ in what is before.
 
     The whole name, where nothing less does.
     """
