@@ -315,3 +315,19 @@ def test_locate_model(tiny_llava: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
         locate_model(tmp_path / "file")
+
+
+def test_a_tied_embedding_may_lie_on_disk_as_the_head(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    tied = resolve_components(tiny("llava", tie=True))
+    model_dir = Path(shutil.copytree(tiny("llava", tie=True), tmp_path / "copy"))
+    embedding = "language_model.model.embed_tokens.weight"
+
+    def as_head(tensors: dict[str, Tensor]) -> None:
+        tensors["language_model.lm_head.weight"] = tensors.pop(embedding)
+
+    edit_weights(model_dir, as_head)
+    components = resolve_components(model_dir)
+    (moved,) = [one for one in components.parameters if one.component == "embedding"]
+    assert moved.disk == "language_model.lm_head.weight"
+    assert components.total_bytes == tied.total_bytes
+    assert len(components.tied[0]) == 2

@@ -310,7 +310,7 @@ def resolve_components(
         take_apart(model, check=False, only=set(experts))
     _check_shapes(model, found, tied, shards, model_dir)
     _check_dtypes(model, found, shards)
-    owners = _place(found, family, config, model_dir)
+    owners = _place(found, family, tied, config, model_dir)
     blocks = tuple(_find_blocks(model, family, owners))
     parameters = tuple(
         ParameterInfo(
@@ -638,13 +638,19 @@ def _check_dtypes(model: nn.Module, found: dict[str, Lazy], shards: Shards) -> N
             )
 
 
-def _place(found: dict[str, Lazy], family: Family, config: Any, model_dir: Path) -> dict[str, str]:
+def _place(
+    found: dict[str, Lazy], family: Family, tied: tuple[tuple[str, ...], ...], config: Any, model_dir: Path
+) -> dict[str, str]:
     """Parameter name -> component; what no prefix covers is `other`. InputError where a needed one has nothing."""
     prefixes = sorted(family.prefixes().items(), key=lambda item: -len(item[0]))
-    owners = {
-        name: next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), OTHER)
-        for name in found
-    }
+
+    def owner_of(name: str) -> str:
+        return next((owner for prefix, owner in prefixes if f"{name}.".startswith(f"{prefix}.")), OTHER)
+
+    owners = {name: owner_of(name) for name in found}
+    for group in tied:  # an embedding may lie on disk as the head that it is tied to
+        if group[0] in owners:
+            owners[group[0]] = min(map(owner_of, group), key=COMPONENTS.index)
     if absent := [name for name in NEEDED if name not in owners.values()]:
         places = [prefix for prefix, owner in family.prefixes().items() if owner in absent]
         outermost = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in found))
