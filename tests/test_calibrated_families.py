@@ -223,7 +223,7 @@ def test_an_expert_that_is_never_chosen_ends_the_run_unless_the_recipe_lets_it(
 ) -> None:
     source, starved = tiny_zoo(kind, starved=7), 7
     with pytest.raises(
-        StarvedExpertsError, match=r"1 of 8 experts saw fewer than 8 calibration tokens \(expert 7\)"
+        StarvedExpertsError, match=r"1 of 8 experts saw fewer than 4 calibration tokens \(expert 7\)"
     ) as e:
         quantize(source, recipe, tmp_path / "out", calibration=calibration, dtype=torch.float32)
     assert e.value.exit_code == EXIT_STARVED_EXPERTS == 7
@@ -242,7 +242,7 @@ def test_an_expert_that_is_never_chosen_ends_the_run_unless_the_recipe_lets_it(
     assert all(counts[starved] == 0 for counts in routed.values())
     for module in routed:
         assert f"{module}: no calibration token was routed to expert 7: rounded to nearest" in done.notes
-    assert any("(12.5%) below 8" in note for note in done.notes)
+    assert any("(12.5%) below 4" in note for note in done.notes)
     logits = zoo.forward(kind, load_model(done.path, dtype=torch.float32), encoded(done.path, calibration)[0].inputs)
     assert logits.isfinite().all()
 

@@ -225,7 +225,7 @@ def test_all_tokens_for_all_experts(tmp_path: Path) -> None:
 
 def test_an_unused_expert_trips_the_sentinel(tmp_path: Path) -> None:
     with pytest.raises(
-        StarvedExpertsError, match=r"mlp\.experts: .*of 8 experts saw fewer than 8 .*expert.* 3"
+        StarvedExpertsError, match=r"mlp\.experts: .*of 8 experts saw fewer than 4 .*expert.* 3"
     ) as error:
         Watched(BALANCED, tmp_path, ExpertOptions(), never=PLANTED)
     assert error.value.exit_code == 7

@@ -189,7 +189,7 @@ class ExpertOptions(Data):
     """Null: two for each of an expert's inputs."""
     others_count: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How much a token of another expert counts, beside 1 for one's own."""
-    least_tokens: Annotated[int, Field(ge=1)] = 8
+    least_tokens: Annotated[int, Field(ge=1)] = 4
     """An expert with fewer of its own starves."""
     max_starving: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.05
     """The largest share of a layer's experts that may starve: above it the run ends with exit code 7."""
