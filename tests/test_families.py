@@ -117,7 +117,7 @@ def part_of(model: Any) -> Part:
     family = components._family_of(model.config, model, NOWHERE, None)
     weights = dict(model.state_dict())
     model.load_state_dict(parts_of(weights, take_apart(model, check=False)), strict=False)
-    owners = components._place(model.state_dict(), family, model.config, NOWHERE)
+    owners = components._place(model.state_dict(), family, (), model.config, NOWHERE)
     blocks = tuple(components._find_blocks(model, family, owners))
     places = (*family.vision_encoder, family.language)
     types = {place: part_type(model.get_submodule(place), model.config) for place in places}
