@@ -12,6 +12,7 @@ from tests import zoo, zoo_check
 from vlmquant import experts as rooms
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
+from vlmquant.checkpoint.reader import verify_checkpoint
 from vlmquant.components import resolve_components
 from vlmquant.errors import PlanError, SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts, form_of, holds_experts, parts_of, stands_for, take_apart
@@ -114,6 +115,7 @@ def test_kept_experts_are_copied_as_they_lie_on_disk(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     before, after = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert verify_checkpoint(tmp_path / "out") == []
     stacks = [name for name in before if ".experts." in name]
     assert stacks
     assert all(torch.equal(before[name], after[name]) for name in stacks)
