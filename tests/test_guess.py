@@ -6,11 +6,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests import zoo
+from vlmquant.checkpoint.assemble import card
 from vlmquant.cli import app
 from vlmquant.components import resolve_components
 from vlmquant.errors import InputError, RecipeError
 from vlmquant.families import FAMILIES, from_spec
-from vlmquant.recipe import load_family, parse_recipe
+from vlmquant.pipeline import plan_model
+from vlmquant.recipe import load_family, load_recipe, parse_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIKE_A_ROW = (
@@ -129,6 +131,17 @@ def test_a_guess_is_shown(tmp_path: Path, tiny_llava: Path) -> None:
     assert "parts (in the table of families)" in CliRunner().invoke(app, ["inspect", str(tiny_llava)]).stdout
     planned = CliRunner().invoke(app, ["plan", str(model_dir), "-r", "mixed", "--json"])
     assert "its parts were guessed" in planned.stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto"), [("phi4_multimodal", "AutoModelForMultimodalLM"), ("qwen3_5", "AutoModelForImageTextToText")]
+)
+def test_a_card_names_the_class_that_loads_it(kind: str, auto: str, tmp_path: Path) -> None:
+    recipe = load_recipe("mixed")
+    components, plan = plan_model(zoo.build(kind, tmp_path / "model"), recipe)
+    text = card(components, recipe, plan)
+    assert f"from transformers import {auto}\n" in text
+    assert f"model = {auto}.from_pretrained(" in text
 
 
 def test_families_are_listed() -> None:

@@ -15,7 +15,7 @@ import vlmquant
 from vlmquant.checkpoint.files import TensorSpec, copy_file, sha256_of, write_safetensors, write_text
 from vlmquant.checkpoint.journal import Unit
 from vlmquant.checkpoint.reader import MANIFEST_NAME, MANIFEST_VERSION
-from vlmquant.components import ComponentMap
+from vlmquant.components import ComponentMap, auto_class
 from vlmquant.errors import CheckpointError
 from vlmquant.formats import compressed_tensors
 from vlmquant.fp8 import without_quantization
@@ -242,7 +242,7 @@ def base_name(model_dir: Path) -> str:
 
 def card(components: ComponentMap, recipe: Recipe, plan: Plan) -> str:
     """The model card, in Markdown with the hub's front matter."""
-    base = base_name(components.model_dir)
+    base, auto = base_name(components.model_dir), auto_class(components.config).__name__
     front = {"base_model": base, "library_name": "transformers", **_licence(components.model_dir)}
     front["tags"] = ["vlmquant", recipe.output.format]
     rows = [
@@ -266,9 +266,9 @@ Load it with transformers:
 
 ```python
 import vlmquant  # keeps the weights packed
-from transformers import AutoModelForImageTextToText
+from transformers import {auto}
 
-model = AutoModelForImageTextToText.from_pretrained("path/to/this/directory")
+model = {auto}.from_pretrained("path/to/this/directory")
 ```
 
 The recipe, what became of every weight, each layer's error and the checksums of all files are in `{MANIFEST_NAME}`;
