@@ -44,12 +44,9 @@ QUICK = (
     "qwen3_vl_moe",
     "gemma4",
     "glm46v",
-    "glm4v_moe",
     "llava_onevision",
     "internvl@qwen3_moe",
-    "ovis2",
     "minicpmv4_6",
-    "idefics2",
     "ernie4_5_vl_moe",
 )
 QUICK_AWQ = ("qwen3_5", "internvl@qwen3_moe")

@@ -57,7 +57,7 @@ QUICK = (
     "molmo2",  # tensors that are split
     "kimi_k25",  # tensors that are split and permuted
     "florence2",  # encoder and decoder, attention across
-    "qwen2_5_omni",  # a model inside a model
+    "qwen3_omni_moe_thinker",  # experts beside an audio tower
     "video_llava",  # two towers, one config
 )
 """One kind for each way in which models differ; the others are marked slow."""
