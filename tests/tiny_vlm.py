@@ -307,8 +307,8 @@ def write_shards(tensors: dict[str, Tensor], out_dir: Path, shards: int) -> None
     _write_json(out_dir / "model.safetensors.index.json", index)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over a few sentences, filled up so that the special tokens have their ids."""
+def train_tokenizer(corpus: list[str]) -> Tokenizer:
+    """Byte-level BPE of 400 tokens, among them pad, beginning and end."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -318,7 +318,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
+    return tokenizer
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over a few sentences, filled up so that the special tokens have their ids."""
+    tokenizer = train_tokenizer(CORPUS)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(IMAGE - tokenizer.get_vocab_size())])
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS.values()))
     assert tokenizer.token_to_id(SPECIAL_TOKENS["image_token"]) == IMAGE

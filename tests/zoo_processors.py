@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.tiny_vlm import CORPUS
+from tests.tiny_vlm import CORPUS, train_tokenizer
 from tests.zoo import IMAGE, VIDEO, VISION_END, VISION_START
 
 PATCH, SIDE = 14, 56
@@ -414,16 +413,7 @@ def add_processor(kind: str, model_dir: Path) -> Path:
 
 def make_tokenizer(row: Row) -> PreTrainedTokenizerFast:
     """Byte-level BPE over a few sentences; the row's tokens and those of its turns have their ids."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer = train_tokenizer(CORPUS)
     special = {**row.tokens, **dict(enumerate(row.style.tokens, TURNS))}
     for number in range(tokenizer.get_vocab_size(), max(special) + 1):
         if number in special:

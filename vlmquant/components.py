@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmquant.conversion import Lazy, Matched, Stored, left_aside, match, nbytes, some
-from vlmquant.errors import InputError
+from vlmquant.conversion import Lazy, Matched, Stored, left_aside, match
+from vlmquant.errors import InputError, first_line
 from vlmquant.experts import Form, holds_experts, parts_of, take_apart
 from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, Fold, shared_inputs
 from vlmquant.fp8 import Logical, Source, find_source, forget_quantization, logical_tensors
 from vlmquant.guess import guess_family
 from vlmquant.hub import refuse_adapter, why_no_weights
 from vlmquant.recipe import COMPONENTS as RECIPE_COMPONENTS
-from vlmquant.shards import Shards, open_shards
+from vlmquant.shards import Shards, open_shards, some
 
 CONFIG_NAME = "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -93,7 +93,7 @@ class ParameterInfo:
     @property
     def kept_nbytes(self) -> int:
         """What it takes where it is kept: FP8 weights are written in the model's dtype."""
-        return nbytes(self.value)
+        return self.value.nbytes
 
     @property
     def sources(self) -> set[str]:
@@ -148,6 +148,13 @@ class ComponentMap:
 
     def parameter(self, name: str) -> ParameterInfo:
         return self._by_name[name]
+
+    @property
+    def parts_told(self) -> str:
+        """Where the components are, such as "vision_encoder: model.visual; projector: model.visual.merger"."""
+        prefixes = self.family.prefixes()
+        parts = {name: [prefix for prefix, owner in prefixes.items() if owner == name] for name in COMPONENTS}
+        return "; ".join(f"{name}: {', '.join(places)}" for name, places in parts.items() if places)
 
     def folds_in(self, block: BlockInfo) -> tuple[Fold, ...]:
         """Of the tower or language model that a block is in: the same names may mean something else in another one."""
@@ -319,13 +326,13 @@ def resolve_components(
             tuple(value.shape),
             value.dtype,
             _name_on_disk(name, value, experts, matched if name.removesuffix(".weight") in linears else None),
-            nbytes(value),
+            value.nbytes,
             value,
             buffer=name not in weights,
         )
         for name, value in found.items()
     ) + tuple(
-        ParameterInfo(name, OTHER, tuple(value.shape), value.dtype, name, nbytes(value), value, loaded=False)
+        ParameterInfo(name, OTHER, tuple(value.shape), value.dtype, name, value.nbytes, value, loaded=False)
         for name, value in travelling.items()
     )
     parameters = _with_scales(parameters, logical, shards)
@@ -391,7 +398,7 @@ def _load_config(model_dir: Path, *, trust_remote_code: bool) -> tuple[Any, Sour
     except Exception as error:
         if f"`{content['model_type']}`" in str(error):
             raise InputError(f"{file}: model type {content['model_type']} is unknown to this transformers") from error
-        raise InputError(f"{file}: transformers refuses this config: {_first_line(error)}") from error
+        raise InputError(f"{file}: transformers refuses this config: {first_line(error)}") from error
 
 
 def auto_class(config: Any) -> Any:
@@ -449,13 +456,9 @@ def _why_not_built(config: Any, error: Exception) -> str:
         return (
             f"model type {config.model_type} takes its vision encoder from timm, which does not build it "
             f"without weights "
-            f"here ({_first_line(error)}); such models are not handled"
+            f"here ({first_line(error)}); such models are not handled"
         )
-    return f"transformers cannot build a model of type {config.model_type}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"transformers cannot build a model of type {config.model_type}: {first_line(error)}"
 
 
 def model_dtype(config: Any, shards: Shards) -> torch.dtype:
@@ -686,7 +689,7 @@ def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> It
     for component, inside in (("vision_encoder", family.vision_encoder), ("language", (family.language,))):
         blocks: dict[str, list[tuple[str, nn.Linear]]] = {}
         for name, module in linears:
-            around = list(_outer(name))
+            around = list(outer_modules(name))
             pairs = zip(around, [*around, name][1:], strict=True)
             home = next((outer for outer, item in pairs if outer in lists and item not in lists), None)
             below = any(name.startswith(f"{root}.") for root in inside)
@@ -702,7 +705,7 @@ def _find_blocks(model: nn.Module, family: Family, owners: dict[str, str]) -> It
             )
 
 
-def _outer(name: str) -> Iterator[str]:
+def outer_modules(name: str) -> Iterator[str]:
     """The names of all modules around a module, the outermost first."""
     parts = name.split(".")
     yield from (".".join(parts[:count]) for count in range(1, len(parts)))

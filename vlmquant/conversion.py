@@ -7,16 +7,16 @@ down to the tensors on disk, so that no more is read than is asked for.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, first_line
+from vlmquant.shards import some
 
 Read = Callable[[str, slice | None], Tensor]
 """Name of a tensor on disk and, if not all of it is wanted, which entries of its first dimension -> their values."""
@@ -316,9 +316,9 @@ def match(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
         try:
             made = job.convert(first, model=model, config=model.config)
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
-                f"tensors {some(inputs[first])} cannot be made into parameter {first} as transformers does it: {reason}"
+                f"tensors {some(inputs[first])} cannot be made into parameter {first} as transformers does it: "
+                f"{first_line(error)}"
             ) from error
         for name, value in made.items():
             one = value[0] if isinstance(value, list) else value
@@ -339,13 +339,3 @@ def left_aside(model: nn.Module, name: str) -> bool:
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     forms = (name, name.replace("language_model.", ""))
     return any(re.search(pattern, form) for pattern in patterns for form in forms)
-
-
-def some(names: Iterable[str], *, shown: int = 5) -> str:
-    """A long list, cut short: "a, b and 7 more"."""
-    names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def nbytes(value: Tensor) -> int:
-    return prod(value.shape) * value.dtype.itemsize

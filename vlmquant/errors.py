@@ -60,3 +60,8 @@ class DoesNotFitError(VlmquantError):
 
 class KernelError(VlmquantError):
     """A CUDA kernel cannot be built, started or measured on this machine."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as one line goes; its class where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

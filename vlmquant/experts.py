@@ -16,6 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlmquant.errors import first_line
+
 T = TypeVar("T", bound=Tensor)
 
 CHECKED_EXPERTS, CHECKED_TOKENS = 2, 6
@@ -239,7 +241,7 @@ def stands_for(fused: nn.Module, form: Form) -> str | None:
         with torch.no_grad():
             wanted, got = trial(*routed), stand_in(*routed)
     except (RuntimeError, TypeError, AttributeError, IndexError, ValueError) as error:
-        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return first_line(error)
     if wanted.shape != got.shape:
         return f"it puts out {list(wanted.shape)} and the stand-in {list(got.shape)}"
     difference = ((wanted - got).abs().max() / wanted.abs().max().clamp_min(1e-9)).item()

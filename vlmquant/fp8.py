@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmquant.conversion import Lazy, Read, Stored, some
+from vlmquant.conversion import Lazy, Read, Stored
 from vlmquant.errors import InputError
-from vlmquant.shards import Shards, TensorEntry, dtype_name
+from vlmquant.shards import Shards, TensorEntry, dtype_name, some
 
 FP8 = torch.float8_e4m3fn
 METHOD = "fp8"

@@ -22,7 +22,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 
 from vlmquant.components import EXPERT_NAME, auto_class, model_dtype
 from vlmquant.conversion import Lazy, Stored, left_aside, match
-from vlmquant.errors import CheckpointError, InputError, VlmquantError
+from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line
 from vlmquant.experts import Form, form_of, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
@@ -115,11 +115,9 @@ class _SparingConverter(WeightConverter):  # type: ignore[misc]  # transformers 
         return name, pattern
 
     def reverse_transform(self) -> "_SparingConverter":
-        plain = WeightConverter(
-            list(self._original_source_patterns), list(self._original_target_patterns), list(self.operations)
-        )
-        plain.scope_prefix, plain.base_model_prefix = self.scope_prefix, self.base_model_prefix
-        return _SparingConverter.of(plain.reverse_transform(), self.spared)
+        made: _SparingConverter = super().reverse_transform()
+        made.spared = self.spared
+        return made
 
 
 class _SparingRenaming(WeightRenaming):  # type: ignore[misc]
@@ -388,8 +386,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     except VlmquantError as error:
         raise type(error)(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
     except (RuntimeError, ValueError, KeyError, OSError, ImportError, AttributeError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{path}: transformers cannot load it: {reason}") from error
+        raise CheckpointError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     for what, keys in sorted(info.items()):
         names = sorted(str(key) for key in keys)
         if what == "unexpected_keys":
@@ -486,8 +483,7 @@ def _config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise InputError(f"{path}: transformers cannot read its config: {reason}") from error
+        raise InputError(f"{path}: transformers cannot read its config: {first_line(error)}") from error
 
 
 def reading_part(model: Any) -> Any:

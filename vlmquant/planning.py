@@ -241,11 +241,7 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]
             f"them is kept is written in {written}"
         )
     if family.source == "guess":
-        parts: dict[str, list[str]] = {}
-        for prefix, component in family.prefixes().items():
-            parts.setdefault(component, []).append(prefix)
-        told = "; ".join(f"{name}: {', '.join(parts[name])}" for name in COMPONENTS if name in parts)
-        yield f"model type {kind} is not in the table of families; its parts were guessed: {told}"
+        yield f"model type {kind} is not in the table of families; its parts were guessed: {components.parts_told}"
     if travelling := [parameter for parameter in components.parameters if not parameter.loaded]:
         roots = sorted({parameter.name.partition(".")[0] for parameter in travelling})
         yield (
@@ -343,8 +339,7 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
         ):
             raise PlanError(
                 f"components.{component}: bitsandbytes does not quantize experts, whose weights are stacked "
-                f"({name}); list "
-                "them under keep, or use a scheme of compressed-tensors"
+                f"({name}); list them under keep, or use a scheme of compressed-tensors"
             )
     own = [parameter for parameter in components.parameters if parameter.component == component]
     whole = sum(prod(parameter.shape) for parameter in own)
@@ -359,8 +354,7 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
             raise PlanError(
                 f"components.{component}: {parameter.name} stacks the weights of {parameter.shape[0]} experts in a way "
                 f"that we cannot take apart ({components.modules[module].__name__}); list its module under keep "
-                f"to leave it "
-                "at 16 bits"
+                "to leave it at 16 bits"
             )
 
 
@@ -373,10 +367,8 @@ def _check_expert_schemes(components: ComponentMap, choices: dict[str, _Choice])
             told = ", ".join(f"{name} {label}" for label, name in sorted(schemes.items()))
             raise PlanError(
                 f"{module}: the experts of a layer run as one when served and need one scheme, but the recipe "
-                f"and their "
-                f"shapes give them several ({told}); let keep and overrides cover all of them, or use a group "
-                f"size that "
-                "divides all their inputs"
+                f"and their shapes give them several ({told}); let keep and overrides cover all of them, or use a "
+                "group size that divides all their inputs"
             )
 
 

@@ -5,6 +5,7 @@ pread and not mmap: a file that shrinks while it is read is then an error with a
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -138,7 +139,7 @@ def open_shards(model_dir: Path) -> Shards:
             entries[entry.name] = entry
     if absent := [key for key in weight_map if key not in entries]:
         raise InputError(
-            f"{index}: lists {_some(absent)} in {weight_map[absent[0]]}, which does not hold it; download it again"
+            f"{index}: lists {some(absent)} in {weight_map[absent[0]]}, which does not hold it; download it again"
         )
     return Shards(entries)
 
@@ -263,5 +264,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _some(names: list[str], *, shown: int = 5) -> str:
+def some(names: Iterable[str], *, shown: int = 5) -> str:
+    """A long list, cut short: "a, b and 7 more"."""
+    names = list(names)
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")

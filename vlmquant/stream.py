@@ -25,6 +25,7 @@ from vlmquant.grid import QuantizedWeight, round_scales
 from vlmquant.kernels.reference import round_activations
 from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
+from vlmquant.shards import some
 
 GRAM_SLICES = 4
 """X^T X is symmetric: computed in 4 column slices, only the upper ones, it takes 62 % of the multiplications."""
@@ -353,7 +354,7 @@ class Block:
         if len(starving) > options.max_starving * len(counts):
             raise StarvedExpertsError(
                 f"{name}: {len(starving)} of {len(counts)} experts saw fewer than {options.least_tokens} calibration "
-                f"tokens ({_some(starving)}), more than {options.max_starving:.0%} "
+                f"tokens ({_named(starving)}), more than {options.max_starving:.0%} "
                 f"(calibration.experts.max_starving); give "
                 "more or more varied samples, or set calibration.experts.tokens: all to show every expert all tokens"
             )
@@ -366,7 +367,7 @@ class Block:
             for count in counts
         ]
         if unseen := [expert for expert, count in enumerate(counts) if not count]:
-            self.notes.append(f"{name}: no calibration token was routed to {_some(unseen)}: rounded to nearest")
+            self.notes.append(f"{name}: no calibration token was routed to {_named(unseen)}: rounded to nearest")
 
     def _unseen(self, local: str) -> bool:
         """Whether a linear belongs to an expert that no token was routed to, and that is shown none."""
@@ -560,11 +561,8 @@ class Block:
             )
 
 
-def _some(experts: Sequence[int], *, shown: int = 8) -> str:
-    told = ", ".join(map(str, experts[:shown]))
-    return f"expert{'s' if len(experts) > 1 else ''} {told}" + (
-        f" and {len(experts) - shown} more" if len(experts) > shown else ""
-    )
+def _named(experts: Sequence[int]) -> str:
+    return f"expert{'s' if len(experts) > 1 else ''} {some(map(str, experts), shown=8)}"
 
 
 def _end_pass(*args: Any, **kwargs: Any) -> Any:

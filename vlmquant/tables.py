@@ -120,12 +120,8 @@ def component_table(components: ComponentMap) -> Table:
 def _family_lines(components: ComponentMap) -> list[str]:
     """Where the parts are, who says so, and what is special about the model."""
     family = components.family
-    parts: dict[str, list[str]] = {}
-    for prefix, owner in family.prefixes().items():
-        parts.setdefault(owner, []).append(prefix)
-    told = "; ".join(f"{name}: {', '.join(parts[name])}" for name in COMPONENTS if name in parts)
     whose = {"table": "in the table of families", "guess": "guessed", "recipe": "as the given row says"}[family.source]
-    lines = [f"parts ({whose}): {told}"]
+    lines = [f"parts ({whose}): {components.parts_told}"]
     if components.source:
         lines.append(f"stored in {components.source.label}, dequantized to {dtype_name(components.dtype)} when read")
     if components.experts:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmquant.components import ComponentMap
+from vlmquant.components import ComponentMap, outer_modules
 from vlmquant.errors import CheckpointError, PlanError
 from vlmquant.grid import QuantizedWeight
 from vlmquant.packing import pack_codes, packed_columns, unpack_codes
@@ -230,9 +230,9 @@ def _place(name: str, components: ComponentMap) -> _Place:
 
 def _travelling(components: ComponentMap, modules: Collection[str]) -> list[str]:
     """Patterns for what the model class does not load but engines may: parts with nothing in them that it loads."""
-    used = {outer for one in components.parameters if one.loaded for outer in _outer_names(one.disk)}
+    used = {outer for one in components.parameters if one.loaded for outer in (*outer_modules(one.disk), one.disk)}
     roots = dict.fromkeys(
-        next(outer for outer in _outer_names(one.disk) if outer not in used)
+        next(outer for outer in (*outer_modules(one.disk), one.disk) if outer not in used)
         for one in components.parameters
         if not one.loaded
     )
@@ -244,12 +244,6 @@ def _travelling(components: ComponentMap, modules: Collection[str]) -> list[str]
         fitting = (one for one in choices if not any(re.match(one, module) for module in modules))
         patterns.append(f"re:{next(fitting, f'^{re.escape(root)}{rest}')}")
     return patterns
-
-
-def _outer_names(name: str) -> list[str]:
-    """A tensor's name and those of all modules around it, the outermost first."""
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _patterns(chosen: Iterable[_Place], everything: Iterable[_Place], others: Collection[str]) -> list[str]:
