@@ -39,6 +39,9 @@ ROOMS = [
     "grid",
     "recipe",
     "progress",
+    "reading",
+    "limits",
+    "signals",
     "threads",
     "errors",
 ]

@@ -65,3 +65,26 @@ class KernelError(VlmquantError):
 def first_line(error: BaseException) -> str:
     """What an error says, as far as one line goes; its class where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+SHOWN_CHARACTERS = 200
+"""Of a stranger's text inside a line of ours."""
+MESSAGE_CHARACTERS = 8000
+"""Of a whole message."""
+
+
+def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
+    """Strangers' text (a name in a file, a value) as a part of one line: what is not printable escaped, and cut short."""
+    full = str(text)
+    cut = full[:limit]
+    if not cut.isprintable():
+        cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    return cut + ("..." if len(full) > limit else "")
+
+
+def printable(message: object) -> str:
+    """A message as it goes to a terminal: no control characters, and no line after the first that looks like one of ours."""
+    full = str(message)
+    lines = full[:MESSAGE_CHARACTERS].split("\n")
+    text = "\n  ".join(shown(line, limit=MESSAGE_CHARACTERS) for line in lines)
+    return text + (f" ... ({len(full):,} characters)" if len(full) > MESSAGE_CHARACTERS else "")

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from vlmquant import signals
+
 stderr = Console(stderr=True)
 
 
 class Bar:
-    """One bar; `step` moves it on and may change its label."""
+    """One bar; `step` moves it on and may change its label, and ends the work here if a signal asked for it."""
 
     def __init__(self, progress: Progress, label: str, total: int) -> None:
         self._progress = progress
@@ -20,6 +22,7 @@ class Bar:
         self._progress.update(self._task, advance=by)
         if label is not None:
             self._progress.update(self._task, description=label)
+        signals.check()
 
 
 @contextmanager
