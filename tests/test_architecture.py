@@ -39,6 +39,7 @@ ROOMS = [
     "grid",
     "recipe",
     "progress",
+    "scratch",
     "reading",
     "limits",
     "signals",

@@ -25,7 +25,6 @@ from vlmquant.calibration.sources import (
     Candidate,
     EmbeddedImage,
     SourceSpec,
-    detect_format,
     parse_source,
     read_source,
 )
@@ -54,7 +53,7 @@ def json_lines(path: Path, *records: Any) -> Path:
 
 
 def read(path: Path | str, tmp_path: Path, **options: Any) -> list[Candidate]:
-    return read_source(SourceSpec(str(path), **options), scratch=tmp_path / "scratch")[0]
+    return read_source(SourceSpec(str(path), **options), scratch=tmp_path / "scratch").candidates
 
 
 def image_bytes(item: Candidate) -> list[bytes]:
@@ -100,9 +99,13 @@ def test_csv(folder: Path, tmp_path: Path) -> None:
         ("red, or\nblue?", ("red",), 1),
         ("2+2?", ("4",), 0),
     ]
-    (folder / "data.csv").write_text("question,answer\na,b,c\n")
-    with pytest.raises(InputError, match=r"data\.csv:2: more fields than the header names"):
-        read(folder / "data.csv", tmp_path)
+    (folder / "data.csv").write_text("question,answer\na,b,c\nd,e\nf\n")
+    reading = read_source(SourceSpec(str(folder / "data.csv")), scratch=tmp_path)
+    assert [item.sample.question for item in reading.candidates] == ["d"]
+    assert [(bad.where.rsplit("/")[-1], bad.kind) for bad in reading.bad] == [
+        ("data.csv:2", "with more fields than the header names"),
+        ("data.csv:4", "with fewer fields than the header names"),
+    ]
 
 
 def test_json_list_and_conversations(folder: Path, tmp_path: Path) -> None:
@@ -138,10 +141,13 @@ def test_coco_captions(tmp_path: Path, place: str) -> None:
         ],
     }
     (home / "captions_val2017.json").write_text(json.dumps(content))
-    (item,), skipped = read_source(SourceSpec(str(home / "captions_val2017.json")), scratch=tmp_path)
+    reading = read_source(SourceSpec(str(home / "captions_val2017.json")), scratch=tmp_path)
+    (item,) = reading.candidates
     assert item.sample == Sample("coco-1", "caption", CAPTION_QUESTION, ("a red field", "red"))
     assert image_bytes(item) == [png()]
-    assert skipped == {"without a caption": 1}
+    assert [(bad.where.rsplit("/")[-1], bad.reason) for bad in reading.bad] == [
+        ("captions_val2017.json images[1]", "without an answer or caption")
+    ]
 
 
 def test_messages(folder: Path, tmp_path: Path) -> None:
@@ -167,19 +173,22 @@ def test_messages(folder: Path, tmp_path: Path) -> None:
         {"messages": [*late, {"role": "assistant", "content": "c"}]},
         {"messages": [{"role": "user", "content": "a"}]},
     )
-    assert detect_format(SourceSpec(str(path))) == "messages"
-    (item,), skipped = read_source(SourceSpec(str(path)), scratch=tmp_path)
+    reading = read_source(SourceSpec(str(path)), scratch=tmp_path)
+    (item,) = reading.candidates
     assert item.sample.system == "be brief"
     assert [(turn.question, turn.answer) for turn in item.sample.history] == [("what\nare these?", "colours")]
     assert (item.sample.question, item.sample.answers) == ("more?", ("no",))
     assert image_bytes(item) == [png("red"), png("green")]
-    assert skipped == {"with an image after its first question": 1, "without an answer or caption": 1}
+    assert [bad.reason for bad in reading.bad] == [
+        "with an image after its first question",
+        "without an answer or caption",
+    ]
 
 
 def test_an_image_on_the_network_is_refused(folder: Path, tmp_path: Path) -> None:
     for url in ("http://example.org/a.png", "https://example.org/a.png", "s3://b/a.png"):
         path = json_lines(folder / "data.jsonl", {"image": url, "question": "q", "answer": "a"})
-        with pytest.raises(InputError, match=r"data\.jsonl:1: image '.*' is on the network; download it"):
+        with pytest.raises(InputError, match=r"data\.jsonl:1: with an image on the network: .*; download it"):
             read(path, tmp_path)
 
 
@@ -234,14 +243,14 @@ def test_what_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
         read("no-such.jsonl", tmp_path)
     with pytest.raises(InputError, match="unknown format 'xml'; known: auto, set, jsonl"):
         read(folder, tmp_path, format="xml")
-    with pytest.raises(InputError, match=r"owner/name: `datasets` cannot load it"):
+    with pytest.raises(InputError, match=r"owner/name: no file or folder here, and .* `datasets` cannot load it"):
         read("owner/name", tmp_path)
     (folder / "torn.json").write_text('[{"question": "a",\n "ans')
-    with pytest.raises(InputError, match=r"torn\.json:2: not JSON"):
+    with pytest.raises(InputError, match=r"torn\.json:2: not valid JSON"):
         read(folder / "torn.json", tmp_path)
-    with pytest.raises(InputError, match=r"empty\.jsonl: holds no sample, read as jsonl"):
+    with pytest.raises(InputError, match=r"empty\.jsonl: holds no record, read as jsonl"):
         read(json_lines(folder / "empty.jsonl"), tmp_path)
-    with pytest.raises(InputError, match=r"holds no sample, read as jsonl \(1 without an answer or caption\)"):
+    with pytest.raises(InputError, match=r"holds no sample: of 1 records 1 without an answer or caption"):
         read(json_lines(folder / "bad.jsonl", {"question": "a?"}), tmp_path)
 
 
@@ -365,26 +374,30 @@ def many(tmp_path: Path) -> Callable[..., Path]:
 def test_a_set_is_built_from_several_sources(many: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
     text = json_lines(folder / "text.jsonl", *({"question": f"{n} + 1?", "answer": str(n + 1)} for n in range(10)))
     sources = [SourceSpec(str(many(30)), licence="CC0"), SourceSpec(str(text))]
-    made, strata = build_set(sources, CalibrationSpec(samples=12), tmp_path / "out")
+    built = build_set(sources, CalibrationSpec(samples=12), tmp_path / "out")
+    made, strata = built.sample_set, built.strata
     assert [(row.task, row.asked, row.got, row.with_image, row.text_only) for row in strata] == [
         ("vqa", 9, 9, 9, 0),
         ("text", 3, 3, 0, 3),
     ]
     assert made == load_set(tmp_path / "out")
     assert made.manifest is not None
-    assert made.manifest["sources"][0] == {"path": "data.jsonl", "format": "auto", "licence": "CC0"}
+    assert {**made.manifest["sources"][0], "path": "data.jsonl", "format": "jsonl", "licence": "CC0"} == made.manifest[
+        "sources"
+    ][0]
     assert made.manifest["skipped"] == {}
     for sample in made.samples:
         if sample.images:
             number = int(sample.answers[0])
             assert sample.images[0].read_bytes() == png((number, 7, 7))  # copied byte by byte, to the right sample
-    again, _ = build_set(sources, CalibrationSpec(samples=12), tmp_path / "again" / "out")
+    again = build_set(sources, CalibrationSpec(samples=12), tmp_path / "again" / "out").sample_set
     assert again.sha256 == made.sha256
 
 
 def test_damaged_images_are_replaced_and_counted(many: Callable[..., Path], tmp_path: Path) -> None:
     source = SourceSpec(str(many(30, bad=2)))
-    made, strata = build_set([source], CalibrationSpec(samples=28), tmp_path / "out")
+    built = build_set([source], CalibrationSpec(samples=28), tmp_path / "out")
+    made, strata = built.sample_set, built.strata
     assert strata[0].got == 28
     assert made.manifest is not None
     assert made.manifest["skipped"] == {"with an unusable image": 2}
@@ -412,7 +425,8 @@ def test_repeated_and_excluded_images_are_passed_over(folder: Path, tmp_path: Pa
     ]
     path = json_lines(folder / "data.jsonl", *records)
     blue = Sample("x", "vqa", "?", ("blue",), (folder / "images" / "blue.png",))
-    made, (row,) = build_set([SourceSpec(str(path))], CalibrationSpec(samples=4), tmp_path / "out", exclude=[blue])
+    built = build_set([SourceSpec(str(path))], CalibrationSpec(samples=4), tmp_path / "out", exclude=[blue])
+    made, (row,) = built.sample_set, built.strata
     assert (row.asked, row.got) == (4, 2)
     assert made.manifest is not None
     assert made.manifest["skipped"] == {"repeated": 1, "with an image of the excluded set": 1}
@@ -421,14 +435,14 @@ def test_repeated_and_excluded_images_are_passed_over(folder: Path, tmp_path: Pa
 def test_embedded_images_become_files(tmp_path: Path) -> None:
     uri = "data:image/png;base64," + base64.b64encode(png("green")).decode()
     path = json_lines(tmp_path / "data.jsonl", {"image": uri, "question": "q", "answer": "a"})
-    made, _ = build_set([SourceSpec(str(path))], CalibrationSpec(), tmp_path / "out")
+    made = build_set([SourceSpec(str(path))], CalibrationSpec(), tmp_path / "out").sample_set
     assert made.samples[0].images[0].suffix == ".png"
     assert made.samples[0].images[0].read_bytes() == png("green")
 
 
 def test_a_set_is_a_source(tmp_path: Path) -> None:
     written = write_set(tmp_path / "set", [Sample("a", "caption", "?", ("x",))], {})
-    made, _ = build_set([SourceSpec(str(tmp_path / "set"), task="other")], CalibrationSpec(), tmp_path / "out")
+    made = build_set([SourceSpec(str(tmp_path / "set"), task="other")], CalibrationSpec(), tmp_path / "out").sample_set
     assert made.samples == (Sample("a", "other", "?", ("x",)),)
     assert written.samples[0].task == "caption"
 
@@ -436,7 +450,8 @@ def test_a_set_is_a_source(tmp_path: Path) -> None:
 def test_a_drawn_set_says_where_it_came_from(tmp_path: Path) -> None:
     samples = [Sample(str(number), "text", f"{number}?", ("x",)) for number in range(9)]
     whole = write_set(tmp_path / "set", samples, {"sources": [{"path": "mine", "licence": "CC0"}]})
-    drawn, strata = draw_set(CalibrationSpec(set=str(tmp_path / "set"), samples=4), tmp_path / "out")
+    built = draw_set(CalibrationSpec(set=str(tmp_path / "set"), samples=4), tmp_path / "out")
+    drawn, strata = built.sample_set, built.strata
     assert {sample.id for sample in drawn.samples} < {sample.id for sample in samples}
     assert (strata[0].asked, strata[0].got) == (4, 4)
     assert drawn.manifest is not None

@@ -1,7 +1,9 @@
 """Checkpoints: what is written is what was given, under the model's own names, and the same bytes every time."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +16,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
+from tests.tiny_vlm import image_inputs
 from vlmquant.checkpoint import CheckpointWriter, read_manifest, verify_checkpoint
 from vlmquant.checkpoint.assemble import split
 from vlmquant.checkpoint.files import TensorSpec, sha256_of, write_safetensors
+from vlmquant.checkpoint.manifest import sealed
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.errors import CheckpointError, InputError, SentinelError
 from vlmquant.formats import compressed_tensors
 from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
+from vlmquant.loading import load_model
+from vlmquant.pipeline import quantize
 from vlmquant.planning import Plan, make_plan
 from vlmquant.recipe import Recipe, Scheme, parse_recipe
 from vlmquant.shards import DTYPES
@@ -360,7 +367,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Tensor]], None]) -> list[s
     manifest = read_manifest(path)
     for name in (file.name, "model.safetensors.index.json"):
         manifest["files"][name] = {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
-    (path / "vlmquant.json").write_text(json.dumps(manifest))
+    (path / "vlmquant.json").write_text(json.dumps(sealed(manifest)))
     return verify_checkpoint(path)
 
 
@@ -465,3 +472,133 @@ def test_shards_hold_everything_once_in_order_within_the_limit(sizes: list[list[
         assert sum(spec.nbytes for spec in shard) <= limit or len(groups_inside) == 1
     homes = [{number for number, shard in enumerate(shards) if group[0] in shard} for group in groups]
     assert all(set(group) <= set(shards[next(iter(home))]) for group, home in zip(groups, homes, strict=True))
+
+
+# What travels along
+
+
+@pytest.fixture
+def source(case: Case, tmp_path: Path) -> Path:
+    """A model whose directory is to be changed."""
+    folder = Path(shutil.copytree(case.components.model_dir, tmp_path / "model"))
+    (tmp_path / "secret").write_text("root:x:0:0")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "README.md", "tokenizer.model", "additional_chat_templates/x.jinja"])
+def test_a_link_out_of_the_model_is_refused_before_any_work(source: Path, tmp_path: Path, name: str) -> None:
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=f"{name}: is a symbolic link that leads out of the model directory"):
+        make_case(source).writer(tmp_path / "out")
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+
+
+def test_a_folder_that_leads_out_of_the_model_is_refused(source: Path, tmp_path: Path) -> None:
+    (source / "additional_chat_templates").symlink_to("/etc")
+    with pytest.raises(InputError, match="additional_chat_templates: is a symbolic link that leads out"):
+        make_case(source).writer(tmp_path / "out")
+
+
+def test_links_inside_the_model_and_into_the_hub_s_blobs_are_copied(case: Case, tmp_path: Path) -> None:
+    repo = tmp_path / "models--org--name"
+    folder = Path(shutil.copytree(case.components.model_dir, repo / "snapshots" / "abc"))
+    (repo / "blobs").mkdir()
+    (folder / "tokenizer.json").rename(repo / "blobs" / "1")
+    (folder / "tokenizer.json").symlink_to("../../blobs/1")
+    (folder / "LICENSE").symlink_to("NOTICE")
+    (folder / "NOTICE").write_text("MIT")
+    make_case(folder).run(tmp_path / "out")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "MIT"
+    assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (repo / "blobs" / "1").read_bytes()
+    assert "base_model: org/name" in (tmp_path / "out" / "README.md").read_text()
+    assert verify_checkpoint(tmp_path / "out") == []
+
+
+def test_what_cannot_be_copied_is_named_and_never_opened(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(source / "pipe.dat")
+    (source / "folder").mkdir()
+    (source / "gone").symlink_to("nowhere")
+    (source / "loop").symlink_to("loop")
+    (source / "odd\nname.txt").write_text("x")
+    (source / os.fsdecode(b"latin-\xe9.txt")).write_text("x")
+    (source / "additional_chat_templates").mkdir()
+    os.mkfifo(source / "additional_chat_templates" / "pipe.txt")
+    make_case(source).run(tmp_path / "out")
+    left = ["additional_chat_templates/pipe.txt", "folder", "gone", "latin-\\udce9.txt", "loop", "odd\\nname.txt"]
+    assert read_manifest(tmp_path / "out")["not_copied"] == sorted([*left, "pipe.dat"])
+    assert verify_checkpoint(tmp_path / "out") == []
+
+
+FRONTS = {
+    "date": "license: mit\ndate: 2001-99-99\n",
+    "tag": "license: !!python/name:os.system\n",
+    "deep": "license: mit\nx: " + "[" * 2000 + "]" * 2000 + "\n",
+    "digits": "license: " + "9" * 5000 + "\n",
+    "not YAML": "license: [mit\n",
+    "twice": "license: mit\nlicense: gpl\n: : :\n",
+    "a list": "- license\n",
+    "a number": "license: 5\nlanguage: {en: 1}\n",
+    "no front": None,
+    "bytes": b"---\nlicense: \xff\n---\n",
+}
+
+
+def test_no_card_of_the_model_ends_a_run(source: Path, tmp_path: Path) -> None:
+    case = make_case(source)
+    for kind, front in FRONTS.items():
+        content = (
+            front if isinstance(front, bytes) else f"---\n{front}---\nText\n".encode() if front else b"Text --- x\n"
+        )
+        (source / "README.md").write_bytes(content)
+        case.run(tmp_path / kind)
+        card = (tmp_path / kind / "README.md").read_text()
+        assert "license:" not in card or kind == "twice", kind
+        assert (tmp_path / kind / "README.base.md").read_bytes() == content
+    (source / "README.md").write_bytes(b"---\nlicense: mit\nlanguage: [en, de]\nsince: 2024-02-03\n---\nText\n")
+    case.run(tmp_path / "good")
+    assert "license: mit\nlanguage:\n- en\n- de\n" in (tmp_path / "good" / "README.md").read_text()
+
+
+# Tied in the config, two tensors on disk
+
+
+HEADS = """
+version: 1
+name: heads
+components: {embedding: w8, lm_head: w8, language: w4a16}
+"""
+
+
+@pytest.mark.parametrize(("kind", "where"), [("llava", "top"), ("llava", "text"), ("qwen2_vl", "both")])
+def test_a_head_of_its_own_is_written_as_one(tiny: Callable[..., Path], tmp_path: Path, kind: str, where: str) -> None:
+    untied, tied = tiny(kind), Path(shutil.copytree(tiny(kind), tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text())
+    config["tie_word_embeddings"] = where in ("top", "both")
+    config["text_config"]["tie_word_embeddings"] = where in ("text", "both")
+    (tied / "config.json").write_text(json.dumps(config))
+    recipe = parse_recipe(HEADS, name="heads.yaml")
+    done = quantize(tied, recipe, tmp_path / "out")
+    assert any("tie_word_embeddings" in note for note in done.notes)
+    quantize(untied, recipe, tmp_path / "expected")
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "expected" / file.name).read_bytes()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["tie_word_embeddings"], written["text_config"]["tie_word_embeddings"]) == (False, False)
+    inputs = image_inputs(kind, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = load_model(tmp_path / "expected")(**inputs).logits
+        assert torch.equal(load_model(tmp_path / "out")(**inputs).logits, expected)
+        assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path / "out")(**inputs).logits, expected)
+    assert verify_checkpoint(tmp_path / "out") == []
+
+
+def test_a_config_that_is_true_is_written_as_it_is(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    for tie in (True, False):
+        model = tiny("qwen2_vl", tie=tie)
+        done = quantize(model, "rtn-w4", tmp_path / str(tie))
+        written = json.loads((tmp_path / str(tie) / "config.json").read_text())
+        del written["quantization_config"]
+        assert written == json.loads((model / "config.json").read_text())
+        assert not any("tie_word_embeddings" in note for note in done.notes)

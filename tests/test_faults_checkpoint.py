@@ -287,7 +287,6 @@ def test_a_write_cut_short_by_the_system_leaves_no_unit(case: Case, tmp_path: Pa
 def test_an_existing_output_is_replaced_only_with_force(case: Case, expected: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     case.run(out)
-    (out / "old").write_text("x")
     with pytest.raises(UsageError, match=r"exists and is not empty.*--force"):
         case.run(out)
     with pytest.raises(UsageError, match=r"exists and is not empty.*--force"):

@@ -9,9 +9,12 @@ Importing vlmquant imports neither torch nor transformers; from then on, `from_p
 """
 
 from importlib import import_module
-from typing import Any
 
 from vlmquant import _hook as _hook
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` takes longer to import than all the rest here
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -25,7 +28,7 @@ _EXPORTS = {
 __all__ = ["VlmquantError", "evaluate", "load", "load_recipe", "quantize"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _EXPORTS:
         raise AttributeError(f"module 'vlmquant' has no attribute '{name}'")
     module, attribute = _EXPORTS[name]

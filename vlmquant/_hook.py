@@ -3,14 +3,17 @@
 Set VLMQUANT_DISABLE_HF_PATCH=1 to leave transformers as it is; `vlmquant.load` works either way.
 """
 
-import importlib.util
+from __future__ import annotations
+
 import os
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the command must reach its signal handlers at once, and `typing` alone takes 10 ms
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 DISABLE = "VLMQUANT_DISABLE_HF_PATCH"
 WATCHED = "transformers.quantizers.auto"
@@ -18,7 +21,7 @@ WATCHED = "transformers.quantizers.auto"
 METHOD = "compressed-tensors"
 
 
-class _Watcher(MetaPathFinder):
+class _Watcher:
     """Waits for WATCHED to be imported, finds it as everybody else would, and runs `_defer` after it."""
 
     def find_spec(
@@ -26,6 +29,8 @@ class _Watcher(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != WATCHED:
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:

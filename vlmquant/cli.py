@@ -3,16 +3,32 @@
 import dataclasses
 import json
 import os
-import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from vlmquant.errors import EXIT_OK, InputError, UsageError, VlmquantError
-from vlmquant.threads import set_threads, wait_without_spinning
+from vlmquant import streams
+from vlmquant.errors import (
+    EXIT_DOES_NOT_FIT,
+    EXIT_OK,
+    InputError,
+    UsageError,
+    VlmquantError,
+    first_line,
+    printable,
+    shown,
+)
+from vlmquant.limits import is_allocation_failure
+from vlmquant.threads import MAX_THREADS, set_threads, wait_without_spinning
+
+SKIPPED_SHOWN = 5
+"""Records that could not be used, of those a set names in its skipped.jsonl."""
+
+PATH_SHOWN = 4096
+"""Characters; the longest path that Linux opens."""
 
 app = typer.Typer(
     name="vlmquant",
@@ -32,7 +48,31 @@ FamilyOption = Annotated[
     Path | None,
     typer.Option("--family", help="YAML file that says where the parts of a model are that vlmquant does not know."),
 ]
-Data = Annotated[Path, typer.Option("--data", "-d", help="Evaluation set: a folder with samples.jsonl.")]
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        "-d",
+        help='Evaluation set, as `vlmquant data` makes it: a folder with samples.jsonl, a line {"id", "task", "image", '
+        '"question", "answers": [...]}.',
+    ),
+]
+KeyMap = Annotated[
+    list[str] | None,
+    typer.Option("--map", help="Which key or column to read as what, such as image=picture,question=q,answer=label."),
+]
+ImagesFolder = Annotated[
+    Path | None, typer.Option("--images-folder", help="Folder that image paths start from; else that of the file.")
+]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Read images from outside that folder too (../, absolute, links).")
+]
+MaxBadFraction = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Share of a source's records that may be unusable, else 0.1; they are skipped and named."
+    ),
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many samples, shared among the tasks.")]
 Strata = Annotated[
     str | None, typer.Option("--samples", help="Samples per task in file order, such as caption=80,vqa=60.")
@@ -40,12 +80,18 @@ Strata = Annotated[
 Html = Annotated[Path | None, typer.Option("--html", help="Also write the report as an HTML page.")]
 Markdown = Annotated[Path | None, typer.Option("--markdown", help="Also write the report as Markdown.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto (the faster here), float32 or bfloat16.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores if not given.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads; all cores if not given.")
+]
 WrongImage = Annotated[
     bool,
     typer.Option("--wrong-image", help="Also measure perplexity with another sample's image: does the model look?"),
 ]
 NoGenerate = Annotated[bool, typer.Option("--no-generate", help="Skip generation: no BLEU, exact match or speed.")]
+OtherInputs = Annotated[
+    bool,
+    typer.Option("--allow-other-inputs", help="Compare models whose prompts or image inputs differ, and say so."),
+]
 
 
 def load_wanted(recipe: str, family: Path | None) -> Any:
@@ -57,8 +103,11 @@ def load_wanted(recipe: str, family: Path | None) -> Any:
 
 
 def emit(value: dict[str, Any]) -> None:
-    """A result for machines, on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    """A result for machines, on stdout: JSON in ASCII, in which a number that is not finite is a word."""
+    from vlmquant.report.data import spelled
+
+    with streams.printing():
+        typer.echo(json.dumps(spelled(value), indent=2, allow_nan=False))
 
 
 @app.command()
@@ -119,6 +168,76 @@ def plan(
 
 
 @app.command()
+def data(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="PATH, PATH=TASK or FORMAT:PATH=TASK of your data: a file, a folder, or a data set's id on the hub; "
+            "several may be given."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new set, or of one folder for each part.")],
+    samples: Annotated[int | None, typer.Option(min=1, help="So many, shared among the tasks; else all.")] = None,
+    strata: Annotated[str | None, typer.Option(help="So many of each task, such as caption=80,vqa=60.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Several sets that share no image, in folders of these names, such as calibration=256,evaluation=200."
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Set whose images must not be in the new one; several may be given.")
+    ] = None,
+    sheet: Annotated[
+        Path | None,
+        typer.Option(help="Also write a contact sheet: .html (offline, all scripts) or .png (Latin letters only)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
+    mapping: KeyMap = None,
+    images_folder: ImagesFolder = None,
+    allow_outside: AllowOutside = False,
+    max_bad_fraction: MaxBadFraction = None,
+    as_json: Json = False,
+) -> None:
+    """Make sets for calibration and evaluation from your own data, and show what was read as what.
+
+    Both are of the same form: a folder with images/ and samples.jsonl, one sample a line,
+
+    \b
+    {"id": "7", "task": "vqa", "image": "images/7.jpg", "question": "How many?", "answers": ["2", "two"]}
+
+    where "images": [...] may stand for "image", text-only samples have neither, and "system" and "history":
+    [{"question", "answer"}] may be there too. Use them as `quantize --calibration` and `eval --data`.
+    """
+    from vlmquant.calibration.build import build_set, split_sets
+    from vlmquant.calibration.sets import load_set
+    from vlmquant.calibration.sheet import check_sheet
+    from vlmquant.recipe import CalibrationSpec
+
+    if sum(option is not None for option in (samples, strata, split)) > 1:
+        raise UsageError("give one of --samples, --strata and --split")
+    if sheet is not None:
+        check_sheet(sheet)
+    sources = parse_sources(source, mapping, images_folder, allow_outside)
+    excluded = [sample for name in exclude or () for sample in load_set(name).samples]
+    options: dict[str, Any] = {"exclude": excluded, "max_bad_fraction": max_bad_fraction}
+    if split is not None:
+        built = split_sets(sources, parse_counts(split, "--split"), out, seed=seed, **options)
+    else:
+        counts = None if strata is None else parse_counts(strata, "--strata")
+        spec = None
+        if samples is not None or strata is not None:
+            spec = CalibrationSpec(seed=seed).model_copy(update={"samples": samples, "strata": counts})
+        built = {out.name: build_set(sources, spec, out, **options)}
+    if sheet is not None:
+        _write_sheet(sheet, built)
+    if as_json:
+        emit({"sets": {name: made.to_json() for name, made in built.items()}} if split else built[out.name].to_json())
+    else:
+        _show_built(built.values())
+
+
+@app.command()
 def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the new set.")],
     source: Annotated[
@@ -133,24 +252,72 @@ def calibrate(
     recipe: RecipeOption = "mixed",
     samples: Annotated[int | None, typer.Option(min=1, help="Samples instead of the recipe's number.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed instead of the recipe's.")] = None,
+    mapping: KeyMap = None,
+    images_folder: ImagesFolder = None,
+    allow_outside: AllowOutside = False,
+    max_bad_fraction: MaxBadFraction = None,
     as_json: Json = False,
 ) -> None:
-    """Build a stratified calibration set from your own data; prints its strata."""
+    """Make the calibration set that a recipe asks for from your own data: the short form of `data`."""
     from vlmquant.calibration.build import build_set, draw_set
-    from vlmquant.calibration.sources import parse_source
     from vlmquant.recipe import load_recipe
-    from vlmquant.tables import strata_table
 
     spec = load_recipe(recipe).calibration
     changes = {"samples": samples, "seed": seed}
     spec = spec.model_copy(update={key: value for key, value in changes.items() if value is not None})
-    built, strata = build_set([parse_source(text) for text in source], spec, out) if source else draw_set(spec, out)
-    if as_json:
-        rows = [dataclasses.asdict(row) for row in strata]
-        emit({"path": str(out), "sha256": built.sha256, "samples": len(built.samples), "strata": rows})
+    if source:
+        sources = parse_sources(source, mapping, images_folder, allow_outside)
+        built = build_set(sources, spec, out, max_bad_fraction=max_bad_fraction)
     else:
-        show(strata_table(strata))
-        typer.echo(f"{out}: {len(built.samples)} samples, sha256 {built.sha256}")
+        built = draw_set(spec, out)
+    if as_json:
+        emit(built.to_json())
+    else:
+        _show_built([built])
+
+
+def parse_sources(
+    words: list[str], mapping: list[str] | None, images_folder: Path | None, allow_outside: bool
+) -> list[Any]:
+    """The sources of a command line, all read with the same options."""
+    from vlmquant.calibration.sources import parse_map, parse_source
+
+    options: dict[str, Any] = {
+        "map": parse_map(",".join(mapping or ())),
+        "images": None if images_folder is None else str(images_folder),
+        "allow_outside": allow_outside,
+    }
+    return [dataclasses.replace(parse_source(word), **options) for word in words]
+
+
+def _show_built(built: Iterable[Any]) -> None:
+    """Sets that were made of the same sources: what was read as what, what is in them, what was left out."""
+    from vlmquant.tables import sources_table, strata_table
+
+    sets = list(built)
+    for use in sets[0].sources:
+        say(f"{use.name}: {use.reading.summary()}")
+    if sets[0].sources:
+        show(sources_table([made.sources for made in sets]))
+    skipped = sets[0].skipped
+    for record in skipped[:SKIPPED_SHOWN]:
+        say(f"skipped {shown(record.where)}: {shown(record.reason)}")
+    if len(skipped) > SKIPPED_SHOWN:
+        say(f"and {len(skipped) - SKIPPED_SHOWN} more in {shown(sets[0].skipped_file, limit=PATH_SHOWN)}")
+    for made in sets:
+        show(strata_table(made.strata))
+        for note in made.notes:
+            say(f"note: {note}")
+        where = shown(made.path, limit=PATH_SHOWN)
+        say(f"{where}: {len(made.sample_set.samples)} samples, sha256 {made.sample_set.sha256}")
+
+
+def _write_sheet(file: Path, built: dict[str, Any]) -> None:
+    from vlmquant.calibration.sheet import contact_sheet
+
+    skipped = [(record.where, record.reason) for record in next(iter(built.values())).skipped]
+    content = contact_sheet(file, {name: made.sample_set.samples for name, made in built.items()}, skipped)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @app.command()
@@ -197,8 +364,8 @@ def quantize(
         return
     show(plan_table(done.plan))
     for note in done.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(
+        say(f"note: {note}")
+    say(
         f"{done.path}: written in {done.seconds:.0f} s ({done.user_cpu_seconds:.0f} s of user CPU time), "
         f"peak memory {done.peak_bytes / 2**20:.0f} MiB, computed in {done.compute_dtype}"
     )
@@ -216,13 +383,27 @@ def evaluate(
     samples: Strata = None,
     wrong_image: WrongImage = False,
     no_generate: NoGenerate = False,
+    other_inputs: OtherInputs = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
     _evaluate(
-        reference, [model], data, out, html, markdown, limit, samples, wrong_image, no_generate, dtype, threads, as_json
+        reference,
+        [model],
+        data,
+        out,
+        html,
+        markdown,
+        limit,
+        samples,
+        wrong_image,
+        no_generate,
+        other_inputs,
+        dtype,
+        threads,
+        as_json,
     )
 
 
@@ -238,13 +419,27 @@ def compare(
     samples: Strata = None,
     wrong_image: WrongImage = False,
     no_generate: NoGenerate = False,
+    other_inputs: OtherInputs = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Several quantized models against the original, in one table."""
     _evaluate(
-        reference, models, data, out, html, markdown, limit, samples, wrong_image, no_generate, dtype, threads, as_json
+        reference,
+        models,
+        data,
+        out,
+        html,
+        markdown,
+        limit,
+        samples,
+        wrong_image,
+        no_generate,
+        other_inputs,
+        dtype,
+        threads,
+        as_json,
     )
 
 
@@ -259,17 +454,22 @@ def _evaluate(
     samples: str | None,
     wrong_image: bool,
     no_generate: bool,
+    other_inputs: bool,
     dtype: str,
     threads: int | None,
     as_json: bool,
 ) -> None:
     from vlmquant import pipeline
     from vlmquant.evaluation.settings import Settings
-    from vlmquant.report.table import compare_rows, terminal_table
+    from vlmquant.report.data import check_report_paths
+    from vlmquant.report.table import compare_rows, remarks, terminal_table
 
+    paths = {"--out": out, "--html": html, "--markdown": markdown}
+    check_report_paths(paths, apart=[Path(reference), *models])
     settings = Settings(
         wrong_image=wrong_image,
         generate=not no_generate,
+        allow_other_inputs=other_inputs,
         dtype=dtype,  # type: ignore[arg-type]  # Settings refuses what it does not know
         threads=threads,
     )
@@ -284,11 +484,14 @@ def _evaluate(
     )
     written = pipeline.write_report(report, data=data, out=out, html=html, markdown=markdown)
     if as_json:
-        emit({"rows": compare_rows(report), "files": [str(path) for path in written]})
+        files, notes = [str(path) for path in written], [f"{label}: {text}" for label, text in remarks(report)]
+        emit({"rows": compare_rows(report), "notes": notes, "files": files})
         return
     show(terminal_table(report))
+    for label, text in remarks(report):
+        say(f"note: {label}: {text}")
     for path in written:
-        typer.echo(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 @app.command()
@@ -305,9 +508,10 @@ def gate(
     from vlmquant import gate as judging
     from vlmquant import pipeline
     from vlmquant.recipe import load_recipe
-    from vlmquant.report.data import read_json, write_text
+    from vlmquant.report.data import check_report_paths, read_json, write_text
     from vlmquant.tables import verdict_table
 
+    check_report_paths({"--junit": junit}, apart=[report])
     found = read_json(report)
     spec = load_recipe(recipe).gate if recipe is not None else pipeline.recipe_gate(found)
     if spec is None:
@@ -336,7 +540,8 @@ def verify(
     if as_json:
         emit({"path": str(model), "problems": problems})
     else:
-        typer.echo("\n".join(problems) if problems else f"{model}: every file is as it was written")
+        for line in problems or [f"{model}: every file is as it was written"]:
+            say(line)
     raise typer.Exit(1 if problems else EXIT_OK)
 
 
@@ -363,7 +568,8 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         emit(found)
     else:
-        typer.echo("\n".join(lines(found)))
+        for line in lines(found):
+            say(line)
 
 
 @app.command()
@@ -385,7 +591,7 @@ def tune(
     if as_json:
         emit({"path": str(path), "rows": rows})
     else:
-        typer.echo(f"{path}: {len(rows)} rows")
+        say(f"{path}: {len(rows)} rows")
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -396,13 +602,13 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def parse_counts(text: str) -> dict[str, int]:
+def parse_counts(text: str, option: str = "--samples") -> dict[str, int]:
     """ "caption=80,vqa=60" -> {"caption": 80, "vqa": 60}."""
     counts: dict[str, int] = {}
     for part in text.split(","):
         task, sign, number = (piece.strip() for piece in part.partition("="))
-        if not (task and sign and number.isdecimal() and int(number) > 0) or task in counts:
-            raise UsageError(f"--samples: expected task=number pairs such as caption=80,vqa=60, got '{text}'")
+        if not (task and sign and number.isdecimal() and len(number) < 9 and int(number) > 0) or task in counts:
+            raise UsageError(f"{option}: expected name=number pairs such as caption=80,vqa=60, got '{shown(text)}'")
         counts[task] = int(number)
     return counts
 
@@ -425,33 +631,39 @@ def show(table: Any) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
-    console.print(table)
+    with streams.printing():
+        console.print(table)
+
+
+def say(text: object) -> None:
+    """A line of the result, for people."""
+    with streams.printing():
+        typer.echo(printable(text))
 
 
 def main() -> None:
     """Entry point: turns our errors into one message and an exit code; bugs keep their traceback."""
     wait_without_spinning()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
+        streams.prepare()
         app()
     except VlmquantError as error:
-        fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_OK)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        fail(f"{error.filename}: {error.strerror or error}", InputError.exit_code)
+        fail(error, error.exit_code)
+    except Exception as error:
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "vlmquant")
+        if is_allocation_failure(error):
+            fail(
+                f"{shown(command)}: memory ran out ({first_line(error)}); free some, or use a machine with more",
+                EXIT_DOES_NOT_FIT,
+            )
+        if isinstance(error, OSError):
+            fail(f"{shown(error.filename or command)}: {error.strerror or first_line(error)}", InputError.exit_code)
+        raise
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: object, code: int) -> NoReturn:
     """One message on stderr, then exit."""
-    typer.echo(f"vlmquant: {message}", err=True)
+    stderr = streams.Stderr()
+    stderr.write(f"vlmquant: {printable(message)}\n")
+    stderr.flush()
     sys.exit(code)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """End in order: what was finished is kept, and nothing is half-written."""
-    raise SystemExit(128 + number)

@@ -4,10 +4,10 @@ Fails closed: a missing, unexpected or misshapen tensor is an error that names i
 encoder, language model or embedding cannot be found. What is neither of these, projector nor head is component `other`.
 """
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -17,17 +17,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmquant.conversion import Lazy, Matched, Stored, left_aside, match
-from vlmquant.errors import InputError, first_line
+from vlmquant.conversion import Lazy, Matched, Stored, cast, left_aside, match
+from vlmquant.errors import InputError, first_line, shown
 from vlmquant.experts import Form, holds_experts, parts_of, take_apart
 from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, Fold, shared_inputs
 from vlmquant.fp8 import Logical, Source, find_source, forget_quantization, logical_tensors
 from vlmquant.guess import guess_family
-from vlmquant.hub import refuse_adapter, why_no_weights
+from vlmquant.hub import refuse_misfits, why_no_weights
+from vlmquant.limits import OverLimitError, limited
+from vlmquant.reading import read_json
 from vlmquant.recipe import COMPONENTS as RECIPE_COMPONENTS
 from vlmquant.shards import Shards, open_shards, some
 
 CONFIG_NAME = "config.json"
+LAYERS = re.compile(r"(num_|n_|encoder_|decoder_|mtp_)*(hidden_)?(layers?|blocks)|depth|num_nextn_predict_layers")
+"""Keys of a config that say how often a layer is repeated: a model has at least a tensor for each."""
+WIDTHS = re.compile(r"(moe_)?(num|n)_(local_|routed_|shared_)?experts|num_labels")
+"""Keys that say how many parts a layer has: they are tensors, or the rows of some."""
+LEAST_WIDTH = 10_000
+"""Up to it, such a number is taken as it is."""
+CONFIG_SECONDS, CONFIG_BYTES = 60.0, 4 << 30
+BUILD_SECONDS, BUILD_BYTES = 600.0, 8 << 30
+"""What transformers may take for a config, and for a model without weights. The largest, mixtures with 60,000 linears,
+take a minute and a gigabyte."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
 """Files of a hub repository that a model in safetensors format consists of."""
@@ -87,13 +99,10 @@ class ParameterInfo:
     """Stored with the weights but none of them: a router's bias correction, bounds, positions."""
     loaded: bool = True
     """Whether the model class has a place for it; what has none is copied (the layers of multi-token prediction)."""
+    exact: bool = False
+    """Whether transformers loads it in float32 whatever the model's dtype."""
     copyable: bool = True
     """Whether its tensors on disk can be copied as they are: FP8 values with scales of their own cannot."""
-
-    @property
-    def kept_nbytes(self) -> int:
-        """What it takes where it is kept: FP8 weights are written in the model's dtype."""
-        return self.value.nbytes
 
     @property
     def sources(self) -> set[str]:
@@ -122,12 +131,15 @@ class ComponentMap:
         unread_experts: frozenset[str],
         part_types: dict[str, str],
         trust_remote_code: bool,
+        untied: bool = False,
         source: Source | None = None,
     ) -> None:
         self.model_dir, self.config, self.family, self.dtype = model_dir, config, family, dtype
         self.shards, self.parameters, self.linears, self.blocks = shards, parameters, linears, blocks
         self.tied = tied
         """Groups of parameter names that are one tensor in the model; only the first of a group need be on disk."""
+        self.untied = untied
+        """Whether the config says that head and embedding are one tensor, and the disk holds two values."""
         self.ignored = ignored
         """Tensors on disk, by their names there, that transformers computes anew instead of loading."""
         self.experts = experts
@@ -140,6 +152,8 @@ class ComponentMap:
         """The model_type of each vision encoder and of the language model, by the module's name."""
         self.source = source
         """How weights are stored that are FP8 on disk and dequantized when they are read; None where there are none."""
+        self.restated = False
+        """Whether some of it is stored in another dtype than it lies in, so that the config has to say which."""
         self._trust_remote_code = trust_remote_code
 
     @cached_property
@@ -201,6 +215,36 @@ class ComponentMap:
         """A tensor by its name on disk, as it lies there. InputError where it holds NaN or infinite values."""
         value = self.shards.read(disk)
         return value if disk in self._buffers_on_disk else self._checked(value, disk)
+
+    def rounded(self, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> "ComponentMap":
+        """The same model of another dtype, with some parameters read, and stored, in others than they lie in.
+
+        A tensor on disk is copied as a whole, rounded, where all that is made from it is; else its parts are stored.
+        """
+        changed = {one.name for one in self.parameters if dtypes.get(one.name, one.dtype) != one.dtype}
+        if not changed and dtype == self.dtype:
+            return self
+        spoilt: set[str] = set()
+        for one in self.parameters:
+            if one.name not in changed or not one.copyable:
+                spoilt |= one.sources
+        whole = {
+            disk: dtypes[one.name] for one in self.parameters if one.name in changed for disk in one.sources - spoilt
+        }
+        parameters = []
+        for one in self.parameters:
+            if one.name in changed:
+                to = dtypes[one.name]
+                apart = not one.sources.isdisjoint(spoilt)
+                value = cast(one.value, to) if apart else Lazy.of(one.value.made, one.shape, to)
+                one = replace(one, dtype=to, value=value, copyable=not apart)
+            parameters.append(one)
+        made = copy(self)
+        for name in ("_by_name", "_buffers_on_disk"):  # what was cached
+            vars(made).pop(name, None)
+        made.parameters, made.dtype, made.restated = tuple(parameters), dtype, True
+        made.shards = Shards(self.shards.entries, whole)
+        return made
 
     def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own."""
@@ -266,13 +310,18 @@ def _is_sentinel(value: Tensor) -> bool:
 
 def locate_model(name_or_path: str | Path) -> Path:
     """The directory of a model: a path as it is, or a hub repository's local copy, downloaded if not cached."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name_or_path).expanduser()
+        there, folder = path.exists(), path.is_dir()
+    except (OSError, RuntimeError) as error:  # no such user; a name that is too long, or not ours to look at
+        raise InputError(f"{shown(name_or_path)}: cannot be opened ({first_line(error)}); give another path") from error
+    if folder:
+        refuse_misfits(path)
         return path
-    if path.exists():
+    if there:
         raise InputError(f"{path}: is a file; give the directory of a model")
     if not HUB_ID.fullmatch(str(name_or_path)):
-        raise InputError(f"{path}: no such directory; give a model's directory or a hub id such as org/name")
+        raise InputError(f"{shown(path)}: no such directory; give a model's directory or a hub id such as org/name")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -284,8 +333,9 @@ def locate_model(name_or_path: str | Path) -> Path:
             "download it first or give a path"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name_or_path}: no such directory, and not to be had from the hub: {reason}") from error
+        raise InputError(
+            f"{name_or_path}: no such directory, and not to be had from the hub: {first_line(error)}"
+        ) from error
 
 
 def resolve_components(
@@ -297,8 +347,15 @@ def resolve_components(
     Raises InputError for a model that is incomplete, damaged, already quantized (in another format than FP8, which is
     read) or has no part that can be quantized.
     """
-    config, source = _load_config(model_dir, trust_remote_code=trust_remote_code)
+    content = read_config(model_dir)
+    source = find_source(content, model_dir / CONFIG_NAME)
+    if "auto_map" in content and not trust_remote_code:
+        raise InputError(
+            f"{model_dir / CONFIG_NAME}: auto_map asks to run code that comes with the model; read it, then pass "
+            "--trust-remote-code"
+        )
     shards = open_shards(model_dir)
+    config = forget_quantization(make_config(model_dir, content, shards, trust_remote_code=trust_remote_code))
     dtype = model_dtype(config, shards)
     model = build(config, dtype, trust_remote_code=trust_remote_code, untie=False)
     stored = {name: Lazy.of(Stored(name), entry.shape, entry.dtype) for name, entry in shards.entries.items()}
@@ -312,6 +369,7 @@ def resolve_components(
     found = parts_of(matched.values, experts)
     found = {name: found[name] for name in order if name in found}
     tied = _tied_groups(model, found, shards)
+    untied = not tied and bool(_shared_parameters(model))
     if not tied:
         model = build(config, dtype, trust_remote_code=trust_remote_code, untie=True)
         take_apart(model, check=False, only=set(experts))
@@ -319,6 +377,7 @@ def resolve_components(
     _check_dtypes(model, found, shards)
     owners = _place(found, family, tied, config, model_dir)
     blocks = tuple(_find_blocks(model, family, owners))
+    exact = _kept_exact(model)
     parameters = tuple(
         ParameterInfo(
             name,
@@ -329,6 +388,7 @@ def resolve_components(
             value.nbytes,
             value,
             buffer=name not in weights,
+            exact=exact.search(name) is not None,
         )
         for name, value in found.items()
     ) + tuple(
@@ -361,44 +421,68 @@ def resolve_components(
         },
         unread_experts=frozenset(name for name, module in model.named_modules() if holds_experts(module)),
         trust_remote_code=trust_remote_code,
+        untied=untied,
         source=source,
     )
 
 
-def _load_config(model_dir: Path, *, trust_remote_code: bool) -> tuple[Any, Source | None]:
-    """The model's config, after refusing what must not be loaded: other people's code, and quantized weights.
-
-    Of weights in FP8, which are read, the config says nothing any more: how they are stored is the second result.
-    """
-    from transformers import AutoConfig
-
+def read_config(model_dir: Path) -> dict[str, Any]:
+    """The content of a model's config.json. InputError where there is none of a transformers model."""
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such directory; give a model's directory")
-    refuse_adapter(model_dir)
+    refuse_misfits(model_dir)
     file = model_dir / CONFIG_NAME
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not file.exists():
         if any(model_dir.glob("*.gguf")):
-            raise InputError(f"{model_dir}: {why_no_weights(model_dir)}") from error
-        raise InputError(f"{file}: missing; a model's directory holds a {CONFIG_NAME}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}:{error.lineno}: not valid JSON ({error.msg})") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model_type"), str):
+            raise InputError(f"{model_dir}: {why_no_weights(model_dir)}")
+        raise InputError(f"{file}: missing; a model's directory holds a {CONFIG_NAME}")
+    content: dict[str, Any] = read_json(file, constants=True)
+    if not all(isinstance(part["model_type"], str) for part in (content, *_parts(content)) if "model_type" in part):
+        raise InputError(f"{file}: a model_type is no text; the file is damaged")
+    if "model_type" not in content:
         raise InputError(f"{file}: names no model_type; this is not the config of a transformers model")
-    source = find_source(content, file)
-    if "auto_map" in content and not trust_remote_code:
-        raise InputError(
-            f"{file}: auto_map asks to run code that comes with the model; read it, then pass --trust-remote-code"
-        )
+    return content
+
+
+def make_config(model_dir: Path, content: Mapping[str, Any], shards: Shards, *, trust_remote_code: bool) -> Any:
+    """transformers' config object. InputError where transformers refuses it, or it cannot be that of these weights."""
+    from transformers import AutoConfig
+
+    file = model_dir / CONFIG_NAME
+    _refuse_too_many(content, shards, file)
     try:
-        return forget_quantization(AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)), source
+        with limited(seconds=CONFIG_SECONDS, more_bytes=CONFIG_BYTES):
+            return AutoConfig.from_pretrained(
+                model_dir, local_files_only=not trust_remote_code, trust_remote_code=trust_remote_code
+            )
+    except OverLimitError as error:
+        raise InputError(f"{file}: {error} to read; is it damaged?") from error
     except Exception as error:
-        if f"`{content['model_type']}`" in str(error):
-            raise InputError(f"{file}: model type {content['model_type']} is unknown to this transformers") from error
+        kind = content["model_type"]
+        if f"`{kind}`" in str(error):
+            raise InputError(f"{file}: model type {shown(kind)} is unknown to this transformers") from error
         raise InputError(f"{file}: transformers refuses this config: {first_line(error)}") from error
+
+
+def _refuse_too_many(content: Mapping[str, Any], shards: Shards, file: Path) -> None:
+    """Refuse numbers of layers and experts that the weights cannot have: transformers would make as many modules."""
+    tensors = len(shards.entries)
+    widest = max([LEAST_WIDTH, tensors, *(max(entry.shape, default=0) for entry in shards.entries.values())])
+    for key, value in (item for part in (content, *_parts(content)) for item in part.items()):
+        most = tensors if LAYERS.fullmatch(key) else widest if WIDTHS.fullmatch(key) else None
+        if most is not None and isinstance(value, int | float) and value > most:
+            raise InputError(
+                f"{file}: {key} is {shown(value)}, more than the {tensors} tensors on disk have room for; does "
+                f"{CONFIG_NAME} belong to these weights?"
+            )
+
+
+def _parts(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All mappings inside a config."""
+    for value in content.values():
+        if isinstance(value, dict):
+            yield value
+            yield from _parts(value)
 
 
 def auto_class(config: Any) -> Any:
@@ -427,10 +511,12 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bo
     auto = auto_class(config)
     for attention in ("sdpa", "eager"):
         try:
-            with torch.device("meta"):
+            with limited(seconds=BUILD_SECONDS, more_bytes=BUILD_BYTES), torch.device("meta"):
                 model: nn.Module = auto.from_config(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
                 )
+        except OverLimitError as error:
+            raise InputError(f"{config.name_or_path}: {error} to build; is {CONFIG_NAME} damaged?") from error
         except Exception as error:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 continue
@@ -544,6 +630,13 @@ def _name_on_disk(name: str, value: Lazy, experts: dict[str, Form], linear: Matc
         if found:
             return f"{before}.{leaf}{ending[0]}"
     return name
+
+
+def _kept_exact(model: nn.Module) -> re.Pattern[str]:
+    """What fits the names of parameters that transformers loads in float32."""
+    globs = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    globs |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    return re.compile("|".join(f"(?:{glob.replace('*', '.*')})" for glob in sorted(globs)) or "(?!)")
 
 
 def _with_scales(parameters: tuple[ParameterInfo, ...], logical: Logical, shards: Shards) -> tuple[ParameterInfo, ...]:

@@ -195,6 +195,12 @@ def narrow(tensor: Lazy, dim: int, start: int, length: int) -> Lazy:
     return Lazy.of(Called(torch.narrow, (tensor, dim, start, length), {}), shape, tensor.dtype)
 
 
+def cast(tensor: Lazy, dtype: torch.dtype) -> Lazy:
+    """tensor.to(dtype)."""
+    result: Lazy = tensor.to(dtype)  # type: ignore[assignment]
+    return result
+
+
 def _transposed(made: Called) -> tuple[Lazy, int, int]:
     """Tensor and dimensions of a transposition."""
     inner: Lazy = made.arguments[0]

@@ -62,9 +62,13 @@ class KernelError(VlmquantError):
     """A CUDA kernel cannot be built, started or measured on this machine."""
 
 
+LINE_CHARACTERS = 1000
+"""Of what another library's error says inside a line of ours."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, as far as one line goes; its class where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return shown(next(iter(str(error).strip().splitlines()), type(error).__name__), limit=LINE_CHARACTERS)
 
 
 SHOWN_CHARACTERS = 200
@@ -74,7 +78,7 @@ MESSAGE_CHARACTERS = 8000
 
 
 def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
-    """Strangers' text (a name in a file, a value) as a part of one line: what is not printable escaped, and cut short."""
+    """Strangers' text (a name in a file, a value) as part of one line: what is not printable escaped, and cut short."""
     full = str(text)
     cut = full[:limit]
     if not cut.isprintable():
@@ -83,7 +87,7 @@ def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
 
 
 def printable(message: object) -> str:
-    """A message as it goes to a terminal: no control characters, and no line after the first that looks like one of ours."""
+    """A message as it goes to a terminal: no control characters, and no line but the first that looks like ours."""
     full = str(message)
     lines = full[:MESSAGE_CHARACTERS].split("\n")
     text = "\n  ".join(shown(line, limit=MESSAGE_CHARACTERS) for line in lines)

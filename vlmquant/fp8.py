@@ -6,16 +6,19 @@ DeepSeek and Mistral publish; its `weight_scale_inv` multiplies, whatever the na
 be partial. Scales of activations and of the key-value cache are left aside: they are no part of a weight.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from vlmquant.conversion import Lazy, Read, Stored
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, shown
+from vlmquant.reading import check
 from vlmquant.shards import Shards, TensorEntry, dtype_name, some
 
 FP8 = torch.float8_e4m3fn
@@ -129,22 +132,42 @@ class Logical:
 
 def find_source(config: Mapping[str, Any], file: Path) -> Source | None:
     """What a config.json says; None for an unquantized model. InputError for weights quantized in another way."""
-    found: list[Source] = []
-    for part in _parts(config):
-        for key in QUANTIZATION_KEYS:
-            if quantization := part.get(key):
-                found.append(_source(quantization, file))
+    found = [_source(quantization, file) for quantization in quantization_of(config).values()]
     if len(set(found)) > 1:
         raise InputError(f"{file}: already quantized, in {len(set(found))} ways at once; {WAY_OUT}")
     return found[0] if found else None
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and all that it contains, but for what it says of quantization."""
-    yield config
+def quantization_of(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """All that a config and its parts say of quantization, by the path of the key."""
+    found = {f"{prefix}{key}": config[key] for key in QUANTIZATION_KEYS if config.get(key)}
     for key, value in config.items():
         if isinstance(value, dict) and key not in QUANTIZATION_KEYS:
-            yield from _parts(value)
+            found |= quantization_of(value, f"{prefix}{key}.")
+    return found
+
+
+class _Weights(BaseModel):
+    """How the weights of a group are stored, as far as we read it."""
+
+    model_config = ConfigDict(strict=True)
+    num_bits: int | None = None
+    type: str | None = None
+    symmetric: bool = True
+    strategy: str | None = None
+    block_structure: str | list[Any] | None = None
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(strict=True)
+    weights: _Weights | None = None
+    format: str | None = None
+
+
+class _Quantization(BaseModel):
+    model_config = ConfigDict(strict=True)
+    config_groups: dict[str, _Group] | None = None
+    format: str | None = None
 
 
 def _source(quantization: Any, file: Path) -> Source:
@@ -153,25 +176,27 @@ def _source(quantization: Any, file: Path) -> Source:
         block = quantization.get("weight_block_size", DEFAULT_BLOCK)
         return Source(METHOD, _block(block, "weight_block_size", file) if block is not None else None, False)
     if method != COMPRESSED_TENSORS:
-        raise InputError(f"{file}: already quantized ({method}); {WAY_OUT}")
-    groups = [group for group in (quantization.get("config_groups") or {}).values() if group.get("weights")]
+        raise InputError(f"{file}: already quantized ({shown(method)}); {WAY_OUT}")
+    read: _Quantization = check(_Quantization, quantization, where=f"{file}: already quantized", remedy=WAY_OUT)
+    groups = [group for group in (read.config_groups or {}).values() if group.weights]
     blocks, strategies = set(), set()
     for group in groups:
-        weights = group["weights"]
-        kept_as = group.get("format") or quantization.get("format")
+        weights = group.weights
+        assert weights is not None
+        kept_as = group.format or read.format
         taken = (
-            weights.get("type") == "float"
-            and weights.get("num_bits") == 8
-            and weights.get("symmetric", True)
-            and weights.get("strategy") in STRATEGIES
+            weights.type == "float"
+            and weights.num_bits == 8
+            and weights.symmetric
+            and weights.strategy in STRATEGIES
             and kept_as in (None, *FLOAT_FORMATS)
         )
         if not taken:
-            kind = f"{weights.get('num_bits')}-bit {weights.get('type')}, {kept_as}"
+            kind = shown(f"{weights.num_bits}-bit {weights.type}, {kept_as}")
             raise InputError(f"{file}: already quantized ({method}, {kind}); {WAY_OUT}")
-        strategies.add(weights["strategy"])
-        if weights["strategy"] == "block":
-            blocks.add(_block(weights.get("block_structure"), "block_structure", file))
+        strategies.add(weights.strategy)
+        if weights.strategy == "block":
+            blocks.add(_block(weights.block_structure, "block_structure", file))
     if len(blocks) > 1 or not groups:
         why = "with blocks of several sizes" if groups else "by a config without groups"
         raise InputError(f"{file}: already quantized ({method}, {why}); {WAY_OUT}")
@@ -180,10 +205,12 @@ def _source(quantization: Any, file: Path) -> Source:
 
 def _block(value: Any, key: str, file: Path) -> tuple[int, int]:
     if isinstance(value, str):  # compressed-tensors once wrote "128x128"
-        value = [int(size) if size.isdigit() else 0 for size in value.split("x")]
+        value = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in value.split("x")]
     pair = isinstance(value, list | tuple) and len(value) == 2
     if not pair or not all(type(size) is int and size > 0 for size in value):
-        raise InputError(f"{file}: {key} is {value!r}, which is no pair of rows and columns; the config is damaged")
+        raise InputError(
+            f"{file}: {key} is {shown(repr(value))}, which is no pair of rows and columns; the config is damaged"
+        )
     return value[0], value[1]
 
 

@@ -6,10 +6,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, shown
+from vlmquant.reading import read_json, refuse_irregular
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_PREFIX = "adapter_model"
+NAME_CHARACTERS = 500
+"""Longer, a base model's name is none."""
 PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 PICKLED_NAME = "pytorch_model"
 """What transformers calls pickled weights; it reads no others."""
@@ -19,6 +22,8 @@ OTHER_FRAMEWORKS = {
     ".onnx": "ONNX",
     ".npz": "NumPy",
 }
+READ_BY_NAME = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "additional_chat_templates/*.jinja")
+"""Files of a model that are opened, by us or by transformers, because they have these names."""
 OUT = "MODEL-OUT"
 """Where the commands that we suggest write to."""
 SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
@@ -26,28 +31,42 @@ FOREIGN = re.compile(r"(consolidated|params).*")
 """Weights under their makers' own names, such as Mistral's, which transformers does not load."""
 
 
-def refuse_adapter(model_dir: Path) -> None:
+def refuse_misfits(model_dir: Path) -> None:
+    """InputError for a directory with an adapter, or with a pipe, device or folder in the place of a model's file."""
+    for pattern in READ_BY_NAME:
+        for file in model_dir.glob(pattern):
+            refuse_irregular(file)
+    _refuse_adapter(model_dir)
+
+
+def _refuse_adapter(model_dir: Path) -> None:
     """InputError for a directory with an adapter, alone or beside a model: it holds changes to a model's weights."""
     file = model_dir / ADAPTER_CONFIG
     if not file.is_file():
         return
     config = _json(file)
     base = config.get("base_model_name_or_path")
-    kind = config.get("peft_type") or "LoRA"
-    shown = json.dumps(base) if isinstance(base, str) and base else '"BASE-MODEL"'
-    auto = _auto_name(_json(Path(base, "config.json"))) if isinstance(base, str) else None
+    base = base if isinstance(base, str) and base and base.isprintable() and len(base) < NAME_CHARACTERS else None
+    auto = _auto_name(_json(Path(base, "config.json"))) if base else None
     code = (
-        f"import os, shutil, huggingface_hub as h, peft, transformers as t; b = {shown}; "
+        f"import os, shutil, huggingface_hub as h, peft, transformers as t; b = {json.dumps(base or 'BASE-MODEL')}; "
         "d = b if os.path.isdir(b) else h.snapshot_download(b); "
         f'shutil.copytree(d, "{OUT}", ignore=shutil.ignore_patterns("*.safetensors*", "{PICKLED_NAME}*")); '
         f'm = t.{auto or "AutoModelForImageTextToText"}.from_pretrained(d, dtype="auto"); '
         f'peft.PeftModel.from_pretrained(m, {json.dumps(str(model_dir))}).merge_and_unload().save_pretrained("{OUT}")'
     )
-    whose = f"to {base}" if isinstance(base, str) and base else "to a model that it does not name"
-    raise InputError(
-        f"{model_dir}: holds an adapter ({kind}) {whose}, and no model of its own; merge them first:\n"
-        f"  python -c {shlex.quote(code)}"
+    kind = shown(config.get("peft_type") or "LoRA", limit=30)
+    whose = f"to {base}" if base else "to a model that it does not name"
+    alone = not (model_dir / "config.json").is_file()
+    what = (
+        "and no model of its own; merge them first"
+        if alone
+        else (
+            "beside a model: transformers would apply it; if it is merged already, move "
+            f"{', '.join(sorted(file.name for file in model_dir.glob('adapter_*')))} away, else merge it first"
+        )
     )
+    raise InputError(f"{model_dir}: holds an adapter ({kind}) {whose}, {what}:\n  python -c {shlex.quote(code)}")
 
 
 def only_file(model_dir: Path) -> str | None:
@@ -66,13 +85,13 @@ def only_file(model_dir: Path) -> str | None:
         why = f"holds {len(parts)} of {int(parts[0][2])} shards and no index of them; download the model again"
     elif len(names) == 1:
         why = (
-            f"holds {names[0]} only, whose tensors have names that transformers does not know; get the model in "
+            f"holds {shown(names[0])} only, whose tensors have names that transformers does not know; get the model in "
             "transformers' form, which its hub repository often holds too"
         )
     else:
         why = (
-            f"holds several files of weights and no index ({', '.join(names[:5])}); keep the one that is meant, and "
-            "call it model.safetensors"
+            f"holds several files of weights and no index ({', '.join(map(shown, names[:5]))}); keep the one that is "
+            "meant, and call it model.safetensors"
         )
     raise InputError(f"{model_dir}: {why}")
 
@@ -88,8 +107,8 @@ def why_no_weights(model_dir: Path) -> str:
         )
     if pickled:
         return (
-            f"holds pickled weights only ({pickled[0]}), in a form that transformers does not read; get the model in "
-            "safetensors format"
+            f"holds pickled weights only ({shown(pickled[0])}), in a form that transformers does not read; get the "
+            "model in safetensors format"
         )
     if any(name.endswith(".gguf") for name in names):
         return (
@@ -136,7 +155,6 @@ def _auto_name(config: dict[str, Any]) -> str | None:
 def _json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none, as this is only for better words."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return dict(read_json(file, constants=True))
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}

@@ -1,6 +1,7 @@
 """Limits of time and memory on what strangers' files make us do: build their config, render their templates."""
 
 import ctypes
+import errno
 import os
 import pickle
 import resource
@@ -21,6 +22,8 @@ from vlmquant.errors import VlmquantError, first_line
 STATM = Path("/proc/self/statm")
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "std::bad_alloc")
+"""How RuntimeErrors of torch and the libraries below it say so."""
 LENGTH = struct.Struct("<Q")
 
 
@@ -36,25 +39,24 @@ class _OverTime(BaseException):
 def limited(*, seconds: float, more_bytes: int) -> Iterator[None]:
     """Python code that may take so many CPU seconds and so much more address space than there is now.
 
-    OverLimitError where it takes more. Between bytecodes only: one call into C that never ends is not ended by this, see
-    Confined. Outside the main thread, and on systems without the means, a limit is not set.
+    OverLimitError where it takes more; MemoryError where the process itself may not take that much. Between bytecodes
+    only: one call into C that never ends is not ended by this, see Confined. Outside the main thread, and on systems
+    without the means, a limit is not set.
     """
     timed = threading.current_thread() is threading.main_thread()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _address_space() + more_bytes if STATM.exists() else None
+    limit = _limit(more_bytes)
     before = signal.signal(signal.SIGPROF, _out_of_time) if timed else None
     try:
-        if limit is not None and (soft == resource.RLIM_INFINITY or limit < soft):
+        if limit is not None:
             resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         if timed:
             signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
         yield
     except _OverTime as error:
         raise OverLimitError(f"takes more than {seconds:g} s") from error
-    except MemoryError as error:
-        raise OverLimitError(f"takes more than {more_bytes / 2**20:,.0f} MiB of memory") from error
-    except RuntimeError as error:
-        if not is_allocation_failure(error):
+    except (MemoryError, RuntimeError) as error:
+        if limit is None or not is_allocation_failure(error):
             raise
         raise OverLimitError(f"takes more than {more_bytes / 2**20:,.0f} MiB of memory") from error
     finally:
@@ -74,9 +76,19 @@ def is_allocation_failure(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text))
-        or (isinstance(error, OSError) and error.errno == 12)
+        or (isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     )
+
+
+def _limit(more_bytes: int) -> int | None:
+    """The address space of a process that may take so much more than now; None where that cannot be set, or the limit
+    that it has is lower."""
+    if not STATM.exists():
+        return None
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _address_space() + more_bytes
+    return limit if soft == resource.RLIM_INFINITY or limit < soft else None
 
 
 def _address_space() -> int:
@@ -86,8 +98,9 @@ def _address_space() -> int:
 class Confined:
     """A function that runs in a child process of its own, forked when it is first called and kept for the next calls.
 
-    Whatever it does there, this process goes on: each call gets `seconds` of wall time and `more_bytes` of address space.
-    Arguments and results are pickled. Raises what the function raises, or OverLimitError; then the next call forks anew.
+    Whatever it does there, this process goes on: each call gets `seconds` of wall time and `more_bytes` of address
+    space. Arguments and results are pickled. Raises what the function raises, OverLimitError, or MemoryError where this
+    process itself may not take that much; then the next call forks anew.
     """
 
     def __init__(self, function: Callable[..., Any], *, seconds: float, more_bytes: int) -> None:
@@ -95,6 +108,7 @@ class Confined:
         self._child: int | None = None
         self._owner = 0
         self._requests = self._answers = -1
+        self._limit: int | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         if self._child is None or self._owner != os.getpid():
@@ -107,7 +121,7 @@ class Confined:
             raise OverLimitError(f"takes more than {self._seconds:g} s") from error
         except (EOFError, BrokenPipeError) as error:  # it could not even say that memory ran out
             self.close()
-            raise OverLimitError(f"takes more than {self._more_bytes / 2**20:,.0f} MiB of memory") from error
+            raise self._out_of_memory() from error
         except BaseException:  # an answer may be under way that the next call must not take for its own
             self.close()
             raise
@@ -115,13 +129,19 @@ class Confined:
         if worked:
             return value
         if isinstance(value, MemoryError):
-            raise OverLimitError(f"takes more than {self._more_bytes / 2**20:,.0f} MiB of memory") from value
+            raise self._out_of_memory() from value
         raise value
+
+    def _out_of_memory(self) -> Exception:
+        if self._limit is None:
+            return MemoryError("in a child process")
+        return OverLimitError(f"takes more than {self._more_bytes / 2**20:,.0f} MiB of memory")
 
     def _start(self) -> None:
         request_end, self._requests = os.pipe()
         self._answers, answer_end = os.pipe()
         self._owner = os.getpid()
+        self._limit = _limit(self._more_bytes)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", DeprecationWarning
@@ -141,11 +161,10 @@ class Confined:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the parent decides
         signal.setitimer(signal.ITIMER_REAL, 0)
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if STATM.exists():
+        end_with_parent()
+        if self._limit is not None:
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
-            resource.setrlimit(resource.RLIMIT_AS, (_address_space() + self._more_bytes, hard))
+            resource.setrlimit(resource.RLIMIT_AS, (self._limit, hard))
         while True:
             try:
                 arguments = pickle.loads(_receive(requests, None))
@@ -180,6 +199,12 @@ class Confined:
     def __del__(self) -> None:
         with suppress(Exception):
             self.close()
+
+
+def end_with_parent() -> None:
+    """Have the system end this process with the one (its thread, exactly) that started it; Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _send(descriptor: int, content: bytes) -> None:

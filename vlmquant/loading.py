@@ -6,32 +6,42 @@ transformers' own loader for compressed-tensors makes 16-bit weights of everythi
 
 import contextlib
 import ctypes
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from vlmquant.components import EXPERT_NAME, auto_class, model_dtype
+from vlmquant.components import CONFIG_NAME, EXPERT_NAME, auto_class, build, make_config, model_dtype, read_config
 from vlmquant.conversion import Lazy, Stored, left_aside, match
-from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line
+from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line, shown
 from vlmquant.experts import Form, form_of, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
-from vlmquant.formats.compressed_tensors import METHOD, decode, encode, encoded_shapes, parse_config, scheme_for
-from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors
+from vlmquant.formats.compressed_tensors import (
+    METHOD,
+    decode,
+    encode,
+    encoded_shapes,
+    parse_config,
+    regex_matches,
+    schemes_of,
+)
+from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
 from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
 from vlmquant.recipe import Scheme
-from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header
+from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
 
+MOST_WEIGHTS_PER_BYTE = 3
+"""Of 3 bits, 2.5 go into a byte."""
 READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
 FUSED_ACTIVATIONS = {
     "gelu": "gelu",
@@ -42,8 +52,6 @@ FUSED_ACTIVATIONS = {
 """transformers' name of an activation -> that of kernels.reference.ACTIVATIONS for the same function."""
 WORTH_RETURNING = 1 << 19
 """Bytes of packed weights: returning memory takes a millisecond, and mixtures of experts have thousands of weights."""
-SHOWN = 5
-"""Names of a long list that an error message shows."""
 
 
 class _Arriving(nn.Module):
@@ -189,6 +197,24 @@ def _expert_names(model: nn.Module, forms: Mapping[str, Form], entries: Mapping[
     }
 
 
+class BoundedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """transformers' own loader, which matches the regexes of a config without a limit: tried before it does."""
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
+        names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+        regex_matches(_texts(self.quantization_config.to_dict()), names)
+        super()._process_model_before_weight_loading(model, **arguments)
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """All texts in a nest of lists and mappings."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, Mapping | list | tuple):
+        for value in content.values() if isinstance(content, Mapping) else content:
+            yield from _texts(value)
+
+
 class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
     """transformers' loader for compressed-tensors, with weights that stay packed."""
 
@@ -197,12 +223,10 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         self.groups, self.ignored = parse_config(config.to_dict())
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
-        forms = {
-            name: form
-            for name, module in model.named_modules()
-            if (form := form_of(module))
-            and scheme_for(f"{name}.0.{form.projections[0]}", "Linear", self.groups, self.ignored)
-        }
+        stacks = {name: form for name, module in model.named_modules() if (form := form_of(module))}
+        first = {name: f"{name}.0.{form.projections[0]}" for name, form in stacks.items()}
+        schemes = self._schemes_of(dict.fromkeys(first.values(), "Linear"))
+        forms = {name: form for name, form in stacks.items() if schemes[first[name]]}
         entries = {
             entry.name: entry for file in arguments.get("checkpoint_files") or () for entry in read_header(Path(file))
         }
@@ -211,12 +235,21 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         )
         self.expert_names = _expert_names(model, forms, entries) if forms else {}
         take_apart(model, check=False, only=set(forms))
-        for name, module in list(model.named_modules()):
-            # Not a subclass of Embedding: those scale or mask what they look up.
-            if isinstance(module, nn.Linear) or type(module) is nn.Embedding:
-                scheme = scheme_for(name, type(module).__name__, self.groups, self.ignored)
-                if scheme is not None:
-                    model.set_submodule(name, _Arriving(module, scheme))
+        # Not a subclass of Embedding: those scale or mask what they look up.
+        modules = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) or type(module) is nn.Embedding
+        }
+        for name, scheme in self._schemes_of({name: type(one).__name__ for name, one in modules.items()}).items():
+            if scheme is not None:
+                model.set_submodule(name, _Arriving(modules[name], scheme))
+
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        """Nothing: transformers takes Llama 4's experts apart, kept ones too, whose weights are stacked on disk."""
+
+    def _schemes_of(self, modules: Mapping[str, str]) -> dict[str, Scheme | None]:
+        return schemes_of(modules, self.groups, self.ignored)
 
     def update_weight_conversions(self, conversions: list[Any], model: nn.Module) -> list[Any]:
         """transformers' own, kept away from experts that stay apart, and one that gives those the model's names."""
@@ -326,10 +359,8 @@ def _choose_quantizer(config: Any, **arguments: Any) -> CompressedTensorsHfQuant
     try:
         parse_config(config.to_dict())
     except CheckpointError:
-        return CompressedTensorsHfQuantizer(config, **arguments)
-    return (
-        CompressedTensorsHfQuantizer(config, **arguments) if config.dequantize else PackedQuantizer(config, **arguments)
-    )
+        return BoundedQuantizer(config, **arguments)
+    return BoundedQuantizer(config, **arguments) if config.dequantize else PackedQuantizer(config, **arguments)
 
 
 def install() -> None:
@@ -348,19 +379,27 @@ def _installed() -> Iterator[None]:
         AUTO_QUANTIZER_MAPPING[METHOD] = before
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Any:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    generation: GenerationConfig | None = None,
+) -> Any:
     """The model in a directory, quantized or not, in eval mode; quantized weights stay packed.
 
-    dtype: of everything that is not quantized; None for the model's own. Raises InputError for a damaged directory and
-    CheckpointError where the checkpoint does not fit its model: every tensor must be there, be used and have its shape.
+    dtype: of everything that is not quantized; None for the model's own. generation: instead of generation_config.json,
+    which is then not opened. Raises InputError for a damaged directory and CheckpointError where the checkpoint does
+    not fit its model: every tensor must be there, be used and have its shape.
     """
     path, device = Path(path), torch.device(device)
-    shards = open_shards(path)
-    source = _fp8_source(path)
-    quantized_by = None if source else _method_of(path)
-    config = _config(path)
+    shards, content = open_shards(path), read_config(path)
+    source = _fp8_source(path, content)
+    quantized_by = None if source else _method_of(path, content)
+    config = make_config(path, content, shards, trust_remote_code=False)
     auto = auto_class(config)
-    arguments: dict[str, Any] = {}
+    _refuse_larger(config, shards, path)
+    arguments: dict[str, Any] = {} if generation is None else {"generation_config": generation}
     if len(shards.files) == 1 and shards.files[0].name != SINGLE_NAME and not (path / INDEX_NAME).is_file():
         config.transformers_weights = shards.files[0].name
         arguments["config"] = config
@@ -371,7 +410,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
     try:
         with _installed():
             if source:
-                model, info = _from_fp8(auto, config, path, shards, source, dtype)
+                model, info = _from_fp8(auto, config, path, shards, source, dtype, generation)
             else:
                 model, info = _from_pretrained(
                     auto,
@@ -393,7 +432,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
             names = [name for name in names if not left_aside(model, name)]
         if names:
             raise CheckpointError(
-                f"{path}: {len(names)} {what.replace('_', ' ')}: {', '.join(names[:SHOWN])}; "
+                f"{path}: {len(names)} {what.replace('_', ' ')}: {some(names)}; "
                 "the weights and config.json do not belong together, or the checkpoint is incomplete"
             )
     if quantized_by == bitsandbytes.METHOD and dtype is not None:
@@ -402,6 +441,18 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None, device: st
         model.to(device)
     _give_back_freed_memory()
     return model.eval()
+
+
+def _refuse_larger(config: Any, shards: Shards, path: Path) -> None:
+    """Refuse the config of a model that these weights cannot fill: transformers would build it and make up the rest."""
+    config = forget_quantization(deepcopy(config))
+    model = build(config, torch.bfloat16, trust_remote_code=False, untie=False)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if weights > MOST_WEIGHTS_PER_BYTE * shards.total_bytes:
+        raise CheckpointError(
+            f"{path}: {CONFIG_NAME} makes a model of {weights:,} weights, more than the {shards.total_bytes:,} bytes on "
+            "disk can hold; the weights and config.json do not belong together, or the checkpoint is incomplete"
+        )
 
 
 def _from_pretrained(auto: Any, config: Any, path: Path, /, **arguments: Any) -> Any:
@@ -433,15 +484,19 @@ class _Slice:
 
 
 def _from_fp8(
-    auto: Any, config: Any, path: Path, shards: Shards, source: Source, dtype: torch.dtype | None
+    auto: Any,
+    config: Any,
+    path: Path,
+    shards: Shards,
+    source: Source,
+    dtype: torch.dtype | None,
+    generation: GenerationConfig | None,
 ) -> tuple[Any, dict[str, Any]]:
     """The model of an FP8 checkpoint as we quantize it: dequantized to its own dtype, one tensor at a time, then cast.
 
     transformers' own FP8 loader needs accelerate, refuses or misreads blocks at the edges that are partial, and rounds
     to the dtype asked for.
     """
-    from transformers import GenerationConfig
-
     own = model_dtype(config, shards)
     forget_quantization(config)
     logical = logical_tensors(shards, source, own)
@@ -457,33 +512,21 @@ def _from_fp8(
         output_loading_info=True,
     )
     model.name_or_path = model.config._name_or_path = str(path)
-    if model.can_generate() and (path / "generation_config.json").is_file():
+    if model.can_generate() and generation is not None:
+        model.generation_config = generation
+    elif model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model, info
 
 
-def _fp8_source(path: Path) -> Source | None:
+def _fp8_source(path: Path, content: Mapping[str, Any]) -> Source | None:
     """How the weights of an FP8 checkpoint are stored; None for any other, and for one that we load packed."""
-    content = _content(path / "config.json")
     try:
-        parse_config(content["quantization_config"])
-    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
-        pass
-    else:
-        return None
-    try:
-        return find_source(content, path / "config.json")
-    except InputError:
-        return None  # told by `_method_of`
-
-
-def _config(path: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot read its config: {first_line(error)}") from error
+        parse_config(content.get("quantization_config"))
+    except CheckpointError:
+        with contextlib.suppress(InputError):  # told by `_method_of`
+            return find_source(content, path / CONFIG_NAME)
+    return None
 
 
 def reading_part(model: Any) -> Any:
@@ -509,34 +552,30 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _method_of(path: Path) -> str | None:
+def _method_of(path: Path, content: Mapping[str, Any]) -> str | None:
     """The checkpoint's quant_method, None for an unquantized model.
 
     CheckpointError for one that we do not load: transformers warns of a method it does not know, and loads nonsense.
     """
-    file = path / "config.json"
-    quantization = _content(file).get("quantization_config")
+    file, quantization = path / CONFIG_NAME, content.get("quantization_config")
     if not quantization:
+        if elsewhere := list(quantization_of(content)):
+            raise CheckpointError(
+                f"{file}: says how its weights are quantized under {elsewhere[0]}, where transformers does not look; "
+                "use the model as quantization_config at the top level has it"
+            )
         return None
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method not in READABLE_METHODS:
-        raise CheckpointError(f"{file}: quant_method {method!r} is not one that we load: {', '.join(READABLE_METHODS)}")
+        raise CheckpointError(
+            f"{file}: quant_method {shown(repr(method))} is not one that we load: {', '.join(READABLE_METHODS)}"
+        )
     if method == METHOD:
         try:
             parse_config(quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
     return str(method)
-
-
-def _content(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file}: missing; a model's directory holds a config.json") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from error
-    return config if isinstance(config, dict) else {}
 
 
 def _cast_kept(model: nn.Module, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import resource
 import time
@@ -10,22 +11,24 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 import vlmquant
+from vlmquant import signals
 from vlmquant.algorithms import ALGORITHMS, rtn
-from vlmquant.calibration.encode import Batch, BatchReport, make_batches
+from vlmquant.calibration.encode import Batch, BatchMaker, BatchReport, make_batches
 from vlmquant.calibration.processor import load_processor
+from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sampling import Selection, choose_samples
 from vlmquant.calibration.sets import SampleSet, image_hashes, load_set
-from vlmquant.checkpoint import CheckpointWriter, read_manifest
-from vlmquant.checkpoint.reader import MANIFEST_NAME
+from vlmquant.checkpoint import AlreadyFinishedError, CheckpointWriter, Inputs, check_output, read_manifest
+from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.components import ComponentMap, locate_model, resolve_components
-from vlmquant.errors import InputError, UsageError
+from vlmquant.errors import DoesNotFitError, InputError, UsageError, first_line, shown
 from vlmquant.evaluation.environment import peak_resident_bytes
+from vlmquant.evaluation.inputs import check_first
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.scoring import score_model
 from vlmquant.evaluation.settings import Settings
@@ -34,14 +37,17 @@ from vlmquant.formats import bitsandbytes, compressed_tensors
 from vlmquant.gate import judge
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.probe import compute_dtype
-from vlmquant.planning import Plan, make_plan
-from vlmquant.progress import bar
+from vlmquant.limits import is_allocation_failure
+from vlmquant.planning import Plan, as_written, make_plan
+from vlmquant.progress import bar, stderr
+from vlmquant.reading import check
 from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
-from vlmquant.report.data import Report, build_report, write_json, write_text
+from vlmquant.report.data import Report, build_report, check_report_paths, write_json, write_text
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import to_markdown
+from vlmquant.scratch import unnamed_file
 from vlmquant.shards import dtype_name
-from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream
+from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream, rehearse
 
 BOOTSTRAP_RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
@@ -56,6 +62,12 @@ CALIBRATION_GAIN = 8.0
 """So many times as fast as float32 must bfloat16 be to be calibrated in. On held-out samples the two lose the same,
 within the noise of a draw (benchmarks/results/calibration_dtype.md), and bfloat16 saves a fifth of the seconds on a CPU
 with AMX; but in float32 machines with and without 16-bit products calibrate alike."""
+SEEING = frozenset({"vision_encoder", "projector"})
+"""Components that only images reach."""
+UNTIED = (
+    "the config says that the head is the embedding (tie_word_embeddings), but the model's files hold two different "
+    "tensors; both are kept, and the new config says that they are not tied"
+)
 BATCH_SIZE = 16
 """Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
 
@@ -118,10 +130,12 @@ def quantize(
     _check_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     components, plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
+    check_output(Path(out), components.model_dir, resume=resume, force=force)
+    inputs = Inputs(components)
     errors: dict[str, float] = {}
-    notes: list[str] = []
+    notes = [UNTIED] if components.untied else []
     selection = None
-    batches: list[Callable[[], Batch]] = []
+    batches: list[BatchMaker] = []
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
     manifest: dict[str, Any] = {"settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()}}
     if any(line.method in NEEDS_DATA for line in plan.lines if line.action == "quantize"):
@@ -131,24 +145,34 @@ def quantize(
             else recipe.calibration.model_copy(update={"set": str(calibration)})
         )
         selection = choose_samples(load_set(chosen.set), chosen)
+        inputs.watch(path for sample in selection.samples for path in sample.images)
         batches, made = make_batches(
             selection.samples, load_processor(components.model_dir), max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE
         )
         manifest["calibration"] = _calibration_record(selection, made, set_name=chosen.set)
         notes += _calibration_notes(selection, made, chosen)
-    fingerprint = _fingerprint(components, recipe, selection, dtype)
-    with CheckpointWriter(
-        Path(out), components, recipe, plan, fingerprint=fingerprint, resume=resume, force=force
-    ) as writer:
-        if recipe.output.format == "bitsandbytes":
-            bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial)
-        else:
-            done = quantize_blocks(writer, batches, dtype=dtype, device=torch.device(device))
-            errors, notes = done.errors, [*notes, *done.notes]
-            if done.expert_tokens:
-                manifest["experts"] = done.expert_tokens
-                notes.append(_expert_note(done.expert_tokens, recipe))
-        writer.finish(manifest | {"errors": errors, "notes": notes})
+        used = [sample for sample in selection.samples if sample.id not in made.too_long]
+        notes += _without_images(used, components, plan, set_name=chosen.set)
+        rehearse(components, plan, batches[0].first, dtype=dtype, device=torch.device(device))
+    fingerprint = _fingerprint(recipe, selection, dtype)
+    writer = CheckpointWriter(
+        Path(out), components, recipe, plan, fingerprint=fingerprint, inputs=inputs, resume=resume, force=force
+    )
+    try:
+        with writer:
+            if recipe.output.format == "bitsandbytes":
+                bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial)
+            else:
+                done = quantize_blocks(writer, batches, dtype=dtype, device=torch.device(device))
+                errors, notes = done.errors, [*notes, *done.notes]
+                manifest["settings"]["batch_size"] = batch_size(writer)
+                if done.expert_tokens:
+                    manifest["experts"] = done.expert_tokens
+                    notes.append(_expert_note(done.expert_tokens, recipe))
+            writer.finish(manifest | {"errors": errors, "notes": notes})
+    except AlreadyFinishedError:
+        finished = read_manifest(writer.out)
+        errors, notes = finished["errors"], [*finished["notes"], "an earlier run had finished this checkpoint"]
     return Quantized(
         path=Path(out),
         plan=plan,
@@ -167,16 +191,59 @@ def quantize_blocks(
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
-    Returns errors, notes and tokens per expert of all blocks together; codes are with the writer.
+    Returns errors, notes and tokens per expert of all blocks together; codes are with the writer. Where memory runs
+    out, the calibration passes begin anew with single samples, for the blocks that are left; then DoesNotFitError.
     """
+    size = batch_size(writer)
+    try:
+        return _quantize_blocks(writer, batches, size, dtype=dtype, device=device)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_allocation_failure(error):
+            raise
+        if size == 1 or not batches:
+            raise _out_of_memory(error) from error
+        note = f"memory ran out with {size} samples in a calibration batch; the blocks from here on saw one at a time"
+    gc.collect()  # the passes that were given up hold their activations in circles
+    stderr.print(note, soft_wrap=True, markup=False)
+    try:
+        return _quantize_blocks(writer, batches, 1, dtype=dtype, device=device, note=note)
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_allocation_failure(error):
+            raise
+        raise _out_of_memory(error) from error
+
+
+def batch_size(writer: CheckpointWriter) -> int:
+    """Calibration samples in a batch of the block that was done last, which a resumed run must go on with."""
+    return min((record.get("batch_size") or BATCH_SIZE for record in writer.records()), default=BATCH_SIZE)
+
+
+def _out_of_memory(error: BaseException) -> DoesNotFitError:
+    return DoesNotFitError(
+        f"quantize: memory ran out ({first_line(error)}); where there is more of it, run again with --resume to go on "
+        "from the finished blocks"
+    )
+
+
+def _quantize_blocks(
+    writer: CheckpointWriter,
+    batches: Sequence[Callable[[], Batch]],
+    size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    note: str | None = None,
+) -> BlockResult:
+    """note: what to say of the first block that is done here."""
     components, plan, recipe = writer.components, writer.plan, writer.recipe
-    outside = _restore(writer, None) or BlockResult(_quantize_outside(components, plan), {})
-    _record(writer, None, outside)
+    if (outside := _restore(writer, None)) is None:
+        outside = BlockResult(_quantize_outside(components, plan), {})
+        _record(writer, None, outside, size)
     stream = BlockStream(
         components,
         plan,
         dict(recipe.specs()),
-        batches,
+        [piece for make in batches for piece in (make.split(size) if isinstance(make, BatchMaker) else [make])],
         outside=outside.quantized,
         restore=lambda info: _restore(writer, info.name),
         dtype=dtype,
@@ -189,9 +256,12 @@ def quantize_blocks(
     with bar("quantize", total=len(components.blocks)) as progress:
         for block in stream:
             for stage in block.stages():
+                signals.check()
                 stage.finish(ALGORITHMS[stage.method](stage))
             if not block.restored:
-                _record(writer, block.info.name, block.result)
+                block.notes += [f"{block.info.name}: {note}"] if note else []
+                note = None
+                _record(writer, block.info.name, block.result, size)
             errors |= block.errors
             notes += block.notes
             expert_tokens |= block.expert_tokens
@@ -207,22 +277,29 @@ def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = F
     family = from_spec(recipe.family) if recipe.family else None
     components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code, family=family)
     plan = make_plan(components, recipe)
+    components = as_written(components, plan, recipe)
     if recipe.output.format == compressed_tensors.METHOD:
         compressed_tensors.quantization_config(plan, components)
     return components, plan
 
 
 def _check_device(device: str) -> None:
-    """UsageError for a device that torch does not know or cannot reach."""
+    """UsageError for a device that torch does not know, cannot reach, or that does not compute, such as meta."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"device {device}: cannot be used here ({reason}); leave it out to use the CPU") from error
+        torch.ones(1, device=device).item()
+    except Exception as error:
+        raise UsageError(
+            f"device {shown(device)}: cannot be used here ({first_line(error)}); leave it out to use the CPU"
+        ) from error
 
 
-def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult) -> None:
-    record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens}
+def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, size: int) -> None:
+    record = {
+        "errors": result.errors,
+        "notes": list(result.notes),
+        "experts": result.expert_tokens,
+        "batch_size": size,
+    }
     writer.add(unit, result.quantized, result.changed, record)
 
 
@@ -283,8 +360,8 @@ def evaluate(
     for model_dir in directories[1:]:
         _refuse_calibration_images(model_dir, selection, data)
     labels = _labels(directories)
-    with TemporaryDirectory(prefix="vlmquant-") as scratch:
-        record = Path(scratch, "logprobs.npy")
+    check_first(directories, selection.samples, allow_other=settings.allow_other_inputs)
+    with unnamed_file() as record:
         base = score_model(directories[0], selection.samples, settings, reference=None, record=record, label=labels[0])
         logprobs = LogProbs.open(record)
         runs = [
@@ -311,7 +388,7 @@ def _refuse_calibration_images(model_dir: Path, selection: Selection, data: str 
     """A model must not be judged on what it was calibrated on."""
     if not (model_dir / MANIFEST_NAME).is_file():
         return
-    seen = set(read_manifest(model_dir).get("calibration", {}).get("images", ()))
+    seen = set((read_manifest(model_dir).get("calibration") or {}).get("images", ()))
     shown = image_hashes(selection.samples)
     if both := sorted(sample for digest, sample in shown.items() if digest in seen):
         raise InputError(
@@ -339,6 +416,7 @@ def write_report(
 
     data: the set it was measured on, whose questions and images the page shows.
     """
+    check_report_paths({"out": out, "html": html, "markdown": markdown})
     spec = recipe_gate(report)
     verdicts = judge(report, spec) if spec is not None and spec.thresholds() else []
     written = []
@@ -356,10 +434,12 @@ def write_report(
 
 def recipe_gate(report: Report) -> GateSpec | None:
     """The thresholds of the recipe that the candidates were made by; None where there is none, or they differ."""
-    recipes = [run.manifest["recipe"]["gate"] for run in report.candidates if run.manifest is not None]
-    if not recipes or len(recipes) != len(report.candidates) or any(gate != recipes[0] for gate in recipes):
+    recipes = [run.manifest and run.manifest.get("recipe") for run in report.candidates]
+    gates = [recipe.get("gate") if isinstance(recipe, dict) else None for recipe in recipes]
+    if not gates or gates[0] is None or any(gate != gates[0] for gate in gates):
         return None
-    return GateSpec.model_validate(recipes[0])
+    spec: GateSpec = check(GateSpec, gates[0], where="the report's candidates: manifest.recipe.gate")
+    return spec
 
 
 def _calibration_record(selection: Selection, made: BatchReport, *, set_name: str) -> dict[str, Any]:
@@ -376,27 +456,43 @@ def _calibration_record(selection: Selection, made: BatchReport, *, set_name: st
 def _calibration_notes(selection: Selection, made: BatchReport, spec: CalibrationSpec) -> list[str]:
     """What of the calibration is not as it was asked for."""
     notes = [
-        f"calibration: {row.got} {row.task} samples, though {row.asked} were asked for: the set {spec.set} has no more"
+        f"calibration: {row.got} {shown(row.task)} samples, though {row.asked} were asked for: "
+        f"the set {shown(spec.set)} has no more"
         for row in selection.short
     ]
     if made.too_long:
         notes.append(
             f"calibration: {len(made.too_long)} samples longer than max_tokens ({spec.max_tokens}) were left out: "
-            f"{', '.join(sorted(made.too_long)[:SHOWN])}{', ...' if len(made.too_long) > SHOWN else ''}"
+            f"{', '.join(map(shown, sorted(made.too_long)[:SHOWN]))}{', ...' if len(made.too_long) > SHOWN else ''}"
         )
     return notes
 
 
-def _fingerprint(
-    components: ComponentMap, recipe: Recipe, selection: Selection | None, dtype: torch.dtype
-) -> dict[str, str]:
-    """What a resumed run must share with the run that it goes on from, by name."""
-    model = hashlib.sha256((components.model_dir / "config.json").read_bytes())
-    for path in sorted(components.model_dir.glob("*.safetensors")):
-        stat = path.stat()
-        model.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+def _without_images(samples: Sequence[Sample], components: ComponentMap, plan: Plan, *, set_name: str) -> list[str]:
+    """What follows from calibrating a model that sees on samples that show it nothing.
+
+    InputError where blocks that only images reach are to be quantized on what reaches them.
+    """
+    if any(sample.images for sample in samples):
+        return []
+    waiting = {
+        info.component
+        for info in components.blocks
+        for line in (plan.line(f"{linear.name}.weight") for linear in info.linears)
+        if line.action == "quantize" and line.method in NEEDS_DATA
+    }
+    if unreached := sorted(waiting & SEEING):
+        raise InputError(
+            f"calibration set {shown(set_name)}: none of its {len(samples)} samples has an image, and the recipe "
+            f"quantizes the {' and the '.join(unreached)} on what images give it; take a set with images "
+            "(--calibration; `vlmquant data` makes one of your data), or method rtn there"
+        )
+    return [f"calibration: no sample of {shown(set_name)} has an image; the language layers saw text alone"]
+
+
+def _fingerprint(recipe: Recipe, selection: Selection | None, dtype: torch.dtype) -> dict[str, str]:
+    """What a resumed run must share with the run that it goes on from, by name, beside the files of the model."""
     return {
-        "model": model.hexdigest(),
         "recipe": hashlib.sha256(recipe.model_dump_json().encode()).hexdigest(),
         "calibration": selection.sha256 if selection else "none",
         "compute_dtype": dtype_name(dtype),

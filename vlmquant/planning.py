@@ -29,6 +29,8 @@ FACTOR_COPIES = 5
 """Matrices in float64, as large as the statistics, that GPTQ's factorization holds."""
 LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
+HALF = torch.bfloat16
+"""What 16 bits are for a model that has no 16-bit dtype of its own."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
 
@@ -46,12 +48,15 @@ class PlanLine:
     shape: tuple[int, ...]
     bytes_before: int
     bytes_after: int
+    stored: torch.dtype | None = None
+    """The dtype in which a kept tensor is written."""
 
     @property
     def scheme_label(self) -> str:
-        """Such as w4a16-g128; fp16 for what is kept."""
+        """Such as w4a16-g128; for what is kept fp16 (bfloat16 is meant as well), fp32 and so on."""
         if self.scheme is None:
-            return KEEP
+            kept = self.stored or torch.float16
+            return f"fp{8 * kept.itemsize}" if kept.is_floating_point else dtype_name(kept)
         return self.scheme.label if isinstance(self.scheme, Scheme) else self.scheme
 
     @property
@@ -232,6 +237,29 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
     return Plan(lines, fallbacks, tuple(_notes(components, lines)))
 
 
+def written_dtype(components: ComponentMap, recipe: Recipe) -> torch.dtype:
+    """The model's dtype in the checkpoint: its own, unless that has more bits than the recipe keeps.
+
+    bfloat16 then, whose range is that of float32: engines compute in it, and the activations of a model that was
+    trained in float32 need not fit into float16.
+    """
+    narrow = recipe.output.kept == KEEP and components.dtype.itemsize > HALF.itemsize
+    return HALF if narrow else components.dtype
+
+
+def _stored_dtype(parameter: ParameterInfo, components: ComponentMap, recipe: Recipe) -> torch.dtype:
+    """What a kept tensor is written in: of 16 bits, if the recipe has a say in it and transformers does not object."""
+    ours = parameter.loaded and parameter.component != OTHER and not (parameter.buffer or parameter.exact)
+    wide = parameter.dtype.is_floating_point and parameter.dtype.itemsize > HALF.itemsize
+    return written_dtype(components, recipe) if ours and wide and recipe.output.kept == KEEP else parameter.dtype
+
+
+def as_written(components: ComponentMap, plan: Plan, recipe: Recipe) -> ComponentMap:
+    """The model as the plan writes what it keeps: kept weights that are rounded are read as they will be stored."""
+    kept = {line.name: line.stored for line in plan.lines if line.stored}
+    return components.rounded(kept, written_dtype(components, recipe))
+
+
 def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]:
     family, kind = components.family, components.config.model_type
     if components.source:
@@ -239,6 +267,17 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]
         yield (
             f"the source is {components.source.label}: its weights are dequantized when they are read, and what of "
             f"them is kept is written in {written}"
+        )
+    narrowed = [
+        line
+        for parameter, line in zip(components.parameters, lines, strict=True)
+        if line.stored not in (None, parameter.dtype)
+    ]
+    if narrowed:
+        yield (
+            f"{len(narrowed)} kept weights of more than 16 bits ({sum(line.bytes_before for line in narrowed):,} "
+            f"bytes) are stored as {dtype_name(narrowed[0].stored or HALF)}, which is what fp16 in a recipe means for "
+            "this model; write output: {kept: fp32} to store them as they are"
         )
     if family.source == "guess":
         yield f"model type {kind} is not in the table of families; its parts were guessed: {components.parts_told}"
@@ -510,6 +549,7 @@ def _smaller_group(inputs: int, group_size: int) -> int | None:
 def _line(parameter: ParameterInfo, choice: _Choice | None, components: ComponentMap, recipe: Recipe) -> PlanLine:
     if choice is None or choice.scheme == KEEP:
         reason = choice.reason if choice else _why_kept(parameter, recipe)
+        stored = _stored_dtype(parameter, components, recipe)
         return PlanLine(
             parameter.name,
             parameter.component,
@@ -519,7 +559,8 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
             reason,
             parameter.shape,
             parameter.nbytes,
-            parameter.kept_nbytes,
+            prod(parameter.shape) * stored.itemsize,
+            stored,
         )
     return PlanLine(
         parameter.name,
@@ -530,7 +571,7 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         choice.reason or f"components.{parameter.component} of the recipe",
         parameter.shape,
         parameter.nbytes,
-        stored_bytes(parameter.shape, choice.scheme, components.dtype),
+        stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe)),
     )
 
 

@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vlmquant import signals
+from vlmquant.streams import Stderr
 
-stderr = Console(stderr=True)
+stderr = Console(file=Stderr())  # type: ignore[arg-type]  # all that rich asks of a file
 
 
 class Bar:
@@ -29,7 +30,7 @@ class Bar:
 def bar(label: str, total: int) -> Iterator[Bar]:
     """A bar of `total` steps with elapsed and remaining time; plain final line where stderr is no terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -1,10 +1,11 @@
-"""Files that others wrote: each is opened, parsed and checked here, under limits, and what is wrong has a place and a name.
+"""Files that others wrote: each is opened, parsed and checked here, under limits; what is wrong has a place and a name.
 
 Every reader raises the error class that its caller gives, `file[:line][: path]: what is wrong[; remedy]`, and no other.
 """
 
 import json
 import os
+import re
 import stat
 from collections.abc import Sequence
 from functools import cache
@@ -20,6 +21,8 @@ MAX_BYTES = 256_000_000
 """Of a text file; the largest that models come with, tokenizers and indexes, have some tens of megabytes."""
 MAX_DEPTH = 64
 """Lists and mappings in one another; nothing we read needs ten."""
+NUMBERED = re.compile(r":\d+$")
+"""The end of a place in a file of which each line is JSON."""
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
@@ -34,7 +37,7 @@ Failure = type[VlmquantError]
 
 
 def read_bytes(file: Path, *, error: Failure = InputError, max_bytes: int = MAX_BYTES, remedy: str = "") -> bytes:
-    """The whole content of a regular file; anything else (a pipe would wait for ever) is refused, and so is a huge one."""
+    """The content of a regular file; anything else (a pipe would wait for ever) is refused, and so is a huge one."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
@@ -59,12 +62,17 @@ def read_text(file: Path, *, error: Failure = InputError, max_bytes: int = MAX_B
         raise error(_told(f"{file}:{line}", f"not UTF-8 text ({cause.reason})", remedy)) from cause
 
 
-def parse_json(text: str | bytes, *, where: str, error: Failure = InputError, remedy: str = "") -> Any:
-    """JSON as RFC 8259 has it: no NaN, every key once; at most MAX_DEPTH deep, and text that can be written again."""
+def parse_json(
+    text: str | bytes, *, where: str, error: Failure = InputError, remedy: str = "", constants: bool = False
+) -> Any:
+    """JSON as RFC 8259 has it: no NaN, every key once; at most MAX_DEPTH deep, and text that can be written again.
+
+    constants: NaN and Infinity are numbers, as Python writes them.
+    """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=None if constants else _refuse_constant)
     except json.JSONDecodeError as cause:
-        at = f"{where}:{cause.lineno}" if cause.lineno > 1 or "\n" in str(text) else where
+        at = where if NUMBERED.search(where) else f"{where}:{cause.lineno}"
         raise error(
             _told(at, f"not valid JSON ({cause.msg}, column {cause.colno}); cut short or damaged", remedy)
         ) from cause
@@ -78,7 +86,7 @@ def parse_json(text: str | bytes, *, where: str, error: Failure = InputError, re
 
 
 def parse_yaml(text: str, *, where: str, error: Failure = InputError, remedy: str = "") -> Any:
-    """One YAML document of plain values: no tags of Python's, at most MAX_DEPTH deep, text that can be written again."""
+    """One YAML document of plain values: no tags of Python's, at most MAX_DEPTH deep, text that can be written."""
     try:
         depth = 0
         for event in yaml.parse(text, Loader=YAML_LOADER):  # a state machine: no depth overflows its stack
@@ -113,11 +121,17 @@ def check(kind: Any, value: Any, *, where: str, error: Failure = InputError, rem
 
 
 def read_json(
-    file: Path, kind: Any = dict[str, Any], *, error: Failure = InputError, max_bytes: int = MAX_BYTES, remedy: str = ""
+    file: Path,
+    kind: Any = dict[str, Any],
+    *,
+    error: Failure = InputError,
+    max_bytes: int = MAX_BYTES,
+    remedy: str = "",
+    constants: bool = False,
 ) -> Any:
     """A JSON file checked as `kind`: read_bytes, parse_json and check in one."""
     text = read_text(file, error=error, max_bytes=max_bytes, remedy=remedy)
-    value = parse_json(text, where=str(file), error=error, remedy=remedy)
+    value = parse_json(text, where=str(file), error=error, remedy=remedy, constants=constants)
     return check(kind, value, where=str(file), error=error, remedy=remedy)
 
 
@@ -155,7 +169,7 @@ def is_inside(file: Path, folder: Path) -> bool:
 
 
 def inside(folder: Path, name: str, *, where: str, what: str = "file", error: Failure = InputError) -> Path:
-    """The regular file of a relative name in a folder. Refused: names and links that lead out of it, and what is no file."""
+    """The regular file of a relative name in a folder; what leads out of it, by its name or a link, is refused."""
     try:
         file = folder / name
         if not is_inside(file, folder):

@@ -213,6 +213,9 @@ class OutputSpec(Data):
     format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
     max_shard_size: Annotated[int, Field(ge=1_000_000)] = 4_000_000_000
     """Bytes."""
+    kept: Literal["fp16", "fp32"] = "fp16"
+    """fp16: kept weights of more bits are stored in the model's 16-bit dtype, bfloat16 if it has none. fp32: as they
+    are."""
 
 
 class GateSpec(Data):

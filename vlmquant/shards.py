@@ -3,9 +3,8 @@
 pread and not mmap: a file that shrinks while it is read is then an error with a name, and not a dead process.
 """
 
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmquant.errors import InputError
-from vlmquant.hub import only_file, refuse_adapter, why_no_weights
+from vlmquant.errors import InputError, shown
+from vlmquant.hub import only_file, refuse_misfits, why_no_weights
+from vlmquant.reading import is_inside, parse_json, read_bytes, refuse_irregular
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,6 +23,12 @@ HEADER_MAX_BYTES = 100_000_000
 """The limit of the safetensors format."""
 LENGTH_BYTES = 8
 """Size of the little-endian header length a safetensors file begins with."""
+NAME_CHARACTERS = 500
+"""The longest name of a tensor or shard; those of models have about a hundred."""
+LARGEST = 2**63
+"""Sizes and offsets stay below it."""
+DIMENSIONS = 64
+DAMAGED = "the file is damaged; download it again"
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -54,10 +60,13 @@ class TensorEntry:
 
 
 class Shards:
-    """All tensors of a model directory, by their names on disk."""
+    """All tensors of a model directory, by their names on disk.
 
-    def __init__(self, entries: dict[str, TensorEntry]) -> None:
-        self.entries = entries
+    rounded: tensors that are read in another dtype than they lie in.
+    """
+
+    def __init__(self, entries: dict[str, TensorEntry], rounded: Mapping[str, torch.dtype] | None = None) -> None:
+        self.entries, self.rounded = entries, dict(rounded or {})
 
     @property
     def total_bytes(self) -> int:
@@ -68,8 +77,12 @@ class Shards:
         """The files, in the order of their names."""
         return tuple(sorted({entry.file for entry in self.entries.values()}))
 
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read` gives a tensor in."""
+        return self.rounded.get(name, self.entries[name].dtype)
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor as it lies on disk, or these entries of its first dimension (a slice with start and stop).
+        """The tensor, or these entries of its first dimension (a slice with start and stop).
 
         InputError where the file ends early or cannot be read.
         """
@@ -97,7 +110,7 @@ class Shards:
                 os.close(descriptor)
         except OSError as error:
             raise InputError(f"{entry.file}: cannot be read: {error.strerror}") from error
-        return raw.view(entry.dtype).reshape(shape)
+        return raw.view(entry.dtype).reshape(shape).to(self.dtype(name))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -109,7 +122,7 @@ def open_shards(model_dir: Path) -> Shards:
     """Read and check every header, and the index against them. InputError names the file and what is wrong."""
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such directory; give the directory of a model in safetensors format")
-    refuse_adapter(model_dir)
+    refuse_misfits(model_dir)
     index, single = model_dir / INDEX_NAME, model_dir / SINGLE_NAME
     if not index.is_file():
         name = SINGLE_NAME if single.is_file() else only_file(model_dir)
@@ -124,7 +137,7 @@ def open_shards(model_dir: Path) -> Shards:
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (model_dir / name).is_file()]:
         raise InputError(
-            f"{index}: names {len(missing)} of {len(names)} shards that are not there: {', '.join(missing)}; "
+            f"{index}: names {len(missing)} of {len(names)} shards that are not there: {some(missing, most=20)}; "
             "download the model again"
         )
     entries: dict[str, TensorEntry] = {}
@@ -146,6 +159,7 @@ def open_shards(model_dir: Path) -> Shards:
 
 def read_header(file: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file, in the order of their data, after all checks of its header."""
+    refuse_irregular(file)
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -161,8 +175,10 @@ def read_header(file: Path) -> list[TensorEntry]:
             text = stream.read(length)
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
-    header = _parse_json(text, file=file)
-    header.pop("__metadata__", None)
+    header = _object(text, file)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError(f"{file}: __metadata__ is no mapping of texts to texts; {DAMAGED}")
     data_start = LENGTH_BYTES + length
     entries = [_entry(name, item, file=file, data_start=data_start) for name, item in header.items()]
     entries.sort(key=lambda entry: entry.start)
@@ -179,42 +195,54 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 
 def _entry(name: str, item: Any, *, file: Path, data_start: int) -> TensorEntry:
+    _check_name(name, "tensor", file)
+    where = f"{file}: tensor {name}"
     if not isinstance(item, dict) or item.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InputError(
-            f"{file}: tensor {name} is described by neither more nor less than dtype, shape and data_offsets"
-        )
-    if item["dtype"] not in DTYPES:
-        raise InputError(f"{file}: tensor {name} has dtype {item['dtype']!r}; known: {', '.join(DTYPES)}")
-    dtype, shape, offsets = DTYPES[item["dtype"]], item["shape"], item["data_offsets"]
-    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2):
-        raise InputError(f"{file}: tensor {name} has shape {shape!r} and data_offsets {offsets!r}; the file is damaged")
+        raise InputError(f"{where} is described by neither more nor less than dtype, shape and data_offsets")
+    kind, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        raise InputError(f"{where} has dtype {shown(repr(kind))}; known: {', '.join(DTYPES)}")
+    if not (_naturals(shape) and _naturals(offsets) and len(offsets) == 2 and len(shape) <= DIMENSIONS):
+        raise InputError(f"{where} has shape {_told(shape)} and data_offsets {_told(offsets)}; {DAMAGED}")
+    dtype = DTYPES[kind]
     nbytes = prod(shape) * dtype.itemsize
     if nbytes == 0:
-        raise InputError(
-            f"{file}: tensor {name} of shape {shape} has no elements, so it is no weight; the file is damaged"
-        )
+        raise InputError(f"{where} of shape {_told(shape)} has no elements, so it is no weight; {DAMAGED}")
     if offsets[1] - offsets[0] != nbytes:
         raise InputError(
-            f"{file}: tensor {name} of shape {shape} and dtype {item['dtype']} takes {nbytes} bytes, "
-            f"but its offsets {offsets} span {offsets[1] - offsets[0]}; the file is damaged"
+            f"{where} of shape {_told(shape)} and dtype {kind} takes {shown(nbytes)} bytes, "
+            f"but its offsets {offsets} span {offsets[1] - offsets[0]}; {DAMAGED}"
         )
     return TensorEntry(name, dtype, tuple(shape), nbytes, file, data_start + offsets[0])
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < LARGEST for item in value)
+
+
+def _told(value: Any) -> str:
+    """A value of a header, which may be anything, for a message."""
+    if isinstance(value, list):
+        return f"[{some(map(_told, value), most=8)}]"
+    return shown(repr(value)) if not isinstance(value, int) or abs(value) < 10**100 else "a number of many digits"
+
+
+def _check_name(name: str, what: str, file: Path) -> None:
+    """Names go into messages, tables and the names of files; no model has any that are not plain."""
+    if not name.isprintable() or not 0 < len(name) <= NAME_CHARACTERS:
+        raise InputError(
+            f"{file}: {what} name {shown(name)!r} ({len(name):,} characters) is empty, longer than {NAME_CHARACTERS} "
+            f"characters or not printable; {DAMAGED}"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """The weight map of an index: tensor name -> plain name of a safetensors file in the same directory."""
-    try:
-        content = _parse_json(index.read_bytes(), file=index)
-    except OSError as error:
-        raise InputError(f"{index}: cannot be read: {error.strerror}") from error
-    weight_map = content.get("weight_map")
+    weight_map = _object(read_bytes(index), index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; the index is damaged")
     for name, shard in weight_map.items():
+        _check_name(name, "tensor", index)
         if (
             not isinstance(shard, str)
             or shard != Path(shard).name
@@ -222,49 +250,34 @@ def _read_index(index: Path) -> dict[str, str]:
             or not shard.endswith(".safetensors")
         ):
             raise InputError(
-                f"{index}: puts tensor {name} into {shard!r}; a shard is a .safetensors file beside the index, "
+                f"{index}: puts tensor {name} into {_told(shard)}; a shard is a .safetensors file beside the index, "
                 "without any directory in its name"
             )
+        _check_name(shard, "shard", index)
     return weight_map
 
 
 def _inside(model_dir: Path, name: str) -> Path:
     """The file of that name; refused where a link leads out of the model, except into the blobs of the hub's cache."""
-    file, root = model_dir / name, model_dir.resolve()
-    homes = [root]
-    if root.parent.name == "snapshots":
-        homes.append((root.parent.parent / "blobs").resolve())
-    if not any(file.resolve().is_relative_to(home) for home in homes):
+    file = model_dir / name
+    if not is_inside(file, model_dir):
         raise InputError(
             f"{file}: is a symbolic link that leads out of the model directory; copy the file in its place"
         )
     return file
 
 
-def _parse_json(text: bytes, *, file: Path) -> dict[str, Any]:
-    """A JSON object whose keys are unique at every level."""
+def _object(text: bytes, file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{file}:{error.lineno}: not valid JSON ({error.msg}); the file is damaged or truncated"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: damaged: {error}") from error
+        value = parse_json(text.decode("utf-8"), where=str(file), remedy="download it again")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: damaged: not UTF-8 text ({error.reason}); download it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{file}: expected a JSON object; the file is damaged")
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in values if keys.count(key) > 1)} stands twice")
-    return values
-
-
-def some(names: Iterable[str], *, shown: int = 5) -> str:
-    """A long list, cut short: "a, b and 7 more"."""
+def some(names: Iterable[str], *, most: int = 5) -> str:
+    """A long list of names, cut short: "a, b and 7 more"."""
     names = list(names)
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+    return ", ".join(map(shown, names[:most])) + (f" and {len(names) - most} more" if len(names) > most else "")

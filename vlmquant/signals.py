@@ -1,19 +1,27 @@
-"""SIGINT, SIGTERM and SIGHUP: noted when they come, and obeyed at the next place where stopping leaves nothing half done.
+"""SIGINT, SIGTERM and SIGHUP: noted when they come, obeyed at the next place where stopping leaves nothing half done.
 
-A handler that raises wherever it happens to be can be lost: C code drops the exception while it imports or frees something.
-So ours only notes the signal. `check` obeys it, and stands between blocks, stages, batches and files (every step of a progress
-bar asks). Where no such place comes within PATIENCE seconds, or the user asks again, the exception is raised on the spot, and
-again until the process ends; `held` keeps it out of what must be done as a whole.
+A handler that raises wherever it happens to be can be lost: C code drops the exception while it imports or frees
+something. So ours only notes the signal. `check` obeys it, and stands between blocks, stages, batches and files (every
+step of a progress bar asks). Where no such place comes within PATIENCE seconds, or the user asks again, the exception
+is raised on the spot; `held` keeps it out of what must be done as a whole.
+
+While the exception is on its way out it is not raised once more, so that what it ends can clean up. Where somebody
+swallowed it, it is gone, and raised again at the next place, or after PATIENCE. The end of the process says the signal
+in any case: see `__main__`.
 """
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from weakref import ReferenceType, ref
 
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 PATIENCE = 1.0
 """Seconds between a signal and the first time it is obeyed on the spot, and between the times after that."""
+CLEANING_UP = 10.0
+"""Seconds after which an exception that still exists is no longer taken to be on its way out: somebody kept it."""
 
 
 class Stopped(SystemExit):
@@ -26,6 +34,8 @@ class Stopped(SystemExit):
 
 _received: int | None = None
 _holds = 0
+_last: ReferenceType[Stopped] | None = None
+_last_time = 0.0
 
 
 def install() -> None:
@@ -40,11 +50,19 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Leave the signals to the system from now on: where only the interpreter's own end is left to be done."""
+    """Leave the signals to the system from now on: where only the interpreter's own end is left to be done.
+
+    Each that comes is either noted before this returns, or ends the process by itself.
+    """
+    global _holds
+    _holds += 1
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # no handler is changed while a signal waits for it
     signal.setitimer(signal.ITIMER_REAL, 0)
     for number in STOPPING:
         if signal.getsignal(number) is _note:
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _holds -= 1
 
 
 def received() -> int | None:
@@ -53,9 +71,9 @@ def received() -> int | None:
 
 
 def check() -> None:
-    """Raise Stopped if a signal has come."""
-    if _received is not None:
-        raise Stopped(_received)
+    """Raise Stopped if a signal has come, and it is not already on its way out."""
+    if _received is not None and not _on_its_way():
+        raise _stopped(_received)
 
 
 @contextmanager
@@ -74,10 +92,22 @@ def _note(number: int, frame: FrameType | None) -> None:
     again = _received is not None
     _received = _received or number
     signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
-    if again and not _holds:
-        raise Stopped(_received)
+    if again:
+        _again(number, frame)
 
 
 def _again(number: int, frame: FrameType | None) -> None:
-    if _received is not None and not _holds:
-        raise Stopped(_received)
+    if _received is not None and not _holds and not _on_its_way():
+        raise _stopped(_received)
+
+
+def _stopped(number: int) -> Stopped:
+    global _last, _last_time
+    stopped = Stopped(number)
+    _last, _last_time = ref(stopped), time.monotonic()
+    return stopped
+
+
+def _on_its_way() -> bool:
+    """Whether the last exception still exists: with-blocks and finally-clauses run, or a caller is about to see it."""
+    return _last is not None and _last() is not None and time.monotonic() - _last_time < CLEANING_UP

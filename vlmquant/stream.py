@@ -8,6 +8,7 @@ block runs once. Only the block at hand has weights; the others stay on the meta
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,9 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
+from vlmquant import signals
 from vlmquant.calibration.encode import Batch
+from vlmquant.calibration.refusals import passing
 from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
@@ -93,6 +96,7 @@ class _Walk(greenlet):
 
     def resume(self) -> None:
         """Run to the next pause; `paused` is None once the forward pass has ended."""
+        signals.check()
         pause = self.switch()
         self.paused = pause if isinstance(pause, _Pause) else None
 
@@ -190,8 +194,8 @@ class Stage:
             raise SentinelError(f"{where} saw no token of the calibration set; add samples that reach this layer")
         if not values.isfinite().all():
             raise SentinelError(
-                f"{where} received NaN or infinite inputs during calibration; "
-                "check the model's weights, or its dtype's range"
+                f"{where} received NaN or infinite inputs during calibration, or such that their squares are; "
+                f"{self.block.suspect()}"
             )
 
     @property
@@ -237,7 +241,12 @@ class Stage:
             effective = weight.dequantize()
             if self._channel_scales is not None:
                 effective /= self._channel_scales
-            error = self._relative_error(effective - self.weights[local], self.weights[local])
+            lost = effective - self.weights[local]
+            error = self._relative_error(lost, self.weights[local])
+            if not math.isfinite(error):  # squares of such weights are beyond float32
+                error = self._relative_error(lost.double(), self.weights[local].double())
+            if not math.isfinite(error):
+                raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
             self.block.put(local, weight, error=error)
         self._inputs = []
 
@@ -245,9 +254,10 @@ class Stage:
         if not self._inputs:
             lost, whole = error.square().sum(), weight.square().sum()
         elif self._hessian is not None:
-            lost, whole = ((part @ self._hessian * part).sum() for part in (error, weight))
+            hessian = self._hessian.to(error.dtype)
+            lost, whole = ((part @ hessian * part).sum() for part in (error, weight))
         else:
-            mean_square = self.mean_square()
+            mean_square = self.mean_square().to(error.dtype)
             lost, whole = ((part.square() @ mean_square).sum() for part in (error, weight))
         return (lost / whole.clamp_min(1e-30)).item()
 
@@ -439,6 +449,23 @@ class Block:
             groups += [tuple(todo)] if len(alike) == 1 else [(linear,) for linear in todo]
         return groups
 
+    def suspect(self) -> str:
+        """What to look at where numbers left their range: the largest weight here, one block before, and outside."""
+        components = self.stream.components
+        names = [info.name for info in components.blocks]
+        near = tuple(f"{name}." for name in names[max(names.index(self.info.name) - 1, 0) :][:2])
+        far = tuple(f"{name}." for name in names)
+        sizes = {
+            one.name: self.stream.read(one.name).abs().max().item()
+            for one in components.parameters
+            if one.loaded and not one.buffer and (one.name.startswith(near) or not one.name.startswith(far))
+        }
+        name = max(sizes, key=sizes.__getitem__)
+        return (
+            f"the largest weight nearby is {name}, which holds values up to {sizes[name]:.3g}; is the model damaged, or "
+            "trained in a wider dtype?"
+        )
+
     def value(self, local: str) -> Tensor:
         """A kept parameter of the block as it now stands, in the model's dtype."""
         name = f"{self.info.name}.{local}"
@@ -562,7 +589,7 @@ class Block:
 
 
 def _named(experts: Sequence[int]) -> str:
-    return f"expert{'s' if len(experts) > 1 else ''} {some(map(str, experts), shown=8)}"
+    return f"expert{'s' if len(experts) > 1 else ''} {some(map(str, experts), most=8)}"
 
 
 def _end_pass(*args: Any, **kwargs: Any) -> Any:
@@ -708,8 +735,8 @@ class BlockStream:
 
     def _pass_of(self, make: Callable[[], Batch]) -> Callable[[], None]:
         def run() -> None:
-            inputs = make().inputs
-            walk = _walk()
+            batch = make()
+            inputs, walk = batch.inputs, _walk()
             walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
             walk.kinds_of_tokens = [
                 (value == kind).flatten().to(self.device)
@@ -721,9 +748,19 @@ class BlockStream:
                 key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
                 for key, value in inputs.items()
             }
-            self._running(**cast, use_cache=False)
+            with passing(batch, self._running):
+                self._running(**cast, use_cache=False)
 
         return run
+
+    def rehearse(self) -> None:
+        """Run the passes on the model's own weights as far as its language model: to where images meet text.
+
+        InputError where the samples do not fit the model.
+        """
+        for block in self._walk({info.name for info in self.components.blocks}):
+            if block.info.component == "language":
+                return
 
     def _load_outside(self) -> None:
         """Weights of everything that lies in no block, except the head: no pass gets that far."""
@@ -787,3 +824,14 @@ class BlockStream:
             return self._current.forward(forward, args, kwargs)
 
         return run
+
+
+def rehearse(
+    components: ComponentMap, plan: Plan, make: Callable[[], Batch], *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """One batch through the vision encoder and into the language model, before any work: see BlockStream.rehearse."""
+    finished = BlockResult({}, {})
+    stream = BlockStream(
+        components, plan, {}, [make], outside={}, restore=lambda info: finished, dtype=dtype, device=device
+    )
+    stream.rehearse()

@@ -2,9 +2,10 @@
 
 import json
 import math
-import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from tests import tiny_vlm
 from vlmquant.calibration.encode import Encoder
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
-from vlmquant.errors import DoesNotFitError, InputError, SentinelError, UsageError
-from vlmquant.evaluation import logprobs, worker
+from vlmquant.errors import InputError, SentinelError, UsageError
+from vlmquant.evaluation import process
 from vlmquant.evaluation.environment import environment, peak_resident_bytes
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.metrics import summarize
 from vlmquant.evaluation.records import Run
 from vlmquant.evaluation.scoring import (
+    answer_request,
     check_samples,
     divergence,
     sample_from_dict,
@@ -170,32 +172,14 @@ def test_score_model_runs_in_a_process_of_its_own(tiny_llava: Path, samples: lis
 def test_an_error_in_the_process_comes_back_as_itself(
     tiny_llava: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        worker.main(Path(command[-2]), Path(command[-1]))  # spares the seconds of importing transformers
-        return subprocess.CompletedProcess(command, 0)
+    def here(request: dict[str, Any], *, files: Sequence[int]) -> tuple[bytes, int]:
+        return json.dumps(answer_request(json.loads(json.dumps(request, default=str)))).encode(), 0
 
-    monkeypatch.setattr(subprocess, "run", here)
+    monkeypatch.setattr(process, "run", here)  # spares the seconds of importing transformers
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.png"):
         score_model(tiny_llava, [replace(samples[0], images=(broken,))], SETTINGS, reference=None, record=None)
-
-
-@pytest.mark.parametrize(
-    ("code", "error", "match"),
-    [(-9, DoesNotFitError, "ended by signal 9"), (1, RuntimeError, "traceback stands above")],
-)
-def test_a_process_that_dies_is_reported(
-    code: int,
-    error: type[Exception],
-    match: str,
-    tiny_llava: Path,
-    samples: list[Sample],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, code))
-    with pytest.raises(error, match=match):
-        score_model(tiny_llava, samples, SETTINGS, reference=None, record=None)
 
 
 def test_an_empty_or_missing_model_is_named(samples: list[Sample], tmp_path: Path) -> None:
@@ -213,9 +197,12 @@ def test_samples_that_cannot_be_scored_are_refused(samples: list[Sample]) -> Non
 
 
 def test_a_reference_of_other_samples_is_refused(tiny_llava: Path, samples: list[Sample], tmp_path: Path) -> None:
-    lps = LogProbs.create(tmp_path / "lp.npy", {"c0": 3}, 600)
-    with pytest.raises(InputError, match=r"sample c0 has \d+ answer tokens here and 3 for the reference"):
+    lps = LogProbs.create(tmp_path / "lp", {"c0": 3}, 600)
+    with pytest.raises(InputError, match=r"4 of 4 samples are not given to it as to the reference"):
         score_here(tiny_llava, samples, SETTINGS, reference=lps, record=None)
+    settings = replace(SETTINGS, allow_other_inputs=True)
+    with pytest.raises(InputError, match=r"sample c0 has \d+ answer tokens here and 3 for the reference"):
+        score_here(tiny_llava, samples, settings, reference=lps, record=None)
 
 
 def test_logits_that_are_not_finite_are_caught(other_llava: Path, samples: list[Sample], tmp_path: Path) -> None:
@@ -240,17 +227,6 @@ def test_settings_out_of_range_are_named() -> None:
 def test_samples_survive_the_way_to_the_process(samples: list[Sample]) -> None:
     sample = replace(samples[0], history=(Turn("a?", "b"),), system="be brief")
     assert sample_from_dict(json.loads(json.dumps(asdict(sample), default=str))) == sample
-
-
-def test_logprobs_need_room_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Usage:
-        free = 100
-
-    monkeypatch.setattr(logprobs.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(DoesNotFitError, match=r"need 120 bytes, 100 are free"):
-        LogProbs.create(tmp_path / "lp.npy", {"a": 3}, 10)
-    with pytest.raises(InputError, match="no log-probabilities"):
-        LogProbs.open(tmp_path / "lp.npy")
 
 
 def test_environment_says_where() -> None:

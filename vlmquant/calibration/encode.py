@@ -1,19 +1,21 @@
 """Samples -> model inputs, by the model's own processor and chat template, answers marked; batches by length."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import jinja2
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn import functional
 
 from vlmquant.calibration.images import open_image
-from vlmquant.calibration.processor import chat_template
+from vlmquant.calibration.processor import GIB, chat_template, odd_settings, strangers, template_file
 from vlmquant.calibration.samples import Sample
-from vlmquant.errors import InputError, SentinelError
+from vlmquant.errors import InputError, SentinelError, first_line, shown
+from vlmquant.limits import Confined, OverLimitError
 
 DETACHED_STOP = " ."
 """How captions end that were split into words before they were stored, as those of Flickr8k and others."""
@@ -41,6 +43,16 @@ THINKING = ("enable_thinking", "thinking")
 """What chat templates call the switch of their chain of thought."""
 
 MARKER = "vlmquantmarker"
+
+TEMPLATE_SECONDS = 10
+"""A chat template may take this long for one conversation; ordinary ones take a millisecond."""
+TEMPLATE_BYTES = GIB // 2
+MAX_PROMPT = 10_000_000
+"""Characters that a template may make of one conversation."""
+KEPT_PROMPTS = 1000
+"""A sample is encoded for its length, for its batch and to generate from, and its template runs once."""
+PROCESSOR_BYTES = 4 * GIB
+"""Memory that a processor may take for one sample, beside a GiB for each image."""
 
 
 @dataclass(frozen=True)
@@ -101,17 +113,37 @@ class Encoder:
         self.prompt_style = "chat template" if self.template else "plain"
         if self.template is None and self.image_token is None:
             raise InputError("the model has neither a chat template nor an image token; add its chat_template.jinja")
+        self._rendered = Confined(
+            partial(_render, processor, self.template, self._switches),
+            seconds=TEMPLATE_SECONDS,
+            more_bytes=TEMPLATE_BYTES,
+        )
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else (self.tokenizer.eos_token_id or 0)
         self._text_as_parts = True
-        self._lead, self._end_ids = self._probe_turn()
+        self._prompts: dict[Sample, str] = {}
+        where = self.tokenizer.name_or_path
+        with strangers(f"{where}: the model's tokenizer fails", more_bytes=PROCESSOR_BYTES):
+            if not self._ids(MARKER):
+                raise InputError(f"{where}: the tokenizer's vocabulary is empty; check tokenizer.json")
+            self._lead, self._end_ids = self._probe_turn()
 
     # The prompt
 
     def prompt(self, sample: Sample) -> str:
         """The text up to where the answer begins, with one image token per image."""
-        text = self._render(_messages(sample, as_parts=self._text_as_parts)) if self.template else self._plain(sample)
-        where = f"sample {sample.id}"
+        if sample not in self._prompts:
+            if len(self._prompts) >= KEPT_PROMPTS:
+                self._prompts.clear()
+            self._prompts[sample] = self._checked_prompt(sample)
+        return self._prompts[sample]
+
+    def _checked_prompt(self, sample: Sample) -> str:
+        where = f"sample {shown(sample.id)}"
+        if self.template:
+            text = self._render(_messages(sample, as_parts=self._text_as_parts), where=where)
+        else:
+            text = self._plain(sample)
         images = text.count(self.image_token) if self.image_token else 0
         if images < len(sample.images):
             raise SentinelError(
@@ -125,19 +157,15 @@ class Encoder:
                 raise InputError(f"{where}: the model's chat template leaves out the {what}; it reads {text[:200]!r}")
         return text
 
-    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = True) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool = True, where: str = "a test question") -> str:
+        """The template's text. InputError for whatever else comes of it: it is a program of whoever made the model."""
         try:
-            return str(
-                self.processor.apply_chat_template(
-                    messages,
-                    chat_template=self.template,
-                    add_generation_prompt=prompt,
-                    tokenize=False,
-                    **self._switches,
-                )
-            )
-        except jinja2.TemplateError as error:
-            raise InputError(f"the model's chat template refuses these messages: {error}") from error
+            text, problem = self._rendered(messages, prompt)
+        except OverLimitError as error:
+            text, problem = "", f"fails: it {error}"
+        if problem:
+            raise InputError(f"{where}: the model's chat template {problem}; check {template_file(self.processor)}")
+        return str(text)
 
     def _plain(self, sample: Sample) -> str:
         """For models without a chat template: images, then the turns, one a line."""
@@ -204,8 +232,9 @@ class Encoder:
         """
         text = self._lead + answer
         border = prompt if self.template else "\n"
-        before, both = self._ids(border), self._ids(border + text)
-        ids = both[len(before) :] if both[: len(before)] == before else self._ids(text)
+        with strangers(f"{self.tokenizer.name_or_path}: the model's tokenizer fails", more_bytes=PROCESSOR_BYTES):
+            before, both = self._ids(border), self._ids(border + text)
+            ids = both[len(before) :] if both[: len(before)] == before else self._ids(text)
         return ids + self._end_ids
 
     def _ids(self, text: str) -> list[int]:
@@ -254,11 +283,12 @@ class Encoder:
         options: dict[str, Any] = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
         if images:
             options["images"] = [images]
-        try:
+        with strangers(
+            f"sample {shown(sample.id)}: the model's processor refuses it",
+            more_bytes=PROCESSOR_BYTES + len(images) * GIB,
+            hint=partial(odd_settings, self.processor),
+        ):
             output = self.processor(text=[prompt], return_tensors="pt", **options)
-        except (ValueError, TypeError, IndexError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"sample {sample.id}: the model's processor refuses it: {reason[:300]}") from error
         inputs = {
             key: value for key, value in output.items() if key not in NOT_MODEL_INPUTS and isinstance(value, Tensor)
         }
@@ -279,6 +309,24 @@ class Encoder:
             kind = ANSWER_TOKEN_TYPE.get(type(self.processor).__name__, 0) if key == "token_type_ids" else 0
             tail = value.new_full((1, len(ids)), kind)
         return torch.cat([value, tail], dim=1)
+
+
+def _render(
+    processor: Any, template: str | None, switches: dict[str, bool], messages: list[dict[str, Any]], prompt: bool
+) -> tuple[str, str]:
+    """The text that a template makes of messages and "", or "" and what is wrong."""
+    try:
+        text = processor.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False, **switches
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # templates can raise nearly anything
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        return "", f"refuses these messages: {kind}{shown(first_line(error))}"
+    if len(text) > MAX_PROMPT:
+        return "", f"makes {len(text):,} characters of these messages, more than {MAX_PROMPT:,}"
+    return str(text), ""
 
 
 def _content(text: str, as_parts: bool) -> str | list[dict[str, str]]:
@@ -357,9 +405,29 @@ class BatchReport:
     """Samples left out because they are longer than max_tokens: id -> tokens."""
 
 
+@dataclass(frozen=True)
+class BatchMaker:
+    """Makes one batch when called."""
+
+    encoder: Encoder
+    pairs: list[tuple[Sample, str | None]]
+    pad_side: str
+
+    def __call__(self) -> Batch:
+        return collate([self.encoder.encode(sample, answer) for sample, answer in self.pairs], self.pad_side)
+
+    def split(self, size: int) -> list["BatchMaker"]:
+        """The same samples in batches of at most so many."""
+        return [replace(self, pairs=self.pairs[start : start + size]) for start in range(0, len(self.pairs), size)]
+
+    def first(self) -> Batch:
+        """Its first sample alone."""
+        return collate([self.encoder.encode(*self.pairs[0])], self.pad_side)
+
+
 def make_batches(
     samples: Sequence[Sample], processor: Any, *, max_tokens: int, batch_size: int
-) -> tuple[list[Callable[[], Batch]], BatchReport]:
+) -> tuple[list[BatchMaker], BatchReport]:
     """Calibration batches: every sample with its first answer, padded on the right; see `batch_pairs`."""
     pairs = [(sample, sample.answers[0]) for sample in samples]
     encoder = Encoder(processor, tidy_captions=are_tokenized(samples))
@@ -368,7 +436,7 @@ def make_batches(
 
 def batch_pairs(
     pairs: Sequence[tuple[Sample, str | None]], encoder: Encoder, *, max_tokens: int, batch_size: int, pad_side: str
-) -> tuple[list[Callable[[], Batch]], BatchReport]:
+) -> tuple[list[BatchMaker], BatchReport]:
     """How to make each batch of (sample, answer) pairs; images are opened when a batch is made, so none wait in memory.
 
     A batch holds samples with the same number of images and of nearly the same length. The order depends on nothing but
@@ -395,23 +463,11 @@ def batch_pairs(
         )
         raise InputError(f"no sample is left to make batches of: {why}")
     kept.sort()
-    batches: list[Callable[[], Batch]] = []
+    batches: list[BatchMaker] = []
     start = 0
     for end in range(1, len(kept) + 1):
         if end == len(kept) or end - start == batch_size or kept[end][0] != kept[start][0]:
-            batches.append(_Maker(encoder, [pairs[position] for *_, position in kept[start:end]], pad_side))
+            batches.append(BatchMaker(encoder, [pairs[position] for *_, position in kept[start:end]], pad_side))
             start = end
     report = BatchReport(len(kept), tokens, image_tokens, answer_tokens, encoder.prompt_style, too_long)
     return batches, report
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes one batch when called."""
-
-    encoder: Encoder
-    pairs: list[tuple[Sample, str | None]]
-    pad_side: str
-
-    def __call__(self) -> Batch:
-        return collate([self.encoder.encode(sample, answer) for sample, answer in self.pairs], self.pad_side)

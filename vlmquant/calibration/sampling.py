@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from vlmquant.calibration.images import file_sha256
 from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import SampleSet
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, shown
 from vlmquant.recipe import CalibrationSpec
 
 
@@ -47,6 +47,10 @@ def choose_samples(sample_set: SampleSet, spec: CalibrationSpec) -> Selection:
     chosen, strata = choose(
         sample_set.samples, spec, image_of=lambda s: bool(s.images), usable=lambda _: True, name=sample_set.name
     )
+    if not chosen:
+        raise InputError(
+            f"set {sample_set.name}: no sample was chosen; check calibration.strata and calibration.samples"
+        )
     return Selection(chosen, strata, samples_sha256(chosen))
 
 
@@ -74,8 +78,6 @@ def choose(
         with_image = sum(map(image_of, taken))
         strata.append(Stratum(task, asked, len(taken), with_image, len(taken) - with_image))
         chosen += taken
-    if not chosen:
-        raise InputError(f"set {name}: no sample was chosen; check calibration.strata and calibration.samples")
     return tuple(chosen), tuple(strata)
 
 
@@ -85,8 +87,9 @@ def _quotas(sizes: Mapping[str, int], spec: CalibrationSpec, *, name: str) -> di
     for task in spec.strata:
         if task not in sizes:
             close = difflib.get_close_matches(task, list(sizes), n=1)
-            hint = f", did you mean '{close[0]}'?" if close else ""
-            raise InputError(f"set {name}: has no task '{task}'{hint}; its tasks: {', '.join(sizes)}")
+            hint = f", did you mean '{shown(close[0])}'?" if close else ""
+            tasks = shown(", ".join(sizes))
+            raise InputError(f"set {name}: has no task '{shown(task)}'{hint}; its tasks: {tasks}")
     return {task: quota for task, quota in spec.strata.items() if quota > 0}
 
 
@@ -95,13 +98,57 @@ def shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
 
     A share exceeds its size only where total exceeds the sum of sizes.
     """
-    everything = sum(sizes.values())
+    everything = sum(sizes.values()) or 1
     exact = {key: size * total / everything for key, size in sizes.items()}
     result = {key: size * total // everything for key, size in sizes.items()}
     by_remainder = sorted(sizes, key=lambda key: result[key] - exact[key])
     for key in by_remainder[: total - sum(result.values())]:
         result[key] += 1
     return result
+
+
+def split(
+    samples: Sequence[Sample],
+    parts: Mapping[str, int],
+    *,
+    seed: int,
+    images_of: Callable[[Sample], Sequence[str]],
+) -> dict[str, list[Sample]]:
+    """All samples, dealt to parts that are to hold so many each; those that share an image go to the same part.
+
+    A hash of seed and image says to which, in proportion to `parts`, so that a sample seldom moves when the set grows;
+    a part that is full gives way to those that are not.
+    """
+    names = [name for name, count in parts.items() for _ in range(count)]
+    dealt: dict[str, list[Sample]] = {name: [] for name in parts}
+    groups = _sharing(samples, images_of)
+    for key in sorted(groups, key=lambda key: rank(seed, key)):
+        name = names[int(rank(seed, f"part of {key}"), 16) % len(names)]
+        wanting = [other for other, count in parts.items() if len(dealt[other]) < count]
+        if wanting and name not in wanting:
+            name = wanting[0]
+        dealt[name] += groups[key]
+    return dealt
+
+
+def _sharing(samples: Sequence[Sample], images_of: Callable[[Sample], Sequence[str]]) -> dict[str, list[Sample]]:
+    """Samples that are joined by images they share, directly or through others, by the least of their images."""
+    above: dict[str, str] = {}
+
+    def top(key: str) -> str:
+        while above.setdefault(key, key) != key:
+            above[key] = key = above[above[key]]
+        return key
+
+    keys = [list(images_of(sample)) or [f"text {sample.id}"] for sample in samples]
+    for first, *others in keys:
+        for other in others:
+            low, high = sorted((top(first), top(other)))
+            above[high] = low
+    groups: dict[str, list[Sample]] = {}
+    for sample, (first, *_) in zip(samples, keys, strict=True):
+        groups.setdefault(top(first), []).append(sample)
+    return groups
 
 
 def _take(

@@ -12,32 +12,29 @@ import yaml
 from torch import Tensor
 
 import vlmquant
+from vlmquant.checkpoint.companions import BASE_CARD_NAME, CARD_NAME, Companions
 from vlmquant.checkpoint.files import TensorSpec, copy_file, sha256_of, write_safetensors, write_text
 from vlmquant.checkpoint.journal import Unit
-from vlmquant.checkpoint.reader import MANIFEST_NAME, MANIFEST_VERSION
-from vlmquant.components import ComponentMap, auto_class
-from vlmquant.errors import CheckpointError
+from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, sealed
+from vlmquant.components import CONFIG_NAME, ComponentMap, auto_class, read_config
+from vlmquant.errors import CheckpointError, InputError, shown
 from vlmquant.formats import compressed_tensors
 from vlmquant.fp8 import without_quantization
 from vlmquant.planning import Plan, PlanLine
+from vlmquant.reading import parse_yaml, read_text
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, dtype_name
 
-CONFIG_NAME = "config.json"
-CARD_NAME = "README.md"
-BASE_CARD_NAME = "README.base.md"
-COMPANION_MAX_BYTES = 64_000_000
-"""Tokenizers of large vocabularies reach 40 MB; what is larger is no companion of a model."""
-COMPANION_FOLDERS = ("additional_chat_templates",)
-"""Subdirectories that transformers reads."""
-NOT_COPIED = re.compile(
-    r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|onnx|gguf|npz|py|tmp)|.*\.index\.json"
-    rf"|{re.escape(CONFIG_NAME)}|{re.escape(MANIFEST_NAME)}|{re.escape(BASE_CARD_NAME)}"
-)
-"""Names of weights in whatever format, their indexes, code, hidden files, and what is written here."""
-COMPANION_PICKLES = ("spk_dict.pt",)
-"""The voices of Qwen's Omni models, which transformers asks for when it loads them."""
-CODE = re.compile(r"[^.].*\.py")
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Under which a config gives its model's dtype, today and before transformers 4.56."""
+TIED = "tie_word_embeddings"
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys under which configs hold that of their language model."""
+INDEXED = "model-{:05d}-of-{:05d}.safetensors"
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""The names of shards."""
+FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
+"""Of a card of the hub: YAML between two lines of dashes."""
 
 
 def write_weights(
@@ -61,7 +58,7 @@ def write_weights(
             reads |= dict.fromkeys((spec.name for spec in group), Shards(unit.entries).read)
         elif parameter.name in copied:
             entries = [components.shards.entries[name] for name in copied[parameter.name] if name not in reads]
-            group = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in entries]
+            group = [TensorSpec(entry.name, components.shards.dtype(entry.name), entry.shape) for entry in entries]
             reads |= dict.fromkeys((spec.name for spec in group), components.read_stored)
         else:
             group = [TensorSpec(parameter.disk, parameter.dtype, parameter.shape)]
@@ -72,7 +69,7 @@ def write_weights(
         return reads[name](name)
 
     shards = split(groups, max_bytes=recipe.output.max_shard_size)
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [INDEXED.format(number, len(shards)) for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE_NAME]
     for file, specs in zip(names, shards, strict=True):
@@ -141,34 +138,32 @@ def split(groups: Iterable[list[TensorSpec]], *, max_bytes: int) -> list[list[Te
     return shards
 
 
-def companions(components: ComponentMap) -> dict[str, Path]:
-    """What travels with the weights, by name in the output: processor, tokenizer, templates, licence and so on.
-
-    Code (*.py) only where the config names it.
-    """
-    source = components.model_dir
-    code = "auto_map" in _read_config(source)
-    found = {}
-    for file in sorted(source.iterdir()):
-        name = BASE_CARD_NAME if file.name == CARD_NAME else file.name
-        wanted = not NOT_COPIED.fullmatch(file.name) or (code and CODE.fullmatch(file.name))
-        wanted = wanted or file.name in COMPANION_PICKLES
-        if wanted and file.is_file() and file.stat().st_size <= COMPANION_MAX_BYTES:
-            found[name] = file
-    for folder in COMPANION_FOLDERS:
-        found |= {f"{folder}/{file.name}": file for file in sorted((source / folder).glob("[!.]*")) if file.is_file()}
-    return found
-
-
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    return dict(json.loads((model_dir / CONFIG_NAME).read_text(encoding="utf-8")))
-
-
 def write_config(target: Path, components: ComponentMap, quantization_config: Mapping[str, Any]) -> None:
-    """The model's own config, with how its weights are quantized."""
-    config = without_quantization(_read_config(components.model_dir))
+    """The model's own config, with how its weights are quantized, and with what is true of its head and embedding."""
+    config = without_quantization(read_config(components.model_dir))
+    if components.restated:
+        config = _restated(config, dtype_name(components.dtype))
+    if components.untied:
+        _untie(config)
     config["quantization_config"] = dict(quantization_config)
     write_text(target / CONFIG_NAME, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _restated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config that gives this dtype wherever it gives one, and wherever a model's begins."""
+    changed = {key: _restated(value, dtype) if isinstance(value, dict) else value for key, value in config.items()}
+    known = [key for key in DTYPE_KEYS if key in config]
+    if known or "model_type" in config:
+        changed |= dict.fromkeys(known or DTYPE_KEYS[:1], dtype)
+    return changed
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Say at every level that head and embedding are two; classes look at different ones, and some tie by default."""
+    config[TIED] = False
+    for key, part in config.items():
+        if isinstance(part, dict) and (TIED in part or key in TEXT_CONFIGS):
+            _untie(part)
 
 
 def write_rest(
@@ -178,13 +173,14 @@ def write_rest(
     plan: Plan,
     manifest: Mapping[str, Any],
     *,
+    companions: Companions,
     changed: Collection[str],
 ) -> None:
     """What travels along, the card, and last the manifest, with the checksums of all that is there."""
-    for name, file in companions(components).items():
+    for name, file in companions.copied.items():
         (target / name).parent.mkdir(exist_ok=True)
         copy_file(file, target / name)
-    write_text(target / CARD_NAME, card(components, recipe, plan))
+    write_text(target / CARD_NAME, card(components, recipe, plan, companions))
     files = {
         file.relative_to(target).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(target.rglob("*"))
@@ -200,21 +196,13 @@ def write_rest(
         "recipe": recipe.model_dump(mode="json"),
         "dtype": dtype_name(components.dtype),
         **manifest,
-        "not_copied": sorted(components.ignored) + _not_copied(components),
+        "not_copied": sorted(components.ignored) + list(companions.left),
         "files": files,
         "disk_names": {parameter.name: parameter.disk for parameter in components.parameters},
         "copied": copied_tensors(components, plan, changed=changed),
         "plan": plan.to_json(),
     }
-    write_text(target / MANIFEST_NAME, _readable_json(content))
-
-
-def _not_copied(components: ComponentMap) -> list[str]:
-    """Names in the model's directory that stay behind, its weights and hidden files apart."""
-    taken = set(companions(components).values()) | {entry.file for entry in components.shards.entries.values()}
-    names = [file.name for file in sorted(components.model_dir.iterdir()) if file not in taken]
-    folders = set(COMPANION_FOLDERS)
-    return [name for name in names if not name.startswith(".") and name not in {CONFIG_NAME, INDEX_NAME} | folders]
+    write_text(target / MANIFEST_NAME, _readable_json(sealed(content)))
 
 
 def _readable_json(content: Mapping[str, Any]) -> str:
@@ -236,14 +224,14 @@ def base_name(model_dir: Path) -> str:
     """The model's name: its hub id where the directory is one of the hub's cache, else the directory's name."""
     path = model_dir.resolve()
     if path.parent.name == "snapshots":
-        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
-    return path.name
+        return shown(path.parent.parent.name.removeprefix("models--").replace("--", "/"))
+    return shown(path.name)
 
 
-def card(components: ComponentMap, recipe: Recipe, plan: Plan) -> str:
+def card(components: ComponentMap, recipe: Recipe, plan: Plan, companions: Companions) -> str:
     """The model card, in Markdown with the hub's front matter."""
     base, auto = base_name(components.model_dir), auto_class(components.config).__name__
-    front = {"base_model": base, "library_name": "transformers", **_licence(components.model_dir)}
+    front = {"base_model": base, "library_name": "transformers", **_licence(companions)}
     front["tags"] = ["vlmquant", recipe.output.format]
     rows = [
         f"| {component} | {_schemes(plan, component)} | {totals.bytes_before / 1e6:,.1f} "
@@ -273,7 +261,7 @@ model = {auto}.from_pretrained("path/to/this/directory")
 
 The recipe, what became of every weight, each layer's error and the checksums of all files are in `{MANIFEST_NAME}`;
 `vlmquant verify` checks them.
-{original if (components.model_dir / CARD_NAME).is_file() else ""}"""
+{original if BASE_CARD_NAME in companions.copied else ""}"""
 
 
 def _schemes(plan: Plan, component: str) -> str:
@@ -286,12 +274,20 @@ def _schemes(plan: Plan, component: str) -> str:
     return ", ".join(f"{label} ×{count}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
 
 
-def _licence(model_dir: Path) -> dict[str, Any]:
-    """What the original card's front matter says of licence, languages and task."""
+def _licence(companions: Companions) -> dict[str, Any]:
+    """What the original card's front matter says of licence, languages and task; nothing where it cannot be read."""
+    if BASE_CARD_NAME not in companions.copied:
+        return {}
+    card = companions.copied[BASE_CARD_NAME]
     try:
-        text = (model_dir / CARD_NAME).read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") and text.count("---") > 1 else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        front = FRONT_MATTER.match(read_text(card))
+        told = parse_yaml(front[1], where=str(card)) if front else None
+    except InputError:
         return {}
     kept = ("license", "license_name", "license_link", "language", "pipeline_tag")
-    return {key: front[key] for key in kept if key in front} if isinstance(front, dict) else {}
+    return {key: told[key] for key in kept if _is_plain(told.get(key))} if isinstance(told, dict) else {}
+
+
+def _is_plain(value: Any) -> bool:
+    """A word, or a list of words."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))

@@ -5,7 +5,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,16 +18,21 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from vlmquant.errors import CheckpointError, DoesNotFitError, UsageError
+from vlmquant import signals
+from vlmquant.errors import CheckpointError, DoesNotFitError, InputError, UsageError
 from vlmquant.shards import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_ALIGNMENT = 8
 """Bytes; tensor data begins at a multiple of it, as the safetensors library has it."""
 CHUNK_BYTES = 16 * 1024 * 1024
-"""Read or written at a time."""
+"""Copied or written at a time."""
+HASHED_BYTES = 1 << 20
+"""Hashed at a time, while they are still in the processor's cache."""
 TMP_SUFFIX = ".tmp"
 """Ending of a file that is being written; one left behind means nothing."""
+OWNER = re.compile(r"(process \d+ on [^\n]*\n)?")
+"""What a lock says; nothing between its making and its taking."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ def disk_errors(place: Path) -> Iterator[None]:
             raise DoesNotFitError(f"{what}; free some space and run again with --resume to go on from here") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise UsageError(f"{what}; choose a place that you may write to") from error
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
+            raise UsageError(f"{what}; choose another place") from error
         raise CheckpointError(f"{what}; mend the cause and run again") from error
 
 
@@ -86,16 +95,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    with source.open("rb") as stream, written_whole(target) as out:
+    """InputError where the source cannot be read."""
+    try:
+        stream = source.open("rb")
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror}") from error
+    with stream, written_whole(target) as out:
         while chunk := stream.read(CHUNK_BYTES):
             out.write(chunk)
 
 
 def sha256_of(path: Path) -> str:
+    """Ends where a signal asks for it: it may take minutes."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            digest.update(chunk)
+    buffer = memoryview(bytearray(HASHED_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            signals.check()
     return digest.hexdigest()
 
 
@@ -125,6 +142,7 @@ def _parts(header: bytes, specs: Iterable[TensorSpec], read: Callable[[str], Ten
     yield len(header).to_bytes(8, "little")
     yield header
     for spec in specs:
+        signals.check()
         value = read(spec.name)
         if value.dtype != spec.dtype or tuple(value.shape) != spec.shape:
             raise ValueError(f"{spec.name}: expected {spec.dtype} {spec.shape}, got {value.dtype} {tuple(value.shape)}")
@@ -141,26 +159,36 @@ class Lock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """UsageError names the process that holds it."""
+        """UsageError names the process that holds it, or says that the file there is none of ours."""
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                owner = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
-                os.close(descriptor)
-                raise UsageError(
-                    f"{self.path}: another vlmquant writes this output ({owner}); wait for it to end"
-                ) from error
-            if self._is_current(descriptor):
-                break
-            os.close(descriptor)  # removed by its former owner between our open and our lock
-        self._descriptor = descriptor
+                owner = self._take(descriptor)
+                if self._is_current(descriptor):
+                    self._claim(descriptor, owner)
+                    self._descriptor = descriptor
+                    return
+            finally:
+                if self._descriptor is None:  # refused; or removed by its former owner between our open and our lock
+                    os.close(descriptor)
+
+    def _take(self, descriptor: int) -> str:
+        """Lock it; its last owner's words."""
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        owner = os.pread(descriptor, 1000, 0).decode("utf-8", "replace") if regular else ""
+        if not regular or not OWNER.fullmatch(owner):
+            raise UsageError(f"{self.path}: is in the way and no lock of vlmquant; move it, or give another output")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{self.path}: another vlmquant writes this output ({owner.strip()}); wait for it to end"
+            ) from error
+        return os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
+
+    def _claim(self, descriptor: int, owner: str) -> None:
         host = socket.gethostname()
-        owner = os.pread(descriptor, 1000, 0).decode("utf-8", "replace").strip()
         if owner and not owner.endswith(f" on {host}"):  # a lock that does not reach across machines
-            self._descriptor = None
-            os.close(descriptor)
             raise UsageError(
                 f"{self.path}: locked by {owner}, of which this machine cannot tell whether it lives; "
                 "if it has ended, remove this file"

@@ -2,22 +2,56 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from vlmquant.checkpoint.files import TensorSpec, sha256_of, write_safetensors, write_text
-from vlmquant.errors import InputError, UsageError
-from vlmquant.shards import TensorEntry, read_header
+from vlmquant import signals
+from vlmquant.checkpoint.files import TMP_SUFFIX, TensorSpec, sha256_of, write_safetensors, write_text
+from vlmquant.checkpoint.inputs import differing
+from vlmquant.errors import InputError, UsageError, VlmquantError
+from vlmquant.reading import check, inside, parse_json, read_bytes, read_json
+from vlmquant.shards import TensorEntry, read_header, some
 
 JOURNAL_NAME = "journal.jsonl"
 FINGERPRINT_NAME = "fingerprint.json"
 UNITS_NAME = "units"
+UNIT_SUFFIX = ".safetensors"
 OUTSIDE = "outside"
 """The unit of the weights that lie in no block."""
+Mark = Literal["an unfinished run of vlmquant; --resume goes on from here"]
+"""What the fingerprint of a work directory says first, and no other file does."""
+(MARK,) = get_args(Mark)
+
+
+class _Begun(BaseModel):
+    """The fingerprint's file, the first in a work directory and the last to go."""
+
+    model_config = ConfigDict(extra="forbid")
+    what: Mark
+    fingerprint: dict[str, str]
+
+
+class _Record(BaseModel):
+    """What is read of a unit's record."""
+
+    errors: dict[str, float] = {}
+    notes: tuple[str, ...] = ()
+    experts: dict[str, tuple[int, ...]] = {}
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    unit: str
+    sha256: str
+    quantized: tuple[str, ...]
+    changed: tuple[str, ...]
+    record: _Record
 
 
 @dataclass(frozen=True)
@@ -44,27 +78,30 @@ class Journal:
     @classmethod
     def start(cls, work: Path, fingerprint: Mapping[str, str]) -> "Journal":
         """Begin in an empty directory."""
-        (work / JOURNAL_NAME).touch()  # first, as the sign that the directory is ours
+        begun = {"what": MARK, "fingerprint": dict(fingerprint)}
+        write_text(work / FINGERPRINT_NAME, json.dumps(begun, indent=1) + "\n")
         (work / UNITS_NAME).mkdir()
-        write_text(work / FINGERPRINT_NAME, json.dumps(dict(fingerprint), indent=1) + "\n")
+        (work / JOURNAL_NAME).touch()
         return cls(work)
 
     @classmethod
-    def reopen(cls, work: Path, fingerprint: Mapping[str, str]) -> "Journal":
-        """Go on from an earlier run. UsageError names what that run did not share with this one."""
-        before = _read_fingerprint(work)
-        if before != dict(fingerprint):
-            names = sorted({*before, *fingerprint})
-            differ = [name for name in names if before.get(name) != fingerprint.get(name)]
+    def reopen(
+        cls, work: Path, fingerprint: Mapping[str, str], *, fits: Callable[[str, Unit], bool] = lambda *_: True
+    ) -> "Journal":
+        """Go on from an earlier run. UsageError names what that run did not share with this one.
+
+        fits: whether a unit can be the one of that name; one that is damaged or does not fit is to be done again.
+        """
+        if differ := differing(_begun(work).fingerprint, fingerprint):
             raise UsageError(
-                f"{work}: was begun with another {', '.join(differ)}, so it cannot be resumed; "
+                f"{work}: was begun with another {some(differ)}, so it cannot be resumed; "
                 "run it as it was begun, or pass --force to start anew"
             )
         journal = cls(work)
         for line in _complete_lines(work / JOURNAL_NAME):
             name, unit = line["unit"], _intact_unit(work, line)
             journal.units.pop(name, None)
-            if unit:
+            if unit and fits(name, unit):
                 journal.units[name] = unit
         return journal
 
@@ -78,7 +115,7 @@ class Journal:
         record: dict[str, Any],
     ) -> None:
         """Store a unit; it is done once this returns, and not before."""
-        file = self.work / UNITS_NAME / f"{name}.safetensors"
+        file = self.work / UNITS_NAME / f"{name}{UNIT_SUFFIX}"
         specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in tensors.items()]
         digest = write_safetensors(file, specs, tensors.__getitem__)
         line = {"unit": name, "sha256": digest, "quantized": quantized, "changed": changed, "record": record}
@@ -88,7 +125,7 @@ class Journal:
         self.units[name] = Unit(file, _entries(file), quantized, changed, json.loads(text)["record"])
 
     def _append(self, line: bytes) -> None:
-        with (self.work / JOURNAL_NAME).open("r+b", buffering=0) as stream:
+        with signals.held(), (self.work / JOURNAL_NAME).open("r+b", buffering=0) as stream:
             # What a kill, or a full disk, left of a line would spoil this one.
             length = stream.readall().rfind(b"\n") + 1
             stream.truncate(length)
@@ -100,38 +137,63 @@ class Journal:
 
 def count_units(work: Path) -> int:
     """How many units an earlier run finished, by its journal alone."""
-    return len({line["unit"] for line in _complete_lines(work / JOURNAL_NAME)})
+    return len(unit_names(work))
 
 
-def _read_fingerprint(work: Path) -> dict[str, str]:
+def unit_names(work: Path) -> set[str]:
+    return {line["unit"] for line in _complete_lines(work / JOURNAL_NAME)}
+
+
+def is_unfinished_run(work: Path) -> bool:
+    """Whether the directory holds what `Journal.start` put there, or the part of it that a kill let it write."""
+    tmp = work / (FINGERPRINT_NAME + TMP_SUFFIX)
+    if (work / FINGERPRINT_NAME).exists() or not tmp.exists():
+        try:
+            return bool(_begun(work))
+        except UsageError:
+            return False
+    start = json.dumps({"what": MARK}, indent=1)[:-2].encode()
     try:
-        value = json.loads((work / FINGERPRINT_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{work}: its {FINGERPRINT_NAME} cannot be read; pass --force to start anew") from error
-    return value if isinstance(value, dict) else {}
+        content = read_bytes(tmp)
+    except InputError:
+        return False
+    return content.startswith(start) or start.startswith(content)
+
+
+def is_begun_with(work: Path, fingerprint: Mapping[str, str]) -> bool:
+    """Whether the directory is of a run that began with all of this."""
+    try:
+        return not differing(_begun(work).fingerprint, fingerprint)
+    except UsageError:
+        return False
+
+
+def _begun(work: Path) -> Any:
+    remedy = "move the directory away"
+    return read_json(work / FINGERPRINT_NAME, _Begun, error=UsageError, remedy=remedy)
 
 
 def _complete_lines(journal: Path) -> list[dict[str, Any]]:
     """The journal's lines, without any that a kill or a bad disk left unreadable."""
     lines = []
     try:
-        content = journal.read_bytes()
-    except FileNotFoundError:
+        content = read_bytes(journal)
+    except InputError:
         return []
     for text in content.split(b"\n")[:-1]:  # what follows the last newline is torn, or nothing
         try:
-            line = json.loads(text)
-        except ValueError:
+            line = parse_json(text, where=str(journal))
+            check(_Line, line, where=str(journal))
+        except VlmquantError:
             continue
-        if isinstance(line, dict) and line.keys() == {"unit", "sha256", "quantized", "changed", "record"}:
-            lines.append(line)
+        lines.append(line)
     return lines
 
 
 def _intact_unit(work: Path, line: dict[str, Any]) -> Unit | None:
     """The unit of a journal line, if its file is still what was written."""
-    file = work / UNITS_NAME / f"{line['unit']}.safetensors"
     try:
+        file = inside(work / UNITS_NAME, line["unit"] + UNIT_SUFFIX, where=JOURNAL_NAME)
         if sha256_of(file) != line["sha256"]:
             return None
         return Unit(file, _entries(file), tuple(line["quantized"]), tuple(line["changed"]), line["record"])

@@ -1,98 +1,100 @@
-"""Reading a checkpoint back: its manifest, and every check that needs no forward pass."""
+"""Checking a checkpoint: everything that needs no forward pass."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vlmquant.checkpoint.files import sha256_of
-from vlmquant.errors import CheckpointError, InputError
+from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, parse_manifest, read_manifest, seal_problem
+from vlmquant.checkpoint.ownership import unlisted
+from vlmquant.components import CONFIG_NAME
+from vlmquant.errors import InputError, shown
 from vlmquant.formats import compressed_tensors
+from vlmquant.reading import is_inside, read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, Shards, open_shards
 
-MANIFEST_NAME = "vlmquant.json"
-MANIFEST_VERSION = 1
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in `path`. CheckpointError where it is missing, damaged or of another version."""
-    file = path / MANIFEST_NAME
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{file}: missing; {path} is no checkpoint that vlmquant finished") from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error}); copy or write the checkpoint again") from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if type(version) is not int:
-        raise CheckpointError(f"{file}: has no format_version; copy or write the checkpoint again")
-    if version > MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{file}: format version {version} is newer than the {MANIFEST_VERSION} this vlmquant reads; upgrade it"
-        )
-    if version < MANIFEST_VERSION:
-        raise CheckpointError(
-            f"{file}: format version {version} is older than the {MANIFEST_VERSION} this vlmquant reads; "
-            "quantize the model again"
-        )
-    if missing := [key for key in ("files", "plan", "disk_names", "dtype", "recipe") if key not in manifest]:
-        raise CheckpointError(f"{file}: lacks {', '.join(missing)}; copy or write the checkpoint again")
-    return dict(manifest)
+__all__ = ["MANIFEST_NAME", "MANIFEST_VERSION", "read_manifest", "verify_checkpoint"]
 
 
 def verify_checkpoint(path: Path) -> list[str]:
     """Everything wrong with a checkpoint's files, one line each; empty where all is well.
 
-    Checks sizes and sha256 of all files, headers and index, every tensor's presence, shape and dtype against the plan,
-    and that scales are finite and above 0. CheckpointError where there is no manifest to check against.
+    Checks that the manifest is as it was written; sizes and sha256 of all files in it, and that there are no others but
+    hidden ones; headers and index; that config, recipe and plan name one format; every tensor's presence, shape and
+    dtype against the plan; that scales are finite and above 0. It is no signature: who changes a checkpoint on purpose
+    can seal it anew. CheckpointError where there is no manifest to check against.
     """
-    manifest = read_manifest(path)
-    problems = list(_file_problems(path, manifest["files"]))
+    manifest = parse_manifest(path)
+    changed = seal_problem(path, manifest)
+    problems = [changed] if changed else []
+    problems += _file_problems(path, manifest["files"])
+    problems += [
+        f"{path / shown(name)}: not in the manifest"
+        for name in unlisted(path, manifest)
+        if not any(part.startswith(".") for part in Path(name).parts)
+    ]
+    problems += _format_problems(path, manifest)
     try:
         shards = open_shards(path)
+        problems += _index_problems(path, shards)
     except InputError as error:
         return [*problems, str(error)]
-    problems += _index_problems(path, shards)
-    if manifest["recipe"]["output"]["format"] == "compressed-tensors":
+    if not any(isinstance(line["scheme"], str) for line in manifest["plan"]["lines"]):
         problems += _tensor_problems(path, shards, manifest)
     return problems
 
 
-def _file_problems(path: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _file_problems(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
             yield f"{file}: missing"
+        elif not is_inside(file, path):
+            yield f"{file}: is a symbolic link that leads out of the checkpoint"
         elif (size := file.stat().st_size) != expected["bytes"]:
             yield f"{file}: {size} bytes, but {expected['bytes']} were written"
         elif sha256_of(file) != expected["sha256"]:
             yield f"{file}: sha256 differs from the manifest; its content has changed since it was written"
-    for file in sorted(path.glob("*.safetensors")):
-        if file.name not in files:
-            yield f"{file}: not in the manifest"
+
+
+def _format_problems(path: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Which checks apply is said in three places; they must agree."""
+    written = manifest["recipe"]["output"]["format"]
+    try:
+        found = read_json(path / CONFIG_NAME).get("quantization_config")
+    except InputError as error:
+        yield str(error)
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method != written:
+        yield f"{path / CONFIG_NAME}: its quant_method is {shown(method)}, but the recipe's output format is {written}"
+    ours = written == compressed_tensors.METHOD
+    for line in manifest["plan"]["lines"]:
+        if line["action"] == "quantize" and ours != isinstance(line["scheme"], dict):
+            yield f"{path / MANIFEST_NAME}: plan: {line['name']} has a scheme that {written} does not store"
 
 
 def _index_problems(path: Path, shards: Shards) -> Iterator[str]:
     index = path / INDEX_NAME
     if index.is_file():
-        total = json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size")
+        metadata = read_json(index).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
         if total != shards.total_bytes:
-            yield f"{index}: total_size is {total}, but the tensors have {shards.total_bytes} bytes"
+            yield f"{index}: total_size is {shown(total)}, but the tensors have {shards.total_bytes} bytes"
 
 
-def _tensor_problems(path: Path, shards: Shards, manifest: dict[str, Any]) -> Iterator[str]:
+def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[str]:
     entries = shards.entries
     expected: set[str] = set()
     for line in manifest["plan"]["lines"]:
         disk = manifest["disk_names"][line["name"]]
         shape = tuple(line["shape"])
-        if line["name"] in manifest.get("copied", {}) and manifest["copied"][line["name"]] != [disk]:
-            expected |= set(manifest["copied"][line["name"]])
+        copied = manifest["copied"].get(line["name"], [disk])
+        if copied != [disk]:
+            expected |= set(copied)
             continue
         if line["action"] == "keep":
             expected.add(disk)
@@ -117,5 +119,5 @@ def _tensor_problems(path: Path, shards: Shards, manifest: dict[str, Any]) -> It
                 scales = shards.read(name)
                 if bad := int(scales.numel() - (scales.isfinite() & (scales > 0)).sum()):
                     yield f"{entry.file}: tensor {name} has {bad} scales that are not finite numbers above 0"
-    yield from (f"{path}: tensor {name} is missing" for name in sorted(expected - entries.keys()))
-    yield from (f"{path}: tensor {name} is in no plan" for name in sorted(entries.keys() - expected))
+    yield from (f"{path}: tensor {shown(name)} is missing" for name in sorted(expected - entries.keys()))
+    yield from (f"{path}: tensor {shown(name)} is in no plan" for name in sorted(entries.keys() - expected))

@@ -1,19 +1,28 @@
 """CheckpointWriter: units go to OUT.partial as they are done; one rename at the end makes them the checkpoint OUT."""
 
+import os
 import shutil
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from vlmquant import signals
 from vlmquant.checkpoint import assemble
 from vlmquant.checkpoint.files import Lock, disk_errors, sync_directory
-from vlmquant.checkpoint.journal import JOURNAL_NAME, OUTSIDE, Journal, count_units
-from vlmquant.checkpoint.reader import MANIFEST_NAME
+from vlmquant.checkpoint.inputs import Digests, Inputs
+from vlmquant.checkpoint.journal import OUTSIDE, Journal, Unit, count_units, is_begun_with
+from vlmquant.checkpoint.manifest import MANIFEST_NAME, digest_of, read_manifest
+from vlmquant.checkpoint.ownership import remove
+from vlmquant.checkpoint.place import check_output, is_taken, lock_of, refuse_irreplaceable, refuse_taken, work_of
+from vlmquant.checkpoint.work import OUTPUT_NAME, REPLACED_NAME, Work
 from vlmquant.components import ComponentMap
-from vlmquant.errors import DoesNotFitError, SentinelError, UsageError
+from vlmquant.errors import CheckpointError, DoesNotFitError, SentinelError, UsageError
 from vlmquant.formats import compressed_tensors
 from vlmquant.grid import QuantizedWeight
 from vlmquant.planning import Plan
@@ -21,22 +30,23 @@ from vlmquant.progress import stderr
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import Shards
 
-PARTIAL_SUFFIX = ".partial"
-LOCK_SUFFIX = ".lock"
-OUTPUT_NAME = "output"
-REPLACED_NAME = "replaced"
+
+class AlreadyFinishedError(UsageError):
+    """The run to be resumed has put its checkpoint in place; only its end was killed, or nothing at all."""
 
 
 class CheckpointWriter:
     """Writes one checkpoint; a context manager.
 
-    fingerprint: what a resumed run must share with the run that it goes on from, by name.
-    resume: go on from what an earlier run left in OUT.partial.
+    fingerprint: what a resumed run must share with the run that it goes on from, by name, beside the model's files.
+    inputs: those files, and others that must stay as they are until the end.
+    resume: go on from what an earlier run left in OUT.partial; AlreadyFinishedError where OUT is its result already.
     force: replace an existing checkpoint, and start anew where an unfinished run is not to be resumed.
 
     Raises UsageError for a place that cannot or must not be written to, and DoesNotFitError for a disk that is too
     small, before anything is written; PlanError where the format cannot express the plan.
-    Whatever goes wrong later, nothing appears at OUT, and finished units stay for --resume.
+    Whatever goes wrong later, nothing appears at OUT, and finished units stay for --resume. Nothing is deleted but what
+    a manifest or the state of an unfinished run proves that vlmquant wrote, and that is as it was written.
     """
 
     def __init__(
@@ -49,55 +59,40 @@ class CheckpointWriter:
         fingerprint: Mapping[str, str],
         resume: bool,
         force: bool,
+        inputs: Inputs | None = None,
     ) -> None:
+        check_output(out, components.model_dir, resume=resume, force=force)
         self.out, self.components, self.recipe, self.plan = out, components, recipe, plan
-        self._fingerprint, self._resume, self._force = fingerprint, resume, force
-        self._work = out.with_name(out.name + PARTIAL_SUFFIX)
-        self.partial = self._work / OUTPUT_NAME
+        self._resume, self._force = resume, force
+        self._settings = fingerprint
+        self._fingerprint: dict[str, str] = {}
+        self._inputs = inputs or Inputs(components)
+        self._digests = Digests()
+        blocks = [info.name for info in components.blocks]
+        self._work = Work(work_of(out), blocks, self._inputs.companions.copied, self._digests)
+        self.partial = self._work.path / OUTPUT_NAME
         """The directory that becomes OUT; a format that writes its own files puts them here."""
-        self._lock = Lock(out.with_name(out.name + LOCK_SUFFIX))
-        self._journal = Journal(self._work)
         self._finished = False
+        self._lock = Lock(lock_of(out))
+        self._journal = Journal(self._work.path)
+        self._opened = False
         self._quantization_config: dict[str, Any] | None = None
-        self._check_place()
         if recipe.output.format == compressed_tensors.METHOD:
             self._quantization_config = compressed_tensors.quantization_config(plan, components)
-
-    def _check_place(self) -> None:
-        out, source = self.out.resolve(), self.components.model_dir.resolve()
-        if not self.out.name:
-            raise UsageError(f"{self.out}: not the name of a new directory; give one")
-        for path in (self.out, self._work):
-            if path.is_symlink():
-                raise UsageError(f"{path}: is a symbolic link; give the directory itself")
-        for path in (self._work, self.out, *self.out.parents):
-            if path.exists() and not path.is_dir():
-                raise UsageError(f"{path}: is a file; give another output directory")
-        if out.is_relative_to(source) or source.is_relative_to(out):
-            raise UsageError(
-                f"{self.out}: the output and the model {self.components.model_dir} lie one in the other; "
-                "give a directory outside the model's"
-            )
-        with disk_errors(self.out):
-            if not self.out.exists() or not any(self.out.iterdir()):
-                return
-        if not self._force:
-            raise UsageError(
-                f"{self.out}: exists and is not empty; give another output directory, or --force to replace it"
-            )
-        if not (self.out / MANIFEST_NAME).is_file():
-            raise UsageError(
-                f"{self.out}: holds files but no {MANIFEST_NAME}, and --force replaces only what vlmquant wrote; "
-                "remove it yourself or give another output directory"
-            )
 
     def __enter__(self) -> "CheckpointWriter":
         with disk_errors(self.out):
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             try:
-                self._undo_replacement()
-                self._check_place()
+                self._work.undo_replacement(self.out)
+                check_output(self.out, self.components.model_dir, resume=self._resume, force=self._force)
+                if is_taken(self.out) and self._force:
+                    refuse_irreplaceable(self.out, self._digests)
+                self._fingerprint = {**self._settings, **self._inputs.fingerprint()}
+                if is_taken(self.out) and not self._force:
+                    self._refuse_finished()
+                    refuse_taken(self.out)
                 self._open_work()
                 self._check_space()
             except BaseException:
@@ -105,31 +100,72 @@ class CheckpointWriter:
                 raise
         return self
 
-    def _undo_replacement(self) -> None:
-        """Give an old checkpoint its place back, where a kill struck between the two renames of `_put_in_place`."""
-        replaced = self._work / REPLACED_NAME
-        if replaced.exists() and not self.out.exists():
-            replaced.rename(self.out)
+    def _refuse_finished(self) -> None:
+        """AlreadyFinishedError where OUT is what the run to be resumed was to write; what is left of it is removed."""
+        try:
+            manifest = read_manifest(self.out)
+        except CheckpointError:
+            return
+        files = {self.out / name: entry["bytes"] for name, entry in manifest["files"].items()}
+        whole = all(file.is_file() and file.stat().st_size == nbytes for file, nbytes in files.items())
+        if whole and manifest["fingerprint"] == digest_of(self._fingerprint):
+            self._finished = True
+            self._opened = is_begun_with(self._work.path, self._fingerprint)
+            raise AlreadyFinishedError(
+                f"{self.out}: exists and is not empty: an earlier run finished it, so nothing is left to resume; "
+                "give another output directory, or --force to replace it"
+            )
 
     def _open_work(self) -> None:
-        if self._work.exists() and any(self._work.iterdir()) and not (self._work / JOURNAL_NAME).is_file():
-            raise UsageError(
-                f"{self._work}: is in the way and no unfinished run of vlmquant; move it, or give another output"
-            )
-        done = count_units(self._work)
+        self._work.refuse_strangers()
+        work = self._work.path
+        done = count_units(work)
         if self._resume and done:
-            self._journal = Journal.reopen(self._work, self._fingerprint)
+            self._journal = Journal.reopen(work, self._fingerprint, fits=self._fits)
+            self._opened = True
+            if self.partial.exists():
+                remove(self.partial, lambda _: True, last=MANIFEST_NAME)  # no strangers: it was looked through
         else:
             if done and not self._force:
                 raise UsageError(
-                    f"{self._work}: an unfinished run is there, with {done} of {self._count_all()} blocks done; "
+                    f"{work}: an unfinished run is there, with {done} of {self._count_all()} blocks done; "
                     "go on from it with --resume, or start anew with --force"
                 )
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir(exist_ok=True)
-            self._journal = Journal.start(self._work, self._fingerprint)
-        shutil.rmtree(self.partial, ignore_errors=True)
+            self._work.clear()
+            work.mkdir(exist_ok=True)
+            self._journal = Journal.start(work, self._fingerprint)
+            self._opened = True
         self.partial.mkdir()
+
+    def _fits(self, name: str, unit: Unit) -> bool:
+        """Whether a unit of an earlier run holds what the plan has for its block, and nothing else."""
+        inside = {info.name: f"{info.name}." for info in self.components.blocks}
+        if name != OUTSIDE and name not in inside:
+            return False
+        start = inside.get(name)
+        others = tuple(inside.values())
+        planned = {
+            line.name
+            for line in self.plan.lines
+            if line.action == "quantize"
+            and (line.name.startswith(start) if start else not line.name.startswith(others))
+        }
+        if set(unit.quantized) != planned or not all(map(self._may_change, unit.changed)):
+            return False
+        expected: dict[str, tuple[Any, tuple[int, ...]]] = {}
+        for name in unit.changed:
+            disk = self.components.parameter(name).disk
+            expected[disk] = (unit.entries[disk].dtype if disk in unit.entries else None, self.plan.line(name).shape)
+        for weight in unit.quantized:
+            line = self.plan.line(weight)
+            rows, columns = line.shape
+            expected |= compressed_tensors.encoded_shapes(
+                self._module_on_disk(weight), (rows, columns), self._scheme(weight), self.components.dtype
+            )
+        return expected == {key: (entry.dtype, entry.shape) for key, entry in unit.entries.items()}
+
+    def _may_change(self, name: str) -> bool:
+        return self.components.holds(name) and self.plan.line(name).action == "keep"
 
     def _count_all(self) -> int:
         return len(self.components.blocks) + 1
@@ -138,9 +174,8 @@ class CheckpointWriter:
         """Units and shards are on disk together for a moment at the end."""
         done = sum(unit.file.stat().st_size for unit in self._journal.units.values())
         units = sum(line.bytes_after for line in self.plan.lines if line.action == "quantize")
-        extras = sum(file.stat().st_size for file in assemble.companions(self.components).values())
-        needed = self.plan.bytes_after + extras + max(units - done, 0)
-        free = shutil.disk_usage(self._work).free
+        needed = self.plan.bytes_after + self._inputs.companions.nbytes + max(units - done, 0)
+        free = shutil.disk_usage(self._work.path).free
         if needed > free:
             raise DoesNotFitError(
                 f"{self.out.parent}: writing this checkpoint takes {needed:,} bytes of disk and {free:,} are free; "
@@ -171,10 +206,20 @@ class CheckpointWriter:
                     f"{name}: became infinite or NaN when a neighbour was rescaled; use another method for it"
                 )
             tensors[self.components.parameter(name).disk] = value
-        with disk_errors(self._work):
+        for name, error in record.get("errors", {}).items():
+            if not isfinite(error):
+                raise SentinelError(
+                    f"{name}: its output error is {error}; its weights or inputs are too large to be quantized, so "
+                    "list it under `keep` in the recipe"
+                )
+        with disk_errors(self._work.path):
             self._journal.add(
                 block or OUTSIDE, tensors, quantized=tuple(quantized), changed=tuple(changed), record=record
             )
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of what is done so far."""
+        return [unit.record for unit in self._journal.units.values()]
 
     def restored(
         self, block: str | None
@@ -210,23 +255,44 @@ class CheckpointWriter:
                 assemble.write_weights(self.partial, self.components, self.recipe, self.plan, self._journal.units)
                 assemble.write_config(self.partial, self.components, self._quantization_config)
             changed = {name for unit in self._journal.units.values() for name in unit.changed}
-            assemble.write_rest(self.partial, self.components, self.recipe, self.plan, manifest, changed=changed)
+            assemble.write_rest(
+                self.partial,
+                self.components,
+                self.recipe,
+                self.plan,
+                {"fingerprint": digest_of(self._fingerprint), **manifest},
+                companions=self._inputs.companions,
+                changed=changed,
+            )
+            self._inputs.check_unchanged()
             self._put_in_place()
         self._finished = True
         return self.out
 
     def _put_in_place(self) -> None:
-        replaced = self._work / REPLACED_NAME
-        if self.out.exists() and any(self.out.iterdir()):
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.out.rename(replaced)
-        try:
-            self.partial.rename(self.out)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(self.out)
-            raise
+        replaced = self._work.path / REPLACED_NAME
+        if self.out.exists():
+            self._take_over_mode()
+        if is_taken(self.out):
+            refuse_irreplaceable(self.out, self._digests)
+            self._work.clear_replaced()
+        with signals.held():
+            if is_taken(self.out):
+                self.out.rename(replaced)
+            try:
+                self.partial.rename(self.out)
+            except OSError:
+                if replaced.exists():
+                    replaced.rename(self.out)
+                raise
         sync_directory(self.out.parent)
+
+    def _take_over_mode(self) -> None:
+        """A directory that is there already stays as open, or as closed, as its owner made it."""
+        before = self.out.stat()
+        with suppress(PermissionError):
+            os.chown(self.partial, before.st_uid, before.st_gid)
+        self.partial.chmod(stat.S_IMODE(before.st_mode))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -234,14 +300,15 @@ class CheckpointWriter:
         kept = self._leave()
         if kept and not isinstance(error, DoesNotFitError):
             stderr.print(
-                f"{self._work} holds {kept} finished blocks; run again with --resume to go on from there",
+                f"{self._work.path} holds {kept} finished blocks; run again with --resume to go on from there",
                 soft_wrap=True,
+                markup=False,
             )
 
     def _leave(self) -> int:
         """Let go of the lock, and of the work directory unless it holds finished units to resume from: their number."""
-        kept = 0 if self._finished else max(len(self._journal.units), count_units(self._work))
-        if not kept and (self._work / JOURNAL_NAME).is_file():
-            shutil.rmtree(self._work, ignore_errors=True)
+        kept = 0 if self._finished else max(len(self._journal.units), count_units(self._work.path))
+        if not kept and self._opened:
+            self._work.clear()
         self._lock.release()
         return kept

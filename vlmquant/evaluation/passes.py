@@ -2,16 +2,27 @@
 
 import inspect
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from vlmquant import signals
 from vlmquant.calibration.encode import Batch, Encoder, collate
+from vlmquant.calibration.refusals import passing
 from vlmquant.calibration.samples import Sample
+from vlmquant.evaluation.inputs import digests
+from vlmquant.reading import check, read_json
+
+GENERATION = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+"""What evaluation takes from a model's generation settings."""
+PLAIN: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
+"""What it decodes by."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +35,8 @@ class Row:
     answer: str | None
     tokens: int
     answer_tokens: int
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Digests of its inputs, where asked for."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +52,16 @@ class Scored:
     """(text tokens of the prompt but its first,) float32, nats."""
 
 
-def measure_rows(pairs: Sequence[tuple[Sample, str | None]], encoder: Encoder) -> list[Row]:
+def measure_rows(
+    pairs: Sequence[tuple[Sample, str | None]], encoder: Encoder, *, with_digests: bool = False
+) -> list[Row]:
     """A row for each (sample, answer), keyed by position; encodes each once to learn its length."""
     rows = []
     for key, (sample, answer) in enumerate(pairs):
         item = encoder.encode(sample, answer)
-        rows.append(Row(key, sample, answer, item.tokens, int(item.answer_mask.sum())))
+        inputs = digests(item) if with_digests else {}
+        rows.append(Row(key, sample, answer, item.tokens, int(item.answer_mask.sum()), inputs))
+        signals.check()
     return rows
 
 
@@ -94,25 +111,64 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
 def _logits(model: Any, batch: Batch, keep: Tensor) -> Tensor:
     """(kept tokens, vocabulary): from the head alone where the model can be asked for some tokens, else from all."""
     asked = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits: Tensor = model(**_to_model(batch, model), **asked, use_cache=False).logits
+    with passing(batch, model):
+        logits: Tensor = model(**_to_model(batch, model), **asked, use_cache=False).logits
     return logits[keep] if logits.shape[:-1] == keep.shape else logits
 
 
+def special_tokens(model_dir: Path) -> GenerationConfig | None:
+    """What evaluation takes from a model's generation_config.json; None without one. InputError where it is damaged.
+
+    transformers refuses some files that only mean another way of decoding.
+    """
+    file = model_dir / GENERATION
+    if not file.exists():
+        return None
+    settings = read_json(file)
+    ids = {name: settings.get(name) for name in TOKENS}
+    for name, value in ids.items():
+        check(int | list[int] | None, value, where=f"{file}: {name}")
+    return GenerationConfig(**ids)
+
+
+def set_aside(model_dir: Path, model: Any) -> list[str]:
+    """The names of a model's own generation settings that evaluation does not follow: all but its special tokens.
+
+    Those of the model are looked at where it has no file of them: transformers takes them from config.json then.
+    """
+    file = model_dir / GENERATION
+    settings = read_json(file) if file.exists() else vars(model.generation_config)
+    kept = (*TOKENS, "transformers_version")
+    return sorted(
+        name
+        for name, value in settings.items()
+        if value is not None and value != PLAIN.get(name) and name not in kept and not name.startswith("_")
+    )
+
+
 def greedy(model: Any, encoder: Encoder, *, max_new_tokens: int, min_new_tokens: int = 0) -> GenerationConfig:
-    """Plain greedy decoding, whatever penalties and sampling the model's own generation settings ask for."""
-    own = model.generation_config
-    end = own.eos_token_id if own.eos_token_id is not None else encoder.tokenizer.eos_token_id
+    """Plain greedy decoding, whatever the model's own generation settings ask for beside its special tokens."""
+    own = {name: getattr(model.generation_config, name, None) for name in TOKENS}
+    if own["eos_token_id"] is None:
+        own["eos_token_id"] = encoder.tokenizer.eos_token_id
     return GenerationConfig(
+        **own | {"pad_token_id": encoder.pad_id},
         max_new_tokens=max_new_tokens,
         min_new_tokens=min_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=end,
-        pad_token_id=encoder.pad_id,
+        **PLAIN,
     )
+
+
+def _decode(model: Any, batch: Batch, inputs: dict[str, Tensor], config: GenerationConfig, **options: Any) -> Tensor:
+    """The ids that `generate` gives by `config` alone: it fills what that leaves open from the model's own settings."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        with passing(batch, model):
+            output: Tensor = model.generate(**inputs, generation_config=config, **options)
+    finally:
+        model.generation_config = own
+    return output
 
 
 @torch.inference_mode()
@@ -120,7 +176,7 @@ def generate(model: Any, encoder: Encoder, rows: Sequence[Row], *, max_new_token
     """The greedy answers to rows of one batch (left-padded), special tokens dropped, stripped."""
     batch = collate([encoder.encode(row.sample, None) for row in rows], "left")
     config = greedy(model, encoder, max_new_tokens=max_new_tokens)
-    output = model.generate(**_to_model(batch, model), generation_config=config)
+    output = _decode(model, batch, _to_model(batch, model), config)
     answers = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
     return [str(encoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
@@ -141,9 +197,10 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 @torch.inference_mode()
 def time_decoding(model: Any, encoder: Encoder, sample: Sample, *, tokens: int) -> tuple[float, float]:
     """Seconds to the first token (image included, preprocessing not) and tokens a second after it, at batch size 1."""
-    inputs = _to_model(collate([encoder.encode(sample, None)], "left"), model)
+    batch = collate([encoder.encode(sample, None)], "left")
+    inputs = _to_model(batch, model)
     clock = _Clock()
     config = greedy(model, encoder, max_new_tokens=tokens, min_new_tokens=tokens)
     start = time.perf_counter()
-    model.generate(**inputs, generation_config=config, stopping_criteria=StoppingCriteriaList([clock]))
+    _decode(model, batch, inputs, config, stopping_criteria=StoppingCriteriaList([clock]))
     return clock.times[0] - start, (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])

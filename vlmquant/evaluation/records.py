@@ -1,7 +1,7 @@
 """What an evaluation found, as plain frozen data that a report stores and a gate judges."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from vlmquant.errors import InputError
@@ -70,6 +70,10 @@ class Run:
     environment: dict[str, Any]
     manifest: dict[str, Any] | None
     """vlmquant.json of the model's directory; None for a model that vlmquant did not write."""
+    other_inputs: str | None = None
+    """How what it was given differs from what the reference was, where that was allowed; None: not at all."""
+    notes: tuple[str, ...] = ()
+    """What of the evaluation is not as the model or the settings ask for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, lists and numbers, ready for JSON."""
@@ -80,7 +84,8 @@ class Run:
         """Inverse of to_dict, also after a round through JSON; InputError for missing or unknown keys."""
         plain = _checked(cls, data)
         samples = tuple(_record(SampleScore, sample) for sample in plain.pop("samples"))
-        return cls(samples=samples, costs=_record(Costs, plain.pop("costs")), **plain)
+        notes = tuple(plain.pop("notes", ()))
+        return cls(samples=samples, costs=_record(Costs, plain.pop("costs")), notes=notes, **plain)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ Record = TypeVar("Record")
 
 def _checked(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     known = {field.name for field in fields(kind)}
-    optional = {field.name for field in fields(kind) if field.default is None}
+    optional = {field.name for field in fields(kind) if field.default is not MISSING}
     if not isinstance(data, Mapping) or not known - optional <= set(data) <= known:
         found = sorted(data) if isinstance(data, Mapping) else type(data).__name__
         raise InputError(f"not a {kind.__name__} record: expected the keys {sorted(known)}, found {found}")

@@ -2,42 +2,55 @@
 
 import json
 import math
-import os
+import signal
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vlmquant import errors
+from vlmquant import errors, signals
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.images import pixel_sha256
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
 from vlmquant.checkpoint import read_manifest
-from vlmquant.errors import DoesNotFitError, InputError, SentinelError, VlmquantError
+from vlmquant.errors import DoesNotFitError, InputError, SentinelError, VlmquantError, first_line, shown
+from vlmquant.evaluation import process
 from vlmquant.evaluation.environment import environment, peak_resident_bytes
+from vlmquant.evaluation.inputs import ANSWER, difference, refuse_difference
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.metrics import is_caption, is_exact, is_short_answer
-from vlmquant.evaluation.passes import Row, Scored, batches_of, generate, measure_rows, teacher_forced, time_decoding
+from vlmquant.evaluation.passes import (
+    Scored,
+    batches_of,
+    generate,
+    measure_rows,
+    set_aside,
+    special_tokens,
+    teacher_forced,
+    time_decoding,
+)
 from vlmquant.evaluation.records import Costs, Run, SampleScore
 from vlmquant.evaluation.settings import Settings
 from vlmquant.kernels.probe import compute_dtype
+from vlmquant.limits import is_allocation_failure
 from vlmquant.loading import load_model, reading_part
-from vlmquant.progress import bar
-from vlmquant.threads import QUIET_WAIT
+from vlmquant.progress import bar, stderr
+from vlmquant.shards import some
 
-WORKER = "vlmquant.evaluation.worker"
 MANIFEST = "vlmquant.json"
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+SMALLER = 4
+"""Where memory runs out, batches are made so many times smaller, once."""
+
+Scores = TypeVar("Scores")
 
 
 def score_model(
@@ -51,7 +64,7 @@ def score_model(
 ) -> Run:
     """Score a model in a fresh process; its progress bars go to stderr.
 
-    reference: where the reference model's log-probabilities lie, for KL and flips; None for the reference itself.
+    reference: the reference model's log-probabilities, for KL and flips; None for the reference itself.
     record: file to write this model's own log-probabilities to. label: the run's name, else the directory's.
     Raises InputError for samples that cannot be scored, and whatever VlmquantError loading and running the model gives.
     """
@@ -61,50 +74,77 @@ def score_model(
     threads = settings.threads or torch.get_num_threads()
     # Measured in this process and once, so that all models of a comparison are scored in the same dtype.
     settings = replace(settings, threads=threads, dtype=_name(_dtype(settings)))
-    with tempfile.TemporaryDirectory(prefix="vlmquant-") as folder:
-        request, result = Path(folder, "request.json"), Path(folder, "result.json")
-        request.write_text(
-            json.dumps(
-                {
-                    "model_dir": str(model_dir.resolve()),
-                    "samples": [asdict(sample) for sample in samples],
-                    "settings": asdict(settings),
-                    "reference": str(reference.path.resolve()) if reference else None,
-                    "record": str(record.resolve()) if record else None,
-                },
-                default=str,
-            )
-        )
-        command = [sys.executable, "-P", "-m", WORKER, str(request), str(result)]
-        path = os.pathsep.join(filter(None, sys.path))  # the same modules as here, wherever we were started
-        done = subprocess.run(command, env=QUIET_WAIT | os.environ | {"PYTHONPATH": path}, check=False)
-        answer = json.loads(result.read_text()) if result.is_file() else {}
+    with ExitStack() as stack:
+        shared = {
+            name: stack.enter_context(path.open("r+b" if path.exists() else "x+b"))
+            for name, path in (("reference", reference.path if reference else None), ("record", record))
+            if path is not None
+        }
+        request = {
+            "model_dir": str(model_dir.resolve()),
+            "samples": [asdict(sample) for sample in samples],
+            "settings": asdict(settings),
+            **{name: f"/dev/fd/{file.fileno()}" for name, file in shared.items()},
+        }
+        content, status = process.run(request, files=[file.fileno() for file in shared.values()])
+    if not content:
+        raise _ended(model_dir, status)
+    answer = json.loads(content)
     if "error" in answer:
         raise getattr(errors, answer["error"]["kind"])(answer["error"]["message"])
-    if done.returncode < 0:
-        raise DoesNotFitError(
-            f"{model_dir}: the process that scored the model was ended by signal {-done.returncode}, as the system "
-            "does when memory runs out; use a smaller batch size"
-        )
-    if "run" not in answer:
-        raise RuntimeError(f"{model_dir}: the process that scored the model failed; its traceback stands above")
     return replace(Run.from_dict(answer["run"]), model=str(model_dir), label=label or model_dir.name)
+
+
+def _ended(model_dir: Path, status: int) -> Exception:
+    """The error for a worker that ended without an answer."""
+    signals.check()  # it may have been asked to end along with us
+    who = f"{model_dir}: the process that scored the model"
+    number = -status if status < 0 else status - 128
+    name = signal.Signals(number).name if number in set(signal.Signals) else ""
+    if number == signal.SIGKILL:
+        return DoesNotFitError(
+            f"{who} was ended by signal 9, as the system does when memory runs out; free some memory, or evaluate on a "
+            "machine with more"
+        )
+    if number == signal.SIGBUS:
+        return DoesNotFitError(
+            f"{who} was ended by SIGBUS: a file that it reads was cut short, or a disk or memory under it is full; "
+            "check the model's files, and set TMPDIR to a larger disk"
+        )
+    if number in CRASHES:
+        return VlmquantError(f"{who} crashed ({name}) in the code of a library; please report the model")
+    if name:
+        return VlmquantError(f"{who} was ended by somebody else ({name}); run the evaluation again")
+    return RuntimeError(f"{who} failed; its traceback stands above")
 
 
 def answer_request(request: Mapping[str, Any]) -> dict[str, Any]:
     """What the worker does with score_model's request: {"run": ...} or {"error": {kind, message}}."""
+    model_dir = Path(request["model_dir"])
     try:
         run = score_here(
-            Path(request["model_dir"]),
+            model_dir,
             [sample_from_dict(sample) for sample in request["samples"]],
             Settings(**request["settings"]),
-            reference=LogProbs.open(Path(request["reference"])) if request["reference"] else None,
-            record=Path(request["record"]) if request["record"] else None,
+            reference=LogProbs.open(Path(request["reference"])) if "reference" in request else None,
+            record=Path(request["record"]) if "record" in request else None,
         )
-    except VlmquantError as error:
+    except Exception as error:
+        if _memory_ran_out(error):
+            error = DoesNotFitError(
+                f"{model_dir}: needs more memory than there is to be loaded and scored ({first_line(error)}); "
+                "free some, or evaluate on a machine with more"
+            )
+        if not isinstance(error, VlmquantError):
+            raise
         kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
         return {"error": {"kind": kind.__name__, "message": str(error)}}
     return {"run": run.to_dict()}
+
+
+def _memory_ran_out(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out."""
+    return error is not None and (is_allocation_failure(error) or _memory_ran_out(error.__cause__))
 
 
 def sample_from_dict(data: Mapping[str, Any]) -> Sample:
@@ -146,8 +186,9 @@ def score_here(
     ]  # all readable, before any work
     tidy = are_tokenized(samples) if settings.tidy_captions is None else settings.tidy_captions
     encoder = Encoder(load_processor(model_dir), tidy_captions=tidy)
+    tokens = special_tokens(model_dir)
     baseline, start = peak_resident_bytes(), time.perf_counter()
-    model = reading_part(load_model(model_dir, dtype=dtype, device=settings.device).eval())
+    model = reading_part(load_model(model_dir, dtype=dtype, device=settings.device, generation=tokens).eval())
     load_seconds, load_peak = time.perf_counter() - start, peak_resident_bytes()
     prefill_seconds, speeds = _measure_speed(model, encoder, samples, settings)
     costs = Costs(
@@ -160,10 +201,22 @@ def score_here(
         load_peak_bytes=load_peak,
         baseline_bytes=baseline,
     )
-    answers = [_scored_answers(sample, settings) for sample in samples]
-    sums = _score_answers(model, encoder, samples, answers, settings, reference=reference, record=record)
-    wrong = _score_wrong_images(model, encoder, samples, answers, settings) if settings.wrong_image else {}
-    generated = _generate_answers(model, encoder, samples, settings) if settings.generate else {}
+    notes = []
+    if aside := set_aside(model_dir, model):
+        notes.append(f"decoded greedily; set aside of its generation settings: {some(map(shown, aside), most=12)}")
+    answers = _Answers(samples, encoder, settings)
+    other = _compare_inputs(model_dir, answers, reference, settings)
+
+    def score(settings: Settings) -> tuple[list[_Sums], dict[int, float], dict[int, str]]:
+        sums = _score_answers(model, encoder, answers, settings, reference=reference, record=record)
+        wrong = _score_wrong_images(model, encoder, samples, answers, settings) if settings.wrong_image else {}
+        return sums, wrong, _generate_answers(model, encoder, samples, settings) if settings.generate else {}
+
+    (sums, wrong, generated), batch_size = _with_room(score, settings)
+    if batch_size != settings.batch_size:
+        notes.append(f"memory ran out at {settings.batch_size} sequences in a batch; scored again with {batch_size}")
+    for note in notes:
+        stderr.print(f"{model_dir.name}: {note}", markup=False, highlight=False, soft_wrap=True)
     scores = []
     for index, sample in enumerate(samples):
         references = tuple(encoder.answer_text(sample, answer) for answer in sample.answers)
@@ -186,10 +239,23 @@ def score_here(
         label=model_dir.name,
         samples=tuple(scores),
         costs=costs,
-        settings=asdict(settings) | {"dtype": _name(dtype)},
+        settings=asdict(settings) | {"dtype": _name(dtype), "batch_size": batch_size},
         environment=environment(),
         manifest=read_manifest(model_dir) if (model_dir / MANIFEST).is_file() else None,
+        other_inputs=other,
+        notes=tuple(notes),
     )
+
+
+def _with_room(score: Callable[[Settings], Scores], settings: Settings) -> tuple[Scores, int]:
+    """What `score` gives, where memory runs out once more with smaller batches; and the batch size."""
+    try:
+        return score(settings), settings.batch_size
+    except Exception as error:
+        if settings.batch_size == 1 or not _memory_ran_out(error):
+            raise
+    smaller = max(1, settings.batch_size // SMALLER)
+    return score(replace(settings, batch_size=smaller)), smaller
 
 
 def _dtype(settings: Settings) -> torch.dtype:
@@ -219,11 +285,6 @@ def _measure_speed(
     return prefill_seconds, speeds
 
 
-def _scored_answers(sample: Sample, settings: Settings) -> tuple[str, ...]:
-    count = settings.references_per_caption if is_caption(sample.task, sample.answers) else 1
-    return sample.answers[:count]
-
-
 @dataclass
 class _Sums:
     """What _score_answers adds up for a sample; fields as in SampleScore."""
@@ -236,61 +297,87 @@ class _Sums:
     flips: int | None = None
 
 
+class _Answers:
+    """The answers that are scored by likelihood, each with its prompt encoded once, before the model is loaded."""
+
+    def __init__(self, samples: Sequence[Sample], encoder: Encoder, settings: Settings) -> None:
+        self.samples = samples
+        self.of_sample = [_scored_answers(sample, settings) for sample in samples]
+        pairs, self.owners = _pairs(samples, self.of_sample)
+        """Of each row, the index of its sample."""
+        self.rows = measure_rows(pairs, encoder, with_digests=True)
+        self.counts: dict[str, int] = defaultdict(int)
+        """Answer tokens by sample id."""
+        self.offsets: list[int] = []
+        """Of each row among its sample's answer tokens."""
+        self.inputs: dict[str, dict[str, str]] = {}
+        """Digests by sample id; of the answers, those of all."""
+        for row in self.rows:
+            self.offsets.append(self.counts[row.sample.id])
+            self.counts[row.sample.id] += row.answer_tokens
+            mine = self.inputs.setdefault(row.sample.id, dict(row.inputs))
+            if mine != row.inputs:
+                mine[ANSWER] += f", {row.inputs[ANSWER]}"
+
+
+def _scored_answers(sample: Sample, settings: Settings) -> tuple[str, ...]:
+    count = settings.references_per_caption if is_caption(sample.task, sample.answers) else 1
+    return sample.answers[:count]
+
+
 def _pairs(samples: Sequence[Sample], answers: Sequence[Sequence[str]]) -> tuple[list[tuple[Sample, str]], list[int]]:
     """(sample, answer) for every answer, and the index of the sample of each."""
     owners = [index for index, mine in enumerate(answers) for _ in mine]
     return [(samples[index], answer) for index, mine in enumerate(answers) for answer in mine], owners
 
 
+def _compare_inputs(model_dir: Path, answers: _Answers, reference: LogProbs | None, settings: Settings) -> str | None:
+    """How the inputs differ from the reference's, where that is allowed; InputError where not."""
+    if reference is None:
+        return None
+    told = difference(answers.inputs, reference.inputs)
+    if told and not settings.allow_other_inputs:
+        raise refuse_difference(model_dir, told)
+    _check_reference(reference, answers.counts)
+    return told
+
+
 def _score_answers(
     model: Any,
     encoder: Encoder,
-    samples: Sequence[Sample],
-    answers: Sequence[Sequence[str]],
+    answers: _Answers,
     settings: Settings,
     *,
     reference: LogProbs | None,
     record: Path | None,
 ) -> list[_Sums]:
     """Likelihoods of all answers, divergence from the reference where there is one, recorded where asked for."""
-    pairs, owners = _pairs(samples, answers)
-    rows = measure_rows(pairs, encoder)
-    counts: dict[str, int] = defaultdict(int)
-    offsets = []  # of each row among its sample's answer tokens
-    for row in rows:
-        offsets.append(counts[row.sample.id])
-        counts[row.sample.id] += row.answer_tokens
-    if reference is not None:
-        _check_reference(reference, counts)
-    expected = reference.map() if reference is not None else None
-    output, recorded = None, None
-    sums = [_Sums(kl=0.0, flips=0) if reference is not None else _Sums() for _ in samples]
-    with bar("score answers", total=len(rows)) as progress:
-        for batch in batches_of(rows, settings.batch_size):
+    recorded = None
+    sums = [_Sums(kl=0.0, flips=0) if reference is not None else _Sums() for _ in answers.samples]
+    with bar("score answers", total=len(answers.rows)) as progress:
+        for batch in batches_of(answers.rows, settings.batch_size):
             for scored in teacher_forced(model, encoder, batch):
-                key = scored.row.key
+                sample, offset = scored.row.sample.id, answers.offsets[scored.row.key]
                 logprobs = _log_softmax(scored)
-                mine = sums[owners[key]]
+                mine = sums[answers.owners[scored.row.key]]
                 nll = _nll(logprobs, scored)
                 mine.tokens += len(scored.answer_ids)
                 mine.nll += nll
                 mine.all_tokens += len(scored.answer_ids)
                 mine.all_nll += nll
-                if offsets[key] == 0:  # the prompt counts once
+                if offset == 0:  # the prompt counts once
                     mine.all_tokens += len(scored.prompt_nll)
                     mine.all_nll += float(scored.prompt_nll.double().sum())
-                if expected is not None and reference is not None:
-                    place = _place(reference, scored.row, offsets[key])
-                    kl, flips = divergence(_read(expected, place), logprobs)
+                if reference is not None:
+                    kl, flips = divergence(reference.read(sample, offset, len(logprobs)), logprobs)
                     mine.kl = (mine.kl or 0.0) + kl
                     mine.flips = (mine.flips or 0) + flips
                 if record is not None:
-                    if recorded is None or output is None:
-                        recorded = LogProbs.create(record, counts, logprobs.shape[1])
-                        output = recorded.map("r+")
-                    output[_place(recorded, scored.row, offsets[key])] = logprobs.numpy()
+                    if recorded is None:
+                        recorded = LogProbs.create(record, answers.counts, logprobs.shape[1], answers.inputs)
+                    recorded.write(sample, offset, logprobs)
                 progress.step()
-    _check_finite(samples, sums)
+    _check_finite(answers.samples, sums)
     return sums
 
 
@@ -313,15 +400,6 @@ def divergence(reference: Tensor, candidate: Tensor) -> tuple[float, int]:
     return float(kl), int((reference.argmax(-1) != candidate.argmax(-1)).sum())
 
 
-def _place(logprobs: LogProbs, row: Row, offset: int) -> slice:
-    start = logprobs.rows[row.sample.id][0] + offset
-    return slice(start, start + row.answer_tokens)
-
-
-def _read(array: np.ndarray[Any, Any], place: slice) -> Tensor:
-    return torch.from_numpy(np.array(array[place]))
-
-
 def _check_reference(reference: LogProbs, counts: Mapping[str, int]) -> None:
     for sample, count in counts.items():
         there = reference.rows.get(sample, (0, 0))[1]
@@ -342,12 +420,14 @@ def _check_finite(samples: Sequence[Sample], sums: Sequence[_Sums]) -> None:
 
 
 def _score_wrong_images(
-    model: Any, encoder: Encoder, samples: Sequence[Sample], answers: Sequence[Sequence[str]], settings: Settings
+    model: Any, encoder: Encoder, samples: Sequence[Sample], answers: _Answers, settings: Settings
 ) -> dict[int, float]:
     """Sample index -> nats of its answers beside the images of the next sample of its task that has other ones."""
     swapped = {index: with_wrong_images(samples, index) for index in range(len(samples))}
     chosen = [index for index, sample in swapped.items() if sample is not None]
-    pairs, owners = _pairs([swapped[index] or samples[index] for index in chosen], [answers[index] for index in chosen])
+    pairs, owners = _pairs(
+        [swapped[index] or samples[index] for index in chosen], [answers.of_sample[index] for index in chosen]
+    )
     rows = measure_rows(pairs, encoder)
     nll = dict.fromkeys(chosen, 0.0)
     with bar("score with wrong images", total=len(rows)) as progress:

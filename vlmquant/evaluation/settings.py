@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmquant.errors import UsageError
+from vlmquant.threads import check_threads
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Settings:
     """Most tokens of a generated caption."""
     answer_tokens: int = 12
     """Most tokens of a generated short answer."""
+    allow_other_inputs: bool = False
+    """Score a model whose prompts or image inputs are not the reference's, and say so, instead of refusing it."""
     wrong_image: bool = False
     """Score every answer once more beside another sample's image: a model that looks at the image is then worse."""
     speed_prompts: int = 3
@@ -40,7 +43,7 @@ class Settings:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.speed_tokens < 2:
             raise UsageError(f"speed_tokens is {self.speed_tokens}; it must be at least 2")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"threads is {self.threads}; it must be at least 1")
+        if self.threads is not None:
+            check_threads(self.threads)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from vlmquant.components import ComponentMap, outer_modules
-from vlmquant.errors import CheckpointError, PlanError
+from vlmquant.errors import CheckpointError, PlanError, first_line, shown
 from vlmquant.grid import QuantizedWeight
+from vlmquant.limits import Confined, OverLimitError
 from vlmquant.packing import pack_codes, packed_columns, unpack_codes
 from vlmquant.planning import Plan
+from vlmquant.reading import check, told
 from vlmquant.recipe import Scheme
 
 METHOD = "compressed-tensors"
@@ -328,23 +331,86 @@ def _either(choices: Iterable[str]) -> str:
     return choices[0] if len(choices) == 1 else f"(?:{'|'.join(choices)})"
 
 
+REGEX = "re:"
+"""What a target begins with that is a regular expression, matched from the start of a name."""
+REGEX_SECONDS, REGEX_SECONDS_EACH = 5.0, 1e-5
+"""What matching may take, and for each pair of a name and a regex."""
+REGEX_BYTES = 1 << 30
+
+
+class _Targets:
+    """A list of targets, by how closely they name a module."""
+
+    def __init__(self, targets: Iterable[str], fitting: Mapping[str, Collection[str]]) -> None:
+        self.texts = set(targets)
+        self.fitting = set().union(*(fitting.get(target, ()) for target in self.texts))
+        """The names that a regex among them fits."""
+
+    def closeness(self, name: str, kind: str) -> int | None:
+        """0 for its exact name, 1 for a regex, 2 for its class, None where nothing fits."""
+        tests = (name in self.texts, name in self.fitting, kind in self.texts)
+        return tests.index(True) if True in tests else None
+
+
+def schemes_of(
+    modules: Mapping[str, str], groups: Iterable[tuple[list[str], Scheme]], ignore: Iterable[str]
+) -> dict[str, Scheme | None]:
+    """The scheme of each module (name -> class): exact names before regexes before classes, as the library does.
+
+    CheckpointError for a regex that is none, or that does not come to an end.
+    """
+    groups, ignore = list(groups), list(ignore)
+    fitting = regex_matches([*ignore, *(target for targets, _ in groups for target in targets)], modules)
+    left_out, parts = _Targets(ignore, fitting), [(_Targets(targets, fitting), scheme) for targets, scheme in groups]
+    schemes: dict[str, Scheme | None] = {}
+    for name, kind in modules.items():
+        found = [(place, scheme) for part, scheme in parts if (place := part.closeness(name, kind)) is not None]
+        ignored = left_out.closeness(name, kind) is not None
+        schemes[name] = None if ignored or not found else min(found, key=lambda one: one[0])[1]
+    return schemes
+
+
 def scheme_for(
     name: str, kind: str, groups: Iterable[tuple[list[str], Scheme]], ignore: Iterable[str]
 ) -> Scheme | None:
-    """The scheme of a module by its name and class: exact names before regexes before classes, as the library does."""
-    if any(test(target, name, kind) for target in ignore for test in _TESTS):
-        return None
-    return next(
-        (scheme for test in _TESTS for targets, scheme in groups for target in targets if test(target, name, kind)),
-        None,
-    )
+    """The scheme of one module."""
+    return schemes_of({name: kind}, groups, ignore)[name]
 
 
-_TESTS: tuple[Callable[[str, str, str], bool], ...] = (
-    lambda target, name, kind: target == name,
-    lambda target, name, kind: target.startswith("re:") and re.match(target[3:], name) is not None,
-    lambda target, name, kind: target == kind,
-)
+def regex_matches(targets: Iterable[str], names: Iterable[str]) -> dict[str, set[str]]:
+    """The names that each regex among the targets fits.
+
+    A checkpoint's regexes are a stranger's: they are tried in a child process, which may take only so long.
+    """
+    patterns = sorted({target for target in targets if target.startswith(REGEX)})
+    names = list(names)
+    if not patterns:
+        return {}
+    seconds = REGEX_SECONDS + REGEX_SECONDS_EACH * len(patterns) * len(names)
+    confined = Confined(_match_all, seconds=seconds, more_bytes=REGEX_BYTES)
+    try:
+        found = confined(patterns, names)
+    except OverLimitError as error:
+        raise CheckpointError(
+            f"quantization_config: matching its {len(patterns)} regular expressions ({shown(patterns[0])}, ...) with "
+            f"{len(names)} names {error}; write them without nested repetition"
+        ) from error
+    finally:
+        confined.close()
+    return {pattern: {names[place] for place in places} for pattern, places in zip(patterns, found, strict=True)}
+
+
+def _match_all(patterns: list[str], names: list[str]) -> list[list[int]]:
+    found = []
+    for pattern in patterns:
+        try:
+            matcher = re.compile(pattern.removeprefix(REGEX))
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(
+                f"quantization_config: {shown(pattern)} is no regular expression ({first_line(error)})"
+            ) from error
+        found.append([place for place, name in enumerate(names) if matcher.match(name)])
+    return found
 
 
 def _verify(
@@ -352,8 +418,8 @@ def _verify(
 ) -> None:
     """Match all names of the model as a loader will; PlanError names a module that would be taken for another."""
     groups, ignore = parse_config(config)
-    for name, kind in modules.items():
-        found, wanted = scheme_for(name, kind.__name__, groups, ignore), schemes.get(name)
+    for name, found in schemes_of({name: kind.__name__ for name, kind in modules.items()}, groups, ignore).items():
+        wanted = schemes.get(name)
         if found != wanted:
             labels = [scheme.label if scheme else "kept" for scheme in (found, wanted)]
             raise PlanError(
@@ -362,60 +428,85 @@ def _verify(
             )
 
 
-def _scheme_of(group: Mapping[str, Any]) -> Scheme:
+class _Numbers(BaseModel):
+    """How weights or inputs are quantized, as far as we read it."""
+
+    model_config = ConfigDict(strict=True)
+    num_bits: int | None = None
+    type: str | None = "int"
+    symmetric: bool | None = True
+    strategy: str | None = None
+    group_size: int | None = None
+    dynamic: bool | str | None = False
+    actorder: str | bool | None = None
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(strict=True)
+    targets: list[str]
+    weights: _Numbers | None = None
+    input_activations: _Numbers | None = None
+    output_activations: Any = None
+    format: str | None = None
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(strict=True)
+    config_groups: dict[str, _Group]
+    ignore: list[str] | None = None
+    format: str | None = None
+    kv_cache_scheme: Any = None
+
+
+def _scheme_of(name: str, group: _Group) -> Scheme:
     """The scheme of a group of the config. CheckpointError for one that we do not have."""
-    weights, inputs = group.get("weights"), group.get("input_activations")
+    weights, inputs = group.weights, group.input_activations
     try:
-        if (
-            not weights
-            or group.get("output_activations")
-            or weights.get("type", "int") != "int"
-            or weights.get("dynamic")
-        ):
+        if not weights or group.output_activations or weights.type != "int" or weights.dynamic:
             raise ValueError("it is not integer weights with fixed scales")
-        if weights.get("actorder") == "group":
+        if weights.actorder == "group":
             raise ValueError("groups are permuted")
-        strategy = weights.get("strategy") or ("group" if weights.get("group_size") else "channel")
+        strategy = weights.strategy or ("group" if weights.group_size else "channel")
         if strategy not in ("group", "channel"):
-            raise ValueError(f"strategy {strategy}")
-        if inputs and not (
-            inputs.get("num_bits") == 8
-            and inputs.get("type", "int") == "int"
-            and inputs.get("strategy") == "token"
-            and inputs.get("dynamic") is True
-            and inputs.get("symmetric", True)
+            raise ValueError(f"strategy {shown(strategy)}")
+        if inputs and (inputs.num_bits, inputs.type, inputs.strategy, inputs.dynamic, inputs.symmetric) != (
+            *(8, "int", "token", True, True),
         ):
             raise ValueError("inputs are quantized in a way of their own")
         return Scheme(
-            bits=weights.get("num_bits"),
-            group_size=weights.get("group_size") if strategy == "group" else None,
-            symmetric=weights.get("symmetric", True),
+            bits=weights.num_bits,
+            group_size=weights.group_size if strategy == "group" else None,
+            symmetric=weights.symmetric is not False,
             activations="dynamic-int8" if inputs else "none",
         )
     except ValueError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"quantization_config: a group's scheme is not one of ours: {reason}") from error
+        reason = told(error) if isinstance(error, ValidationError) else first_line(error)
+        raise CheckpointError(
+            f"quantization_config: config_groups.{shown(name)}: its scheme is not one of ours: {reason}"
+        ) from error
 
 
-def parse_config(config: Mapping[str, Any]) -> tuple[list[tuple[list[str], Scheme]], list[str]]:
+def parse_config(config: Any) -> tuple[list[tuple[list[str], Scheme]], list[str]]:
     """The inverse of `quantization_config`: for each group its targets and scheme, and what is ignored.
 
     CheckpointError if the config is of another method, or has a group that is stored in a way we do not write.
     """
-    if config.get("quant_method") != METHOD:
-        raise CheckpointError(f"quantization_config: quant_method is {config.get('quant_method')!r}, not {METHOD!r}")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or config.get("kv_cache_scheme"):
+    method = config.get("quant_method") if isinstance(config, Mapping) else None
+    if method != METHOD:
+        raise CheckpointError(f"quantization_config: quant_method is {shown(repr(method))}, not {METHOD!r}")
+    read: _Config = check(_Config, dict(config), where="quantization_config", error=CheckpointError)
+    if not read.config_groups or read.kv_cache_scheme:
         raise CheckpointError(
             "quantization_config: has no config_groups, or a quantized cache, so it is not one of ours"
         )
     parsed = []
-    for name, group in groups.items():
-        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
-            raise CheckpointError(f"quantization_config: {name} has no targets, so it is not one of ours")
-        scheme = _scheme_of(group)
-        stored = group.get("format") or config.get("format")
+    for name, group in read.config_groups.items():
+        scheme = _scheme_of(name, group)
+        stored = group.format or read.format
         if stored != storage_format(scheme):
-            raise CheckpointError(f"quantization_config: {name} is stored as {stored}, not as {storage_format(scheme)}")
-        parsed.append(([str(target) for target in group["targets"]], scheme))
-    return parsed, [str(name) for name in config.get("ignore") or []]
+            raise CheckpointError(
+                f"quantization_config: config_groups.{shown(name)} is stored as {shown(stored)}, not as "
+                f"{storage_format(scheme)}"
+            )
+        parsed.append((group.targets, scheme))
+    return parsed, read.ignore or []

@@ -7,7 +7,7 @@ between the two or on fewer than MIN_CLUSTERS images. What cannot be measured fa
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -81,7 +81,7 @@ def judge(report: Report, spec: GateSpec, *, seed: int = SEED) -> list[Verdict]:
     if not report.candidates:
         raise UsageError("gate: the report holds no candidate; evaluate a quantized model against its reference")
     return [
-        _judge_one(report.reference, candidate, name, margin, alpha=spec.alpha, seed=seed)
+        _with_inputs(candidate, _judge_one(report.reference, candidate, name, margin, alpha=spec.alpha, seed=seed))
         for candidate in report.candidates
         for name, margin in thresholds.items()
     ]
@@ -91,6 +91,12 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
     """0 if all pass, 3 if any fails, 4 if any is inconclusive and none fails. Raises UsageError for no verdict."""
     outcome = overall(verdicts)
     return {"pass": EXIT_OK, "fail": EXIT_GATE_FAILED, "inconclusive": EXIT_GATE_INCONCLUSIVE}[outcome]
+
+
+def _with_inputs(candidate: Run, verdict: Verdict) -> Verdict:
+    """The verdict, with a word where the candidate was not given what the reference was."""
+    other = candidate.other_inputs
+    return verdict if other is None else replace(verdict, reason=f"{verdict.reason}; {other}")
 
 
 def _judge_one(reference: Run, candidate: Run, name: str, margin: float, *, alpha: float, seed: int) -> Verdict:

@@ -3,21 +3,35 @@
 import json
 import math
 import os
+import re
+import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 from pydantic import TypeAdapter, ValidationError
 
-from vlmquant.errors import InputError, UsageError
+from vlmquant.errors import InputError, UsageError, first_line, shown
 from vlmquant.evaluation.metrics import summarize
 from vlmquant.evaluation.records import Estimate, Run
 
 REPORT_VERSION = 1
 """Grows whenever an older vlmquant could no longer read the file."""
+
+STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
+"""Names of what this process has open: a file among them is appended to and never replaced."""
+START_BYTES = 4096
+REPORT_START = re.compile(
+    rb'\{"version":\d+,"reference":|# vlmquant report: |<!doctype html>.*<title>vlmquant: '
+    rb'|<\?xml[^>]*>\s*<testsuites>\s*<testsuite name="vlmquant\.gate"',
+    re.DOTALL | re.IGNORECASE,
+)
+"""How the JSON, Markdown, HTML and JUnit files that vlmquant writes begin."""
 
 Summary = dict[str, dict[str, Estimate]]
 """Estimates by stratum and metric."""
@@ -108,25 +122,98 @@ def write_json(report: Report, path: Path) -> None:
 
     JSON has no NaN: a number that is not finite is written as the word "NaN", "Infinity" or "-Infinity".
     """
-    text = json.dumps(_spell(asdict(report)), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(spelled(asdict(report)), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     write_text(path, text + "\n")
 
 
+def check_report_paths(paths: Mapping[str, Path | None], *, apart: Sequence[Path] = ()) -> None:
+    """Before any work: UsageError where a report could not be written, or would be in the place of something else.
+
+    paths: by the option that they were given with. apart: files and directories that are read; nothing may be written
+    over the ones or into the others.
+    """
+    targets: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None or (target := _target(path)) is None:
+            continue
+        if target in targets:
+            raise UsageError(f"{path}: is given with {targets[target]} and with {option}; choose another name for one")
+        targets[target] = option
+        for other in apart:
+            if target.is_relative_to(os.path.realpath(other)):
+                raise UsageError(f"{path}: is, or lies in, {other}, which is read; choose another place for {option}")
+        _refuse_foreign(target, path)
+        around = next(parent for parent in target.parents if parent.exists())
+        if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+            raise UsageError(f"{path}: nothing can be written in {around}; choose another place for {option}")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the whole new one. Raises InputError naming the path."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a report so that it is either the old one or the whole new one.
+
+    A link is followed to its file, and what is a pipe or terminal is written into; what may be replaced, says
+    `check_report_paths`. Raises InputError naming the path where it cannot be written.
+    """
+    content = text.encode("utf-8", "replace")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target = _target(path)
+        if target is None:
+            with open(os.open(path, os.O_WRONLY | os.O_APPEND), "wb") as stream:
+                stream.write(content)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".vlmquant-{uuid4().hex}.partial")
         try:
-            with partial.open("w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
+            with partial.open("xb") as file:
+                if target.exists():
+                    _take_over_mode(file.fileno(), target)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}; choose another place for the report") from error
+
+
+def _target(path: Path) -> Path | None:
+    """The regular file that a report becomes, links followed; None for a pipe, terminal or other stream."""
+    text = str(path)
+    try:
+        if text.startswith(STREAMS):
+            return None
+        try:
+            kind = stat.S_IFMT(os.stat(path).st_mode)
+        except FileNotFoundError:
+            kind = stat.S_IFREG
+        if kind in (stat.S_IFIFO, stat.S_IFCHR):
+            return None
+        if kind != stat.S_IFREG or not path.name:
+            raise UsageError(f"{path}: is no file; give the name of a file for the report")
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise UsageError(f"{shown(text)}: cannot be written ({first_line(error)}); choose another name") from error
+
+
+def _refuse_foreign(target: Path, path: Path) -> None:
+    """UsageError for a file that holds something and is no report: another report is what a report replaces."""
+    try:
+        with target.open("rb") as file:
+            start = file.read(START_BYTES)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); choose another name for the report") from error
+    if start and not REPORT_START.match(start):
+        raise UsageError(f"{path}: exists and is no report of vlmquant; choose another name, or remove it")
+
+
+def _take_over_mode(descriptor: int, target: Path) -> None:
+    before = target.stat()
+    with suppress(PermissionError):
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
 
 
 def read_json(path: Path) -> Report:
@@ -188,12 +275,12 @@ def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
-def _spell(value: Any) -> Any:
-    """The same nested value with non-finite numbers spelled out, paths and other objects as text."""
+def spelled(value: Any) -> Any:
+    """The same nested value as JSON has it, with non-finite numbers spelled out, paths and other objects as text."""
     if isinstance(value, dict):
-        return {str(key): _spell(item) for key, item in value.items()}
+        return {str(key): spelled(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_spell(item) for item in value]
+        return [spelled(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -28,7 +28,7 @@ from vlmquant.report.numbers import (
     threshold_text,
     threshold_title,
 )
-from vlmquant.report.table import COLUMNS, compare_table
+from vlmquant.report.table import COLUMNS, compare_table, remarks
 from vlmquant.report.worst import Changed, changed_answers, word_changes
 
 WORST_SHOWN = 8
@@ -71,6 +71,7 @@ def to_html(report: Report, verdicts: Sequence[Verdict] = (), samples: Sequence[
         tradeoff=_tradeoff(report),
         columns=COLUMNS,
         rows=compare_table(report),
+        remarks=remarks(report),
         strata=[_strata(report, index) for index in range(1, len(report.runs))],
         bytes=[(run, component_bytes(run)) for run in report.candidates],
         bytes_bars=plots.bytes_bars,

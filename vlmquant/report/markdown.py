@@ -17,7 +17,7 @@ from vlmquant.report.numbers import (
     threshold_text,
     threshold_title,
 )
-from vlmquant.report.table import markdown_rows, markdown_table, markdown_text
+from vlmquant.report.table import markdown_rows, markdown_table, markdown_text, remarks
 from vlmquant.report.worst import changed_answers
 
 WORST_SHOWN = 10
@@ -36,6 +36,7 @@ def to_markdown(report: Report, verdicts: Sequence[Verdict] = ()) -> str:
     parts.append(
         ["All samples; 95 % bootstrap intervals over images in brackets. KL and flips: against the reference."]
     )
+    parts.append([f"- {markdown_text(label)}: {markdown_text(text)}" for label, text in remarks(report)])
     parts.append(_strata(report))
     parts.append(_costs(report))
     for run in report.candidates:

@@ -87,6 +87,15 @@ def terminal_table(report: Report) -> Table:
     return table
 
 
+def remarks(report: Report) -> list[tuple[str, str]]:
+    """Label and text: what of each run is not as its model or the settings ask for; other inputs come first."""
+    return [
+        (run.label, text)
+        for run in report.runs
+        for text in (*([run.other_inputs] if run.other_inputs else []), *run.notes)
+    ]
+
+
 def compare_rows(report: Report) -> list[dict[str, Any]]:
     """Plain JSON: {method, perplexity: {point, low, high, n}, ..., size: bytes}; null where there is no number."""
     return [

@@ -1,0 +1,47 @@
+"""Scratch space that outlives nobody: files without a name, and folders that the next run removes if it has to."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PREFIX = "vlmquant-"
+LOCK_NAME = ".vlmquant-scratch"
+"""Locked by the process that the folder belongs to, as long as that lives."""
+
+
+@contextmanager
+def unnamed_file() -> Iterator[Path]:
+    """An empty file in TMPDIR that has no name: the system frees it with the last process that has it open.
+
+    The path names it by its descriptor: for this process, and for children that inherit the descriptor.
+    """
+    with tempfile.TemporaryFile(prefix=PREFIX) as file:
+        yield Path(f"/dev/fd/{file.fileno()}")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in TMPDIR, removed in the end; those that killed processes of this user left behind are removed now."""
+    remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        with (folder / f"{LOCK_NAME}.new").open("x") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.rename(lock.name, folder / LOCK_NAME)  # under this name it is never seen unlocked
+            yield folder
+
+
+def remove_abandoned() -> None:
+    """Delete the scratch folders of this user whose owner is gone: nothing but what `scratch_folder` made."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+                continue
+            descriptor = os.open(folder / LOCK_NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with os.fdopen(descriptor) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
