@@ -241,7 +241,7 @@ def test_code_of_the_model_is_not_run(copy: Path) -> None:
         (lambda config: config.write_text("{}"), "names no model_type"),
         (lambda config: config.write_text('{"model_type": "llava_9"}'), "model type llava_9 is unknown"),
         (lambda config: config.write_text('{"model_type": "bert"}'), "not an image-text model"),
-        (lambda config: config.write_bytes(b"\xff\xfe{"), "cannot be read"),
+        (lambda config: config.write_bytes(b"\xff\xfe{"), "not UTF-8 text"),
     ],
 )
 def test_a_bad_config_is_one_line(copy: Path, change: Callable[[Path], Any], message: str) -> None:

@@ -68,6 +68,7 @@ MATRIX: dict[int, Row] = {
         (
             "test_shards.py::test_a_lying_header_is_refused",
             "test_shards.py::test_what_the_library_refuses_we_refuse",
+            "test_model_limits.py::test_a_header_of_any_content_is_refused",
             "test_fuzz.py::test_changed_files_are_read_or_refused",
         ),
     ),
@@ -126,6 +127,7 @@ MATRIX: dict[int, Row] = {
             "test_components.py::test_a_weight_that_is_no_number_is_named_with_its_count",
             "test_cli.py::test_nan_weight",
             "test_fingerprint.py::test_an_error_that_is_no_number_names_the_weight",
+            "test_model_limits.py::test_the_weight_that_makes_numbers_infinite_is_named",
         ),
     ),
     20: Row(
@@ -165,7 +167,11 @@ MATRIX: dict[int, Row] = {
     25: Row(
         "a model that is quantized already",
         "refuse",
-        ("test_components.py::test_a_quantized_model_is_refused", "test_cli.py::test_already_quantized_model"),
+        (
+            "test_components.py::test_a_quantized_model_is_refused",
+            "test_model_limits.py::test_a_quantized_model_is_refused_wherever_it_says_so",
+            "test_cli.py::test_already_quantized_model",
+        ),
     ),
     26: Row(
         "an unknown quant_method",
@@ -183,7 +189,11 @@ MATRIX: dict[int, Row] = {
     28: Row(
         "a pattern that takes for ever",
         "globs of our own; regexes of others under a limit",
-        ("test_faults.py::test_patterns_of_a_recipe_take_no_time",),
+        (
+            "test_faults.py::test_patterns_of_a_recipe_take_no_time",
+            "test_model_limits.py::test_a_regex_of_a_checkpoint_has_an_end",
+            "test_model_limits.py::test_a_regex_is_tried_where_the_library_matches_it",
+        ),
     ),
     29: Row(
         "pickled weights",

@@ -133,6 +133,7 @@ def test_the_command_for_an_adapter_merges_it(beside: bool, tiny_qwen3_vl: Path,
     message = refusal(adapter)
     assert f"holds an adapter (LORA) to {tiny_qwen3_vl}" in message
     if beside:
+        assert "move adapter_config.json, adapter_model.safetensors away, else merge it first" in message
         return
     (tmp_path / "stand-ins").mkdir()
     (tmp_path / "stand-ins" / "peft.py").write_text(PEFT)

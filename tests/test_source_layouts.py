@@ -140,7 +140,70 @@ LAYOUTS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
     "preference": lambda place, n: {"image": place, "question": f"#{n}?", "chosen": "red", "rejected": "blue"},
     "choices": lambda place, n: {"image": place, "question": f"#{n}?", "choices": ["red", "blue"], "answer": 1},
 }
+LAYOUTS |= {
+    "vqa": lambda place, n: {
+        "question_id": 10 + n,
+        "question": f"which? #{n}",
+        "image": place,
+        "image_id": n,
+        "multiple_choice_answer": "red",
+        "answers": [{"answer": "red", "answer_confidence": "yes"}, {"answer": "dark", "answer_confidence": "no"}],
+    },
+    "two-forms": lambda place, n: {
+        "pid": n,
+        "image": "images/1.jpg",
+        "decoded_image": place,
+        "query": f"#{n}?",
+        "answer": 1,
+    },
+    "mmmu": lambda place, n: {
+        "id": f"x_{n}",
+        "question": f"<image 1> which? #{n}",
+        "options": "['red', 'blue <image 1>']",
+        "image_1": place,
+        "image_2": None,
+        "img_type": "['Photographs']",
+        "answer": "A",
+    },
+    "open-choices": lambda place, n: {
+        "image": place,
+        "question": f"#{n}?",
+        "choices": ["red", "blue"],
+        "direct_answers": ["dark red", "crimson"],
+    },
+    "prefix": lambda place, n: {"image": place, "prefix": f"caption #{n}", "suffix": "red"},
+    "pairs": lambda place, n: {
+        "image": place,
+        "qa": [{"question": f"#{n}?", "answer": "red"}, {"question": "b?", "answer": "c"}],
+    },
+    "lists": lambda place, n: {"image": place, "questions": [f"#{n}?", "sure?"], "answers": ["red", "yes"]},
+    "preference-chat": lambda place, n: {
+        "images": place,
+        "conversations": [{"from": "human", "value": f"<image>#{n}?"}],
+        "chosen": {"from": "gpt", "value": "red"},
+        "rejected": {"from": "gpt", "value": "blue"},
+    },
+    "history": lambda place, n: {
+        "query": "sure?",
+        "response": "yes",
+        "images": place,
+        "history": [[f"#{n}?", "red"]],
+    },
+    "languages": lambda place, n: {"image": place, "query": {"de": "was?", "en": f"#{n}?"}, "answers": ["red"]},
+}
 PARTS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
+    "gemini": lambda place, n: {
+        "contents": [
+            {"role": "user", "parts": [{"fileData": {"mimeType": "image/png", "fileUri": place}}, {"text": f"#{n}?"}]},
+            {"role": "model", "parts": [{"text": "red"}]},
+        ]
+    },
+    "untyped": lambda place, n: {
+        "messages": [
+            {"role": "user", "content": [{"image": place, "text": f"#{n}?"}]},
+            {"role": "assistant", "content": [{"text": "red"}]},
+        ]
+    },
     "slots": lambda place, n: {
         "images": place,
         "messages": [
@@ -504,7 +567,12 @@ def test_an_image_that_coco_lists_twice_is_one(folder: Path) -> None:
         ({"question": "[IMG] which?"}, "its text marks 1"),
         ({"answer": "<image>"}, "with an image in a message of role 'assistant'"),
         ({"picture": "pictures/0.png", "mask": "pictures/1.png"}, "under more than one key: picture and mask; name"),
+        ({"image": "none.png", "photo": "pictures/1.png"}, "with a missing image: none.png"),
         ({"image": "pictures/0.png", "picture": "pictures/1.png"}, "--map image=image, or both, --map image=image"),
+        ({"question": {"de": "was?"}}, "with a key for a text that holds none: 'question' is a dict"),
+        ({"questions": ["a", "b", "c"], "question": None, "answer": ["d", "e"]}, "do not pair: 3 questions, 2 answers"),
+        ({"caption": "a cat", "question": None, "answer": None}, "without a question or an image"),
+        ({"choices": ["a", "b"], "answer": "7"}, "with an answer that is none of its choices: 7"),
         ({"video": "a.mp4"}, "with a video or sound, which is not read"),
         ({"question": "<video>which?", "image": "pictures/0.png"}, "with a video or sound"),
     ],
@@ -604,7 +672,7 @@ def test_a_map_says_what_is_meant(folder: Path) -> None:
     (folder / "pictures" / "mask.png").write_bytes(png(9))
     path = as_csv(records, folder)
     with pytest.raises(
-        InputError, match=r"more than one key: picture and mask; .*read as csv: .*unused: 'picture', 'mask'"
+        InputError, match=r"more than one key: picture and mask; .*read as csv: .*unused: 'mask', 'q', 'r'"
     ):
         read(path)
     reading = read(path, map=parse_map("image=picture,question=q,answer=r"))
@@ -649,6 +717,38 @@ def test_images_outside_are_refused_unless_that_is_said(folder: Path) -> None:
         assert_whole(read(path, allow_outside=True), images=4, samples=4)
         named = read(path, images=str(folder / "pictures"))
         assert [item.sample.question for item in named.candidates] == ["what is #0?", "what is #1?", "what is #3?"]
+
+
+def test_linked_files_of_a_folder_obey_the_same_rule(folder: Path) -> None:
+    home = folder / "data"
+    home.mkdir()
+    (home / "0.png").write_bytes(png(0))
+    (folder / "secret").write_text("a field #0")
+    (home / "0.txt").symlink_to(folder / "secret")
+    with pytest.raises(InputError, match=r"0\.txt: is a link that leads out of .*--allow-outside"):
+        read(home)
+    assert_whole(read(home, allow_outside=True), images=1, samples=1)
+    (home / "0.txt").unlink()
+    (home / "0.png").unlink()
+    (home / "loop").symlink_to(home)
+    record = LAYOUTS["simple"](str(folder / path_of(0, folder)), 0)
+    as_parquet([record], folder).rename(folder / "shard")
+    (home / "shard.parquet").symlink_to(folder / "shard")
+    for form in ("auto", "parquet"):
+        with pytest.raises(InputError, match=r"shard\.parquet: is a link"):
+            read(home, format=form)
+        assert_whole(read(home, format=form, allow_outside=True), images=1, samples=1)
+
+
+def test_gzip_files_of_one_name_and_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(COUNT):
+        (tmp_path / "shards" / str(number)).mkdir(parents=True)
+        as_tar(tmp_path / "shards" / str(number) / "x.tar.gz", {"x.png": png(number), "x.txt": f"#{number}".encode()})
+    assert_whole(read(tmp_path / "shards"))
+    monkeypatch.setattr("vlmquant.calibration.sources.files.MAX_UNPACKED_BYTES", 1000)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(bytes(10_000_000)))
+    with pytest.raises(InputError, match=r"bomb\.jsonl\.gz: unpacks to more than"):
+        read(tmp_path / "bomb.jsonl.gz")
 
 
 def test_what_is_no_regular_file_is_not_waited_for(folder: Path) -> None:

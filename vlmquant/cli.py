@@ -508,24 +508,33 @@ def gate(
     from vlmquant import gate as judging
     from vlmquant import pipeline
     from vlmquant.recipe import load_recipe
-    from vlmquant.report.data import check_report_paths, read_json, write_text
+    from vlmquant.report.data import append_text, check_report_paths, read_json, write_text
+    from vlmquant.report.manifest import recipe_of
     from vlmquant.tables import verdict_table
 
     check_report_paths({"--junit": junit}, apart=[report])
     found = read_json(report)
-    spec = load_recipe(recipe).gate if recipe is not None else pipeline.recipe_gate(found)
-    if spec is None:
-        raise UsageError(f"{report}: its models were not made by recipes with the same gate; give one with --recipe")
-    verdicts = judging.judge(found, spec)
-    if junit is not None:
-        write_text(junit, judging.to_junit(verdicts))
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(summary, "a", encoding="utf-8") as file:
-            file.write(judging.to_step_summary(verdicts))
-    if as_json:
-        emit({"verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]})
+    if recipe is not None:
+        wanted = load_recipe(recipe)
+        spec, source = wanted.gate, f"from the recipe {shown(wanted.name)} given with --recipe"
+    elif (recorded := pipeline.recipe_gate(found)) is not None:
+        name = shown(recipe_of(found.candidates[0]).get("name", "without a name"))
+        spec = recorded
+        source = f"from the recipe recorded in the report itself ({name}); give --recipe to judge by your own"
     else:
-        show(verdict_table(verdicts))
+        raise UsageError(
+            f"{report}: its models were not made by recipes with the same sound gate; give thresholds with --recipe"
+        )
+    verdicts = judging.judge(found, spec)
+    if as_json:
+        thresholds = {"from": source, **spec.thresholds(), "alpha": spec.alpha}
+        emit({"thresholds": thresholds, "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]})
+    else:
+        show(verdict_table(verdicts, thresholds=source))
+    if junit is not None:
+        write_text(junit, judging.to_junit(verdicts, thresholds=source))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        append_text(Path(summary), judging.to_step_summary(verdicts, thresholds=source))
     raise typer.Exit(judging.exit_code(verdicts))
 
 

@@ -27,7 +27,7 @@ from vlmquant.hub import refuse_misfits, why_no_weights
 from vlmquant.limits import OverLimitError, limited
 from vlmquant.reading import read_json
 from vlmquant.recipe import COMPONENTS as RECIPE_COMPONENTS
-from vlmquant.shards import Shards, open_shards, some
+from vlmquant.shards import Shards, dtype_name, open_shards, some
 
 CONFIG_NAME = "config.json"
 LAYERS = re.compile(r"(num_|n_|encoder_|decoder_|mtp_)*(hidden_)?(layers?|blocks)|depth|num_nextn_predict_layers")
@@ -204,9 +204,15 @@ class ComponentMap:
 
     def _checked(self, value: Tensor, disk: str) -> Tensor:
         if bad := int(value.numel() - value.isfinite().sum()):
+            entry = self.shards.entries[disk]
+            if value.dtype.itemsize < entry.dtype.itemsize and Shards({disk: entry}).read(disk).isfinite().all():
+                raise InputError(
+                    f"{entry.file}: tensor {disk} holds {bad} values beyond {dtype_name(value.dtype)}, in which it "
+                    "would be stored; write output: {kept: fp32} in the recipe to store it as it is"
+                )
             nan = int(value.isnan().sum())
             raise InputError(
-                f"{self.shards.entries[disk].file}: tensor {disk} holds {nan} NaN and {bad - nan} infinite "
+                f"{entry.file}: tensor {disk} holds {nan} NaN and {bad - nan} infinite "
                 f"values of {value.numel()}; the model is damaged, so download or train it again"
             )
         return value
@@ -314,7 +320,9 @@ def locate_model(name_or_path: str | Path) -> Path:
         path = Path(name_or_path).expanduser()
         there, folder = path.exists(), path.is_dir()
     except (OSError, RuntimeError) as error:  # no such user; a name that is too long, or not ours to look at
-        raise InputError(f"{shown(name_or_path)}: cannot be opened ({first_line(error)}); give another path") from error
+        raise InputError(
+            f"{shown(name_or_path)}: cannot be opened ({shown(first_line(error))}); give another path"
+        ) from error
     if folder:
         refuse_misfits(path)
         return path

@@ -75,10 +75,10 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
             ready = "compiled" if kernel["compiled"] else "compiled at first use"
             yield f"    {kernel['tokens']:>5} tokens: {kernel['entry']} ({kernel['why']}; {ready})"
     cache = found["cache"]
-    state = "can be written to" if cache["writable"] else "CANNOT be written to, every process compiles again"
+    state = "can be written to" if cache["writable"] else f"CANNOT be used ({cache['problem']}): processes compile anew"
     yield f"cache: {cache['path']}, {state}; {cache['kernels']} kernels, {cache['bytes'] / 1e6:.1f} MB"
     if cache["damaged"]:
-        yield f"  {cache['damaged']} of them damaged; they are compiled again when needed"
+        yield f"  {cache['damaged']} of them damaged, or not yours alone; they are compiled again when needed"
 
 
 def kernels_for(gpu: Gpu) -> list[dict[str, Any]]:
@@ -149,12 +149,13 @@ def _nvrtc() -> dict[str, Any]:
 
 def _cache(home: Path) -> dict[str, Any]:
     files = sorted((home / "kernels").glob("*.cubin")) + sorted((home / "kernels").glob("*.ptx"))
-    existing = next(path for path in (home, *home.parents) if path.exists())
+    problem = build.cache_problem()
     return {
         "path": str(home),
-        "writable": os.access(existing, os.W_OK),
+        "writable": problem is None,
+        "problem": problem,
         "kernels": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
+        "bytes": sum(os.lstat(file).st_size for file in files),
         "damaged": sum(not build.is_whole(file) for file in files),
         "tuned": sorted(path.name for path in (home / "tune").glob("*.json")),
     }

@@ -80,10 +80,14 @@ MESSAGE_CHARACTERS = 8000
 def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
     """Strangers' text (a name in a file, a value) as part of one line: what is not printable escaped, and cut short."""
     full = str(text)
-    cut = full[:limit]
-    if not cut.isprintable():
-        cut = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
-    return cut + ("..." if len(full) > limit else "")
+    return visible(full[:limit]) + ("..." if len(full) > limit else "")
+
+
+def visible(text: str) -> str:
+    """Text in which every character that is not printable is escaped: line ends, ESC, halves of surrogate pairs."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def printable(message: object) -> str:

@@ -22,8 +22,15 @@ from vlmquant.errors import VlmquantError, first_line
 STATM = Path("/proc/self/statm")
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "std::bad_alloc")
-"""How RuntimeErrors of torch and the libraries below it say so."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "failed to map segment",
+    "ALLOC_FAILED",
+    "std::bad_alloc",
+)
+"""How torch, the libraries below it and the loader of libraries say so."""
 LENGTH = struct.Struct("<Q")
 
 
@@ -76,7 +83,7 @@ def is_allocation_failure(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and any(words in text for words in OUT_OF_MEMORY))
+        or (isinstance(error, RuntimeError | ImportError | OSError) and any(words in text for words in OUT_OF_MEMORY))
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     )
 

@@ -450,8 +450,8 @@ def _refuse_larger(config: Any, shards: Shards, path: Path) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters())
     if weights > MOST_WEIGHTS_PER_BYTE * shards.total_bytes:
         raise CheckpointError(
-            f"{path}: {CONFIG_NAME} makes a model of {weights:,} weights, more than the {shards.total_bytes:,} bytes on "
-            "disk can hold; the weights and config.json do not belong together, or the checkpoint is incomplete"
+            f"{path}: {CONFIG_NAME} makes a model of {weights:,} weights, more than the {shards.total_bytes:,} bytes "
+            "on disk can hold; the weights and config.json do not belong together, or the checkpoint is incomplete"
         )
 
 

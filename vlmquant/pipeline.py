@@ -44,6 +44,7 @@ from vlmquant.reading import check
 from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
 from vlmquant.report.data import Report, build_report, check_report_paths, write_json, write_text
 from vlmquant.report.html import to_html
+from vlmquant.report.manifest import recipe_of
 from vlmquant.report.markdown import to_markdown
 from vlmquant.scratch import unnamed_file
 from vlmquant.shards import dtype_name
@@ -433,12 +434,17 @@ def write_report(
 
 
 def recipe_gate(report: Report) -> GateSpec | None:
-    """The thresholds of the recipe that the candidates were made by; None where there is none, or they differ."""
-    recipes = [run.manifest and run.manifest.get("recipe") for run in report.candidates]
-    gates = [recipe.get("gate") if isinstance(recipe, dict) else None for recipe in recipes]
-    if not gates or gates[0] is None or any(gate != gates[0] for gate in gates):
+    """The thresholds that the report itself holds: those of the recipe that its candidates were made by.
+
+    None where there is none, where they differ, or where they mean nothing.
+    """
+    gates = [recipe_of(run).get("gate") for run in report.candidates]
+    if not gates or any(gate is None or gate != gates[0] for gate in gates):
         return None
-    spec: GateSpec = check(GateSpec, gates[0], where="the report's candidates: manifest.recipe.gate")
+    try:
+        spec: GateSpec = check(GateSpec, gates[0], where="recipe.gate")
+    except InputError:
+        return None
     return spec
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,24 +87,58 @@ def parse_json(
 
 def parse_yaml(text: str, *, where: str, error: Failure = InputError, remedy: str = "") -> Any:
     """One YAML document of plain values: no tags of Python's, at most MAX_DEPTH deep, text that can be written."""
+    return compose_yaml(text, where=where, error=error, remedy=remedy)[1]
+
+
+def compose_yaml(
+    text: str,
+    *,
+    where: str,
+    error: Failure = InputError,
+    remedy: str = "",
+    refuse: Callable[[yaml.Node], None] = lambda root: None,
+) -> tuple[yaml.Node | None, Any]:
+    """The nodes of a YAML document, which know their places in the file, and its value as `parse_yaml` gives it.
+
+    refuse: raises an error of ours for nodes that are not wanted, before a value is made of any.
+    """
+    loader = None
     try:
         depth = 0
         for event in yaml.parse(text, Loader=YAML_LOADER):  # a state machine: no depth overflows its stack
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                raise error(_told(where, f"nested more than {MAX_DEPTH} deep", remedy))
-        value = yaml.load(text, Loader=YAML_LOADER)
+                raise error(_told(_at(where, event.start_mark), f"nested more than {MAX_DEPTH} deep", remedy))
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is not None:
+            refuse(root)
+        value = None if root is None else loader.construct_document(root)
     except VlmquantError:
         raise
     except yaml.MarkedYAMLError as cause:
-        mark = cause.problem_mark
-        at = where if mark is None else f"{where}:{mark.line + 1}"
+        at = _at(where, cause.problem_mark)
         raise error(_told(at, f"not valid YAML ({shown(cause.problem)})", remedy)) from cause
     except Exception as cause:  # constructors of the library: dates that are none, numbers of thousands of digits, tags
-        raise error(_told(where, f"not valid YAML ({shown(first_line(cause))})", remedy)) from cause
+        at = _at(where, None if loader is None else loader.mark)
+        raise error(_told(at, f"not valid YAML ({shown(first_line(cause))})", remedy)) from cause
     if problem := _unfit(value):
         raise error(_told(where, problem, remedy))
-    return value
+    return root, value
+
+
+class _Loader(YAML_LOADER):  # type: ignore[misc]
+    """Knows at what place it is, which the constructors' own errors do not say."""
+
+    mark: yaml.Mark | None = None
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        self.mark = node.start_mark
+        return super().construct_object(node, deep)
+
+
+def _at(where: str, mark: Any) -> str:
+    return where if mark is None else f"{where}:{mark.line + 1}:{mark.column + 1}"
 
 
 def check(kind: Any, value: Any, *, where: str, error: Failure = InputError, remedy: str = "") -> Any:

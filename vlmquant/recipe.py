@@ -2,6 +2,8 @@
 
 import difflib
 import fnmatch
+import functools
+import os
 import re
 from collections.abc import Iterator
 from importlib import resources
@@ -11,9 +13,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vlmquant.errors import RecipeError
+from vlmquant import reading
+from vlmquant.errors import RecipeError, shown
 
 RECIPE_MAX_BYTES = 1_000_000
+ERRORS_TOLD = 20
+WORD = 100
+"""Letters of a key that may be a known one misspelt."""
+PLAIN_KINDS = frozenset({"map", "seq", "str", "int", "float", "bool", "null"})
+"""YAML's own kinds of values that a recipe may hold."""
 
 Method = Literal["rtn", "int8", "gptq", "awq", "bitsandbytes"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -22,7 +30,18 @@ COMPONENTS: tuple[str, ...] = get_args(ComponentName)
 
 
 class Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1, which our library reads, takes 1e-4 for text; YAML 1.2 and everybody else for a number."""
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Scheme(Data):
@@ -72,7 +91,9 @@ def _named_scheme(value: Any) -> Any:
     if value == KEEP or value in BITSANDBYTES_SCHEMES:
         return value
     if value not in SHORT_SCHEMES:
-        raise ValueError(f"unknown scheme '{value}'{_nearest(value, SCHEME_NAMES)}; known: {', '.join(SCHEME_NAMES)}")
+        raise ValueError(
+            f"unknown scheme '{shown(value)}'{_nearest(value, SCHEME_NAMES)}; known: {', '.join(SCHEME_NAMES)}"
+        )
     return SHORT_SCHEMES[value]
 
 
@@ -82,7 +103,7 @@ SchemeOrName = Annotated[Scheme | Literal["fp16", "nf4", "bnb-int8"], BeforeVali
 class GptqOptions(Data):
     """GPTQ (arXiv:2210.17323), as static-group LDLQ."""
 
-    damping: Annotated[float, Field(gt=0, le=1)] = 0.01
+    damping: Annotated[Number, Field(gt=0, le=1)] = 0.01
     """Ridge added to the Hessian's diagonal, as a fraction of its mean."""
     activation_order: bool = True
     """Quantize columns by falling Hessian diagonal; groups keep their original columns: nothing is permuted on disk."""
@@ -97,11 +118,11 @@ class AwqOptions(Data):
     """Exponents tried between 0 and 1 in the search of the per-channel scales."""
     clip: bool = True
     """Search the clipping of each group after the scales."""
-    damping: Annotated[float, Field(ge=0, le=1)] = 0.0
+    damping: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Ridge on the second moments that weigh the error, as a fraction of their mean."""
 
 
-LAYER_RANGE = re.compile(r"(-?\d+|\d+%)?:(-?\d+|\d+%)?")
+LAYER_RANGE = re.compile(r"(-?[0-9]{1,9}|[0-9]{1,9}%)?:(-?[0-9]{1,9}|[0-9]{1,9}%)?")
 
 
 def _edge(text: str, layers: int) -> int | None:
@@ -124,7 +145,7 @@ class Override(Data):
     @classmethod
     def _range(cls, value: Any) -> Any:
         if not isinstance(value, str) or not LAYER_RANGE.fullmatch(value):
-            raise ValueError(f'expected a range such as "0:16" or "-1:" in quotes, got {value!r}')
+            raise ValueError(f'expected a range such as "0:16" or "-1:" in quotes, got {shown(repr(value))}')
         return value
 
     def covers(self, layer: int, layers: int, module: str) -> bool:
@@ -187,11 +208,11 @@ class ExpertOptions(Data):
     the work as there are experts for each one chosen)."""
     enough_tokens: Annotated[int, Field(ge=1)] | None = None
     """Null: two for each of an expert's inputs."""
-    others_count: Annotated[float, Field(gt=0, le=1)] = 1.0
+    others_count: Annotated[Number, Field(gt=0, le=1)] = 1.0
     """How much a token of another expert counts, beside 1 for one's own."""
     least_tokens: Annotated[int, Field(ge=1)] = 4
     """An expert with fewer of its own starves."""
-    max_starving: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.05
+    max_starving: Annotated[Number, BeforeValidator(_percent), Field(ge=0, le=1)] = 0.05
     """The largest share of a layer's experts that may starve: above it the run ends with exit code 7."""
 
 
@@ -221,16 +242,16 @@ class OutputSpec(Data):
 class GateSpec(Data):
     """Thresholds of `vlmquant gate`; a null threshold is not judged."""
 
-    max_perplexity_increase: Annotated[float, BeforeValidator(_percent), Field(ge=0)] | None = 0.02
+    max_perplexity_increase: Annotated[Number, BeforeValidator(_percent), Field(ge=0)] | None = 0.02
     """Relative; "2%" or 0.02."""
-    max_bleu_drop: Annotated[float, Field(ge=0)] | None = None
+    max_bleu_drop: Annotated[Number, Field(ge=0)] | None = None
     """BLEU-4 points (0 to 100)."""
-    max_kl: Annotated[float, Field(ge=0)] | None = None
+    max_kl: Annotated[Number, Field(ge=0)] | None = None
     """Mean KL(reference || quantized) over answer tokens, nats."""
-    max_flip_rate: Annotated[float, BeforeValidator(_percent), Field(ge=0, le=1)] | None = None
-    max_exact_match_drop: Annotated[float, Field(ge=0, le=100)] | None = None
+    max_flip_rate: Annotated[Number, BeforeValidator(_percent), Field(ge=0, le=1)] | None = None
+    max_exact_match_drop: Annotated[Number, Field(ge=0, le=100)] | None = None
     """Points (0 to 100) of exact match on short answers."""
-    alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
+    alpha: Annotated[Number, Field(gt=0, lt=0.5)] = 0.05
     """Error rate of each one-sided test."""
 
     def thresholds(self) -> dict[str, float]:
@@ -290,29 +311,25 @@ def load_recipe(source: str | Path) -> Recipe:
     Raises RecipeError whose message reads `file:line:column: path: what is wrong`.
     """
     path = Path(source)
-    if not path.is_file():
+    if not os.path.exists(path) or os.path.isdir(path):
         path = shipped("recipes") / f"{source}.yaml"
-        if "/" in str(source) or not path.is_file():
+        if "/" in str(source) or not os.path.isfile(path):
             names = sorted(file.stem for file in shipped("recipes").glob("*.yaml"))
             hint = _nearest(str(source), names)
-            raise RecipeError(f"{source}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
+            raise RecipeError(f"{shown(source)}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
     return parse_recipe(_read_text(path), name=str(path))
 
 
 def load_family(path: Path) -> FamilySpec:
     """Read a file with the keys of a recipe's `family:`. RecipeError as `load_recipe`'s."""
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file; give a YAML file with the keys {', '.join(FamilySpec.model_fields)}")
+    if not os.path.exists(path):
+        keys = ", ".join(FamilySpec.model_fields)
+        raise RecipeError(f"{shown(path)}: no such file; give a YAML file with the keys {keys}")
     return _parse(FamilySpec, _read_text(path), name=str(path))
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > RECIPE_MAX_BYTES:
-        raise RecipeError(f"{path}: larger than {RECIPE_MAX_BYTES} bytes; this is not a recipe")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    return reading.read_text(path, error=RecipeError, max_bytes=RECIPE_MAX_BYTES)
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:
@@ -324,23 +341,27 @@ M = TypeVar("M", bound=Data)
 
 
 def _parse(model: type[M], text: str, *, name: str) -> M:
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "not valid YAML"
-        raise RecipeError(f"{name}{where}: {what}") from error
+    refuse = functools.partial(_refuse_tricks, name=name)
+    root, value = reading.compose_yaml(text, where=name, error=RecipeError, refuse=refuse)
     if not isinstance(root, yaml.MappingNode):
         kind = "recipe" if model is Recipe else "family"
         raise RecipeError(
             f"{name}:1:1: a {kind} is a mapping with keys such as {', '.join(list(model.model_fields)[1:3])}"
         )
-    _refuse_tricks(root, name=name)
     try:
-        return model.model_validate(yaml.safe_load(text))
+        return model.model_validate(_frozen(value), strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(item, root, model, name=name) for item in _told(error))) from error
+        told = _told(error)
+        lines = [_explain(item, root, model, name=name) for item in told[:ERRORS_TOLD]]
+        more = len(told) - ERRORS_TOLD
+        raise RecipeError("\n".join([*lines, *([f"and {more:,} more of the kind"] if more > 0 else [])])) from error
+
+
+def _frozen(value: Any) -> Any:
+    """The same nested value with tuples for lists, as the models have them."""
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _told(error: ValidationError) -> list[Any]:
@@ -351,26 +372,38 @@ def _told(error: ValidationError) -> list[Any]:
     ] or found
 
 
-def _refuse_tricks(node: yaml.Node, *, name: str, seen: set[int] | None = None) -> None:
-    """Refuse duplicate keys (YAML lets the last one win) and aliases (a reader cannot see what they stand for)."""
-    seen = set() if seen is None else seen
-    at = f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-    if id(node) in seen:
-        raise RecipeError(f"{at}: YAML aliases are not allowed in recipes; write the value out")
-    seen.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _refuse_tricks(item, name=name, seen=seen)
-    elif isinstance(node, yaml.MappingNode):
-        keys: dict[str, int] = {}
-        for key, value in node.value:
-            line, column = key.start_mark.line + 1, key.start_mark.column + 1
-            if key.value in keys:
-                raise RecipeError(
-                    f"{name}:{line}:{column}: key '{key.value}' stands twice (first on line {keys[key.value]})"
-                )
-            keys[str(key.value)] = line
-            _refuse_tricks(value, name=name, seen=seen)
+def _refuse_tricks(root: yaml.Node, *, name: str) -> None:
+    """Refuse duplicate keys (YAML lets the last one win), aliases and merges (a reader cannot see what they stand for),
+    keys that are no words, and values of other kinds than PLAIN_KINDS: dates, sets, bytes, objects."""
+    seen: set[int] = set()
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            raise _at(node, name, "YAML aliases are not allowed in recipes; write the value out")
+        seen.add(id(node))
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in PLAIN_KINDS:
+            raise _at(
+                node, name, f"a value of YAML's kind '{shown(kind)}' is not allowed in recipes; put text in quotes"
+            )
+        if isinstance(node, yaml.SequenceNode):
+            todo += reversed(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            keys: dict[str, int] = {}
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                    raise _at(
+                        key, name, "a key must be a word; lists, mappings and merges (<<) are not allowed as keys"
+                    )
+                if key.value in keys:
+                    raise _at(key, name, f"key '{shown(key.value)}' stands twice (first on line {keys[key.value]})")
+                keys[key.value] = key.start_mark.line + 1
+            todo += [value for _, value in reversed(node.value)]
+
+
+def _at(node: yaml.Node, name: str, what: str) -> RecipeError:
+    return RecipeError(f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}: {what}")
 
 
 def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[yaml.Node, list[str]]:
@@ -397,18 +430,18 @@ def _explain(error: Any, root: yaml.Node, model: type[BaseModel], *, name: str) 
         parent, path = _locate(root, loc[:-1])
         key = str(loc[-1])
         node = next((k for k, _ in getattr(parent, "value", []) if k.value == key), parent)
-        what = f"unknown key '{key}'{_nearest(key, _keys_at(path, model))}"
+        what = f"unknown key '{shown(key)}'{_nearest(key, _keys_at(path, model))}"
     elif error["type"] == "missing":
         node, path = _locate(root, loc[:-1])
         what = f"key '{loc[-1]}' is missing"
     else:
         node, path = _locate(root, loc)
-        message = error["msg"].removeprefix("Value error, ")
-        got = f" (got {error['input']!r})" if isinstance(error["input"], str | int | float | bool) else ""
+        message = error["msg"].removeprefix("Value error, ").replace("tuple", "list")
+        plain = isinstance(error["input"], str | int | float | bool)
+        got = f" (got {shown(repr(error['input']))})" if plain else ""
         what = message[:1].lower() + message[1:] + ("" if "got " in message or "unknown scheme" in message else got)
-    mark = node.start_mark
-    where = f"{'.'.join(path)}: " if path else ""
-    return f"{name}:{mark.line + 1}:{mark.column + 1}: {where}{what}"
+    where = f"{'.'.join(map(shown, path))}: " if path else ""
+    return str(_at(node, name, where + what))
 
 
 def _keys_at(path: list[str], model: type[BaseModel]) -> list[str]:
@@ -429,5 +462,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:WORD], list(known), n=1, cutoff=0.5)
     return f", did you mean '{close[0]}'?" if close else ""

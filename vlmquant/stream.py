@@ -462,8 +462,8 @@ class Block:
         }
         name = max(sizes, key=sizes.__getitem__)
         return (
-            f"the largest weight nearby is {name}, which holds values up to {sizes[name]:.3g}; is the model damaged, or "
-            "trained in a wider dtype?"
+            f"the largest weight nearby is {name}, which holds values up to {sizes[name]:.3g}; is the model "
+            "damaged, or trained in a wider dtype?"
         )
 
     def value(self, local: str) -> Tensor:

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from vlmquant.calibration.build import SourceUse
 from vlmquant.calibration.sampling import Stratum
 from vlmquant.components import COMPONENTS, ComponentMap
-from vlmquant.errors import shown
+from vlmquant.errors import LINE_CHARACTERS, shown
 from vlmquant.planning import Plan, has_folds
 from vlmquant.report.data import Verdict, overall
 from vlmquant.report.numbers import threshold_text, threshold_title
@@ -27,13 +28,19 @@ def megabytes(count: int) -> str:
 
 
 def make_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Table:
-    """A table whose first `left` columns are text and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """A table whose first `left` columns are text and the others numbers. Its texts are shown as they are, not read as
+    rich's markup."""
+    table = Table(title=Text(shown(title, limit=LINE_CHARACTERS)), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(shown(cell, limit=LINE_CHARACTERS)) for cell in row))
     return table
+
+
+def _add_caption(table: Table, lines: Iterable[str]) -> None:
+    table.caption = Text("\n".join(shown(line, limit=LINE_CHARACTERS) for line in lines))
+    table.caption_justify = "left"
 
 
 def component_summary(components: ComponentMap) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def component_table(components: ComponentMap) -> Table:
     if summary["tied"]:
         title += f"; tied: {', '.join(' = '.join(names) for names in summary['tied'])}"
     table = make_table(title, ("component", "parameters", "size", "blocks", "linears", "fused groups"), rows)
-    table.caption, table.caption_justify = "\n".join(_family_lines(components)), "left"
+    _add_caption(table, _family_lines(components))
     return table
 
 
@@ -211,8 +218,7 @@ def plan_table(plan: Plan) -> Table:
     columns = ("component", "schemes", "parameters", "before", "after", "bits/weight", "of the quantized")
     table = make_table("Plan", columns, rows, left=2)
     if plan.fallbacks or plan.notes:
-        table.caption = "\n".join((*plan.fallbacks, *plan.notes))
-        table.caption_justify = "left"
+        _add_caption(table, (*plan.fallbacks, *plan.notes))
     return table
 
 
@@ -254,8 +260,8 @@ def strata_table(strata: Sequence[Stratum]) -> Table:
     return make_table("Strata", ("task", "asked", "got", "with image", "text only"), rows)
 
 
-def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    """One row per threshold and model."""
+def verdict_table(verdicts: Sequence[Verdict], *, thresholds: str = "") -> Table:
+    """One row per threshold and model; below it, where the thresholds are from."""
     rows = []
     for verdict in verdicts:
         text = threshold_text(verdict.threshold)
@@ -273,4 +279,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
             )
         )
     columns = ("model", "threshold", "verdict", "why", "measured", "bounds", "margin", "samples", "needed")
-    return make_table(f"Gate: {overall(verdicts)}", columns, rows, left=4)
+    table = make_table(f"Gate: {overall(verdicts)}", columns, rows, left=4)
+    if thresholds:
+        _add_caption(table, [f"thresholds: {thresholds}"])
+    return table

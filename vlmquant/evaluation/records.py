@@ -2,9 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from vlmquant.errors import InputError
+
+NOT_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
+"""JSON has no such numbers: a report holds the words."""
+
+
+def _not_finite(value: Any) -> Any:
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _not_negative(value: float) -> float:
+    if value < 0:
+        raise ValueError("must not be below 0")
+    return value
+
+
+# Checked where a report is read. NaN passes: whoever judges must see it, and fail.
+Number = Annotated[float, BeforeValidator(_not_finite)]
+Amount = Annotated[Number, AfterValidator(_not_negative)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 @dataclass(frozen=True)
@@ -15,23 +36,23 @@ class SampleScore:
     task: str
     images: tuple[str, ...]
     """sha256 of each image's pixels (images.pixel_sha256); samples that share one are resampled together."""
-    tokens: int
+    tokens: Count
     """Answer tokens, end token included."""
-    nll: float
+    nll: Amount
     """Negative log-likelihood of the answer tokens, nats."""
-    all_tokens: int
+    all_tokens: Count
     """Text tokens that a model predicts: the prompt's (once, without image placeholders) and the answers'."""
-    all_nll: float
-    kl: float | None
+    all_nll: Amount
+    kl: Number | None
     """Sum of KL(reference || this model) over the answer tokens, nats; None for the reference itself."""
-    flips: int | None
+    flips: Count | None
     """Answer tokens whose most likely token differs from the reference's; None for the reference itself."""
     generated: str | None
     """The greedy answer; None when nothing was generated."""
     references: tuple[str, ...]
     exact: bool | None
     """Whether the greedy answer equals one of the references; None for captions and other long answers."""
-    wrong_image_nll: float | None = None
+    wrong_image_nll: Amount | None = None
     """As nll, with another sample's image in place of this one's; None when not asked for or there is no image."""
 
 
@@ -39,20 +60,20 @@ class SampleScore:
 class Costs:
     """What running the model took, measured in a process of its own."""
 
-    weight_bytes: int
+    weight_bytes: Count
     """Bytes of the model's safetensors files."""
-    load_seconds: float
-    peak_bytes: int
+    load_seconds: Amount
+    peak_bytes: Count
     """Peak resident memory of loading the model and answering at batch size 1; scoring in batches comes after."""
-    tokens_per_second: float | None
+    tokens_per_second: Amount | None
     """Median over prompts of greedy decoding at batch size 1, prefill excluded; None when not measured."""
-    prefill_seconds: float | None
+    prefill_seconds: Amount | None
     """Median seconds to the first token at batch size 1, image included, preprocessing excluded."""
-    tokens_per_second_range: tuple[float, float] | None = None
+    tokens_per_second_range: tuple[Amount, Amount] | None = None
     """Slowest and fastest prompt."""
-    load_peak_bytes: int | None = None
+    load_peak_bytes: Count | None = None
     """Peak resident memory right after loading."""
-    baseline_bytes: int | None = None
+    baseline_bytes: Count | None = None
     """Peak resident memory before loading: Python, torch and transformers themselves."""
 
 
@@ -92,12 +113,12 @@ class Run:
 class Estimate:
     """A number with its bootstrap interval."""
 
-    point: float
-    low: float
-    high: float
-    n: int
+    point: Number
+    low: Number
+    high: Number
+    n: Count
     """Samples behind it."""
-    standard_error: float | None = None
+    standard_error: Amount | None = None
     """Standard deviation of the bootstrap resamples, in the unit of the point."""
 
 

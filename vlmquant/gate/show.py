@@ -7,13 +7,17 @@ from xml.etree import ElementTree
 from vlmquant.report.data import Verdict
 from vlmquant.report.markdown import verdict_lines
 from vlmquant.report.numbers import bounds_text, threshold_text
+from vlmquant.report.table import markdown_text
 
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
 
 
-def to_junit(verdicts: Sequence[Verdict]) -> str:
-    """One test case per verdict. An inconclusive one is an error, not a skipped test: a build that skips is green."""
+def to_junit(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
+    """One test case per verdict. An inconclusive one is an error, not a skipped test: a build that skips is green.
+
+    thresholds: where they are from.
+    """
     count = {kind: str(sum(verdict.outcome == kind for verdict in verdicts)) for kind in ("fail", "inconclusive")}
     suite = ElementTree.Element(
         "testsuite",
@@ -23,6 +27,9 @@ def to_junit(verdicts: Sequence[Verdict]) -> str:
         errors=count["inconclusive"],
         skipped="0",
     )
+    if thresholds:
+        properties = ElementTree.SubElement(suite, "properties")
+        ElementTree.SubElement(properties, "property", name="thresholds", value=_clean(thresholds))
     for verdict in verdicts:
         case = ElementTree.SubElement(suite, "testcase", classname=_clean(verdict.candidate), name=verdict.threshold)
         text = _clean(_sentence(verdict))
@@ -37,9 +44,10 @@ def to_junit(verdicts: Sequence[Verdict]) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def to_step_summary(verdicts: Sequence[Verdict]) -> str:
+def to_step_summary(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
     """Markdown for the file that $GITHUB_STEP_SUMMARY names."""
-    return "\n".join(["## vlmquant gate", "", *verdict_lines(verdicts)]) + "\n"
+    source = ["", f"Thresholds: {markdown_text(thresholds)}"] if thresholds else []
+    return "\n".join(["## vlmquant gate", "", *verdict_lines(verdicts), *source]) + "\n"
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -9,20 +9,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
-from pydantic import TypeAdapter, ValidationError
+import numpy as np
 
 from vlmquant.errors import InputError, UsageError, first_line, shown
 from vlmquant.evaluation.metrics import summarize
 from vlmquant.evaluation.records import Estimate, Run
+from vlmquant.reading import check, parse_json, read_text
 
 REPORT_VERSION = 1
 """Grows whenever an older vlmquant could no longer read the file."""
 
+REMEDY = "write it anew with `vlmquant eval`"
+KL_ROUNDING = 1e-4
+"""Nats a token that a KL may be below 0, where the two models are as good as the same."""
 STREAMS = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")
 """Names of what this process has open: a file among them is appended to and never replaced."""
 START_BYTES = 4096
@@ -177,6 +180,16 @@ def write_text(path: Path, text: str) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror}; choose another place for the report") from error
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file. Raises InputError naming the path; a pipe that nobody reads is not waited for."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be written: {first_line(error)}; name another file, or none") from error
+
+
 def _target(path: Path) -> Path | None:
     """The regular file that a report becomes, links followed; None for a pipe, terminal or other stream."""
     text = str(path)
@@ -218,61 +231,60 @@ def _take_over_mode(descriptor: int, target: Path) -> None:
 
 def read_json(path: Path) -> Report:
     """Read a report written by this version. Raises InputError in one line for every other file."""
-    remedy = "write it anew with `vlmquant eval`"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; give the report.json of `vlmquant eval`"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text; {remedy}") from error
-    try:
-        data = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: damaged or cut short, not valid JSON: {error}; {remedy}") from error
-    if not isinstance(data, dict) or not isinstance(version := data.get("version"), int):
-        raise InputError(f"{path}: no report of vlmquant: it has no version number; {remedy}")
+    text = read_text(path, remedy="give the report.json of `vlmquant eval`")
+    data = parse_json(text, where=str(path), remedy=REMEDY)
+    if not isinstance(data, dict) or type(version := data.get("version")) is not int:
+        raise InputError(f"{path}: no report of vlmquant: it has no version number; {REMEDY}")
     if version != REPORT_VERSION:
         kind = "newer" if version > REPORT_VERSION else "older"
         raise InputError(
-            f"{path}: report version {version} is {kind} than this vlmquant reads ({REPORT_VERSION}); {remedy}"
+            f"{path}: report version {shown(version)} is {kind} than this vlmquant reads ({REPORT_VERSION}); {REMEDY}"
         )
-    try:
-        report = _adapter().validate_python(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {where}: {first['msg'].lower()}; {remedy}") from error
+    report: Report = check(Report, data, where=str(path), remedy=REMEDY)
     _check_whole(report, where=str(path))
     return report
 
 
-@cache
-def _adapter() -> TypeAdapter[Report]:
-    return TypeAdapter(Report)
-
-
 def _check_whole(report: Report, *, where: str) -> None:
+    """InputError for what no evaluation finds, and for summaries that are not those of the samples."""
     if len(report.summaries) != len(report.runs):
-        raise InputError(
-            f"{where}: {len(report.summaries)} summaries, {len(report.runs)} runs; write it anew with `vlmquant eval`"
-        )
+        raise InputError(f"{where}: {len(report.summaries)} summaries, {len(report.runs)} runs; {REMEDY}")
     _check_labels([run.label for run in report.runs], where=where)
-    for run in report.runs:
+    for run, summary in zip(report.runs, report.summaries, strict=True):
+        place = f"{where}: run '{shown(run.label)}'"
         ids = [sample.id for sample in run.samples]
-        if len(ids) != len(set(ids)):
-            raise InputError(f"{where}: run '{run.label}' holds a sample twice; write it anew with `vlmquant eval`")
+        if not ids or len(ids) != len(set(ids)):
+            raise InputError(f"{place} holds {'a sample twice' if ids else 'no sample'}; {REMEDY}")
+        for sample in run.samples:
+            if (sample.flips or 0) > sample.tokens or (sample.kl or 0.0) < -KL_ROUNDING * (1 + sample.tokens):
+                raise InputError(f"{place}: sample {shown(sample.id)} has impossible flips or KL; {REMEDY}")
+        _check_summary(summary, run, None if run is report.reference else report.reference, where=place)
+
+
+def _check_summary(summary: Summary, run: Run, reference: Run | None, *, where: str) -> None:
+    """InputError where a point is not what the samples give; one that is no number there is left to the gate."""
+    try:
+        with np.errstate(all="ignore"):
+            found = summarize(run, reference, seed=0, resamples=1)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    for stratum, estimates in summary.items():
+        for metric, estimate in estimates.items():
+            real = found.get(stratum, {}).get(metric)
+            told = estimate.point
+            if real is None or (
+                math.isfinite(real.point) and not math.isclose(told, real.point, rel_tol=1e-6, abs_tol=1e-9)
+            ):
+                raise InputError(
+                    f"{where}: {shown(metric)} of {shown(stratum)} is {told:g} in the summary and "
+                    f"{'absent' if real is None else f'{real.point:g}'} in the samples; {REMEDY}"
+                )
 
 
 def _check_labels(labels: Sequence[str], *, where: str) -> None:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
-        raise InputError(f"{where}: two runs are called '{twice[0]}'; give each model a label of its own")
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
+        raise InputError(f"{where}: two runs are called '{shown(twice[0])}'; give each model a label of its own")
 
 
 def spelled(value: Any) -> Any:

@@ -1,6 +1,5 @@
 """What a report shows of a checkpoint's manifest (vlmquant.json); a model without one simply has less to show."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ import yaml
 
 from vlmquant.evaluation.records import Run
 
-LAYER = re.compile(r"\.(\d+)\.")
+LAYER = re.compile(r"\.([0-9]{1,6})\.")
+MOST = 1e15
+"""Of what is shown of a manifest, which is whatever its file says."""
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,36 @@ def recipe_text(run: Run) -> str:
 def component_bytes(run: Run) -> list[ComponentBytes]:
     """Bytes of every component before and after, in the plan's order."""
     components = _mapping(_mapping((run.manifest or {}).get("plan")).get("components"))
-    return [
-        ComponentBytes(str(name), int(totals["bytes_before"]), int(totals["bytes_after"]))
-        for name, totals in components.items()
-        if {"bytes_before", "bytes_after"} <= _mapping(totals).keys()
-    ]
+    found = []
+    for name, totals in components.items():
+        before, after = (_size(_mapping(totals).get(key)) for key in ("bytes_before", "bytes_after"))
+        if before is not None and after is not None:
+            found.append(ComponentBytes(str(name), before, after))
+    return found
 
 
 def layer_errors(run: Run) -> list[LayerError]:
     """The errors of weights that lie in a numbered layer and have a positive error, in the manifest's order."""
     manifest = run.manifest or {}
     lines = _mapping(manifest.get("plan")).get("lines")
-    component = (
-        {line["name"]: line["component"] for line in lines if {"name", "component"} <= line.keys()} if lines else {}
-    )
+    component = {
+        line["name"]: line["component"]
+        for line in map(_mapping, lines if isinstance(lines, list) else ())
+        if isinstance(line.get("name"), str) and isinstance(line.get("component"), str)
+    }
     found = []
     for name, error in _mapping(manifest.get("errors")).items():
         layer = LAYER.search(name)
-        if layer and name in component and isinstance(error, int | float) and error > 0 and math.isfinite(error):
+        if layer and name in component and type(error) in (int, float) and 0 < error < MOST:
             kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-            found.append(LayerError(str(component[name]), int(layer[1]), kind, float(error)))
+            found.append(LayerError(component[name], int(layer[1]), kind, float(error)))
     return found
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _size(value: Any) -> int | None:
+    """A number of bytes; None for what is none."""
+    return value if type(value) is int and 0 <= value < MOST else None

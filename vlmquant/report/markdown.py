@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from vlmquant.errors import visible
 from vlmquant.evaluation.metrics import bleu_signature
 from vlmquant.evaluation.records import Run
 from vlmquant.report.data import Report, Verdict, overall
@@ -186,6 +187,7 @@ def _plain(value: Any) -> str:
 
 
 def _fence(text: str, language: str = "") -> str:
+    text = "\n".join(map(visible, text.split("\n")))
     ticks = "```"
     while ticks in text:
         ticks += "`"

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from vlmquant.errors import shown, visible
 from vlmquant.evaluation.metrics import EVERYTHING
 from vlmquant.evaluation.records import Costs, Estimate, Run
 from vlmquant.report.data import Report
@@ -83,7 +84,7 @@ def terminal_table(report: Report) -> Table:
         table.add_column(title, justify="right", overflow="fold", no_wrap=title in COST_COLUMNS)
     for index, row in enumerate(compare_table(report)):
         texts = (Text(cell.text.replace(" [", "\n[")) for cell in row.cells.values())
-        table.add_row(Text(row.method), *texts, end_section=index == 0)
+        table.add_row(Text(shown(row.method)), *texts, end_section=index == 0)
     return table
 
 
@@ -119,7 +120,7 @@ def markdown_rows(titles: Sequence[str], body: Sequence[Sequence[str]], *, left:
 
 def markdown_text(text: str) -> str:
     """Anyone's text on one line, so that Markdown shows it as it is: no table cell ends early, no HTML gets through."""
-    line = " ".join(text.split())
+    line = visible(" ".join(text.split()))
     line = "".join("\\" + letter if letter in "\\`*_[]|~#!" else letter for letter in line)
     return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 

@@ -83,7 +83,9 @@ def _coco(spec: SourceSpec, path: Path, scratch: Path) -> Items:
 def _parquet(spec: SourceSpec, path: Path, scratch: Path) -> Items:
     if not path.is_dir():
         return tables.read_parquet_records([path], path.parent)
-    return tables.read_parquet_records(_of_suffix(folders.files_below(path), ".parquet"), path)
+    return tables.read_parquet_records(
+        _of_suffix(folders.files_below(path, allow_outside=spec.allow_outside), ".parquet"), path
+    )
 
 
 def _arrow(spec: SourceSpec, path: Path, scratch: Path) -> Items:
@@ -217,7 +219,7 @@ def _located(spec: SourceSpec) -> tuple[SourceSpec, str]:
         return spec, "hub"
     if not path.is_dir():
         return spec, _file_format(path)
-    found = folders.files_below(path)
+    found = folders.files_below(path, allow_outside=spec.allow_outside)
     if name := _folder_format(path, found, spec.split):
         return spec, name
     records = [file for file in found if _suffix(file) in OF_SUFFIX]

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from vlmquant.calibration.sources.keys import claims_image, is_empty, role_of
+from vlmquant.calibration.sources.keys import claims_image, is_empty, names_video, role_of
 from vlmquant.calibration.sources.spec import UnusableRecordError
 from vlmquant.errors import InputError, shown
 from vlmquant.reading import parse_json
@@ -22,21 +23,14 @@ SPEAKERS = {
 }
 SPEAKER_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts", "message")
+TEXT_KINDS = ("text", "input_text", "output_text")
+IMAGE_KINDS = ("image", "image_url", "input_image")
 PLACE_KEYS = (
-    "image_url",
-    "image",
-    "images",
-    "url",
-    "path",
-    "source",
-    "data",
-    "inlineData",
-    "inline_data",
-    "bytes",
-    "base64",
+    *("image", "image_url", "images", "url", "path", "source", "data", "bytes", "base64"),
+    *("inlineData", "inline_data", "fileData", "file_data"),
 )
 """Keys of a part of a message that may hold its image."""
-TEXT_KEYS = ("answer", "raw", "text", "caption", "value", "content", "sentence")
+TEXT_KEYS = ("answer", "raw", "text", "caption", "value", "content", "sentence", "en")
 """Keys of an object that stands for a text."""
 MARK = re.compile(
     r"<img>(?P<place>[^<>]{0,500}?)</img>"
@@ -196,10 +190,19 @@ def _messages(items: list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
             raise UnusableRecordError(f"with a message of an unknown role: {shown(name, limit=40)}")
         if speaker == "tool" or not is_empty(item.get("tool_calls")) or not is_empty(item.get("function_call")):
             raise UnusableRecordError("with a tool call, which is not read")
+        pictures, films = _shown_by(tuple(item))
+        if not all(is_empty(item[key]) for key in films):
+            raise UnusableRecordError("with a video or sound, which is not read")
         content = next((item[key] for key in CONTENT_KEYS if not is_empty(item.get(key))), None)
-        images = [value for key, value in item.items() if claims_image(key) and not is_empty(value)]
+        images = [item[key] for key in pictures if not is_empty(item[key])]
         parts = content if isinstance(content, list | tuple) else [content]
         yield speaker, [*({"type": "image", "image": value} for value in images), *parts] if images else content
+
+
+@lru_cache(maxsize=1000)
+def _shown_by(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Keys of a message that name images, and those that name videos or sounds."""
+    return tuple(filter(claims_image, keys)), tuple(filter(names_video, keys))
 
 
 def _turn(item: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -228,15 +231,20 @@ def _content(content: Any) -> tuple[Marked, list[int | None], list[Any]]:
             texts.append(text or "")
             continue
         kind = part.get("type")
+        if kind in TEXT_KINDS:
+            texts.append(text_of(part) or "")
+            places += [part[key] for key in PLACE_KEYS[:3] if not is_empty(part.get(key))]
+            continue
         place = next((part[key] for key in PLACE_KEYS if not is_empty(part.get(key))), None)
-        if kind in ("text", "input_text", "output_text") or (is_empty(kind) and not is_empty(part.get("text"))):
-            texts.append(text_of(part.get("text")) or "")
-        elif kind not in ("image", "image_url", "input_image") and not (is_empty(kind) and place is not None):
+        text = text_of(part.get("text"))
+        if kind not in IMAGE_KINDS and not (is_empty(kind) and (text or place is not None)):
             raise UnusableRecordError(f"with a part of a message that is no text or image: {shown(kind, limit=40)}")
-        elif place is None:
+        if text and is_empty(kind):
+            texts.append(text)
+        if place is not None:
+            places.append(place)
+        elif kind in IMAGE_KINDS:
             index = part.get("index")
             slots.append(index if isinstance(index, int) and not isinstance(index, bool) else None)
-        else:
-            places.append(place)
     marked = read_marks("\n".join(texts))
     return marked, slots, [*places, *marked.places]

@@ -2,9 +2,11 @@
 
 import codecs
 import csv
+import errno
 import gzip
+import hashlib
 import json
-import shutil
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,13 +17,15 @@ from vlmquant.calibration.sources.chats import SPEAKER_KEYS
 from vlmquant.calibration.sources.keys import claims_image, role_of
 from vlmquant.calibration.sources.places import URL, is_embedded, is_image_name
 from vlmquant.calibration.sources.spec import BadRecord, Candidate, Record, SourceSpec
-from vlmquant.errors import InputError, first_line, shown
+from vlmquant.errors import DoesNotFitError, InputError, first_line, shown
 from vlmquant.reading import parse_json, read_text, refuse_irregular
 
 MAX_FILE_BYTES = 4_000_000_000
 """Of a JSON object that must be parsed as a whole; caption files have some hundreds of megabytes."""
 MAX_RECORD_BYTES = 256_000_000
 """Of a line, a list's element or a CSV field: an image in base64 has tens of megabytes at most."""
+MAX_UNPACKED_BYTES, MAX_RATIO = 1 << 30, 100
+"""A gzip file may unpack to the larger of so many bytes and so many times its own."""
 CHUNK = 1 << 20
 
 Items = Iterator[Record | BadRecord | Candidate]
@@ -40,15 +44,28 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 def unpacked(path: Path, scratch: Path) -> Path:
     """A gzip file's content as a file of its own in `scratch`; any other file as it is."""
-    if path.suffix.lower() not in (".gz", ".tgz"):
+    suffix = path.suffix.lower()
+    if suffix not in (".gz", ".tgz"):
         return path
-    scratch.mkdir(parents=True, exist_ok=True)
-    plain = scratch / (path.stem + (".tar" if path.suffix.lower() == ".tgz" else ""))
-    with opened(path) as packed, plain.open("wb") as out:
+    name = path.stem + (".tar" if suffix == ".tgz" else "")
+    plain = scratch / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}-{name}"
+    with opened(path) as packed:
+        limit = max(MAX_UNPACKED_BYTES, MAX_RATIO * os.fstat(packed.fileno()).st_size)
         try:
-            shutil.copyfileobj(gzip.GzipFile(fileobj=packed), out, CHUNK)
-        except Exception as error:  # zlib's and struct's errors
-            raise InputError(f"{path}: cannot be unpacked: {first_line(error)}") from error
+            scratch.mkdir(parents=True, exist_ok=True)
+            with gzip.GzipFile(fileobj=packed) as content, plain.open("wb") as out:
+                while chunk := content.read(CHUNK):
+                    out.write(chunk)
+                    if out.tell() > limit:
+                        raise InputError(
+                            f"{path}: unpacks to more than {limit:,} bytes; unpack it yourself if it is sound"
+                        )
+        except InputError:
+            raise
+        except Exception as error:  # zlib's and struct's errors too
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise DoesNotFitError(f"{plain}: {error.strerror}; set TMPDIR to a folder with more room") from error
+            raise InputError(f"{path}: cannot be unpacked: {shown(first_line(error))}") from error
     return plain
 
 

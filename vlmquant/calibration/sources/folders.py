@@ -19,7 +19,7 @@ from vlmquant.calibration.sources.places import SUFFIXES
 from vlmquant.calibration.sources.spec import BadRecord, Record, SourceSpec
 from vlmquant.calibration.sources.tables import read_parquet_records
 from vlmquant.errors import InputError, first_line, shown
-from vlmquant.reading import parse_json, read_text
+from vlmquant.reading import is_inside, parse_json, read_text
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 TEXT_SUFFIXES = (".txt", ".caption", ".json")
@@ -30,15 +30,33 @@ MAX_FILES = 5_000_000
 """Of a folder."""
 
 
-def files_below(folder: Path) -> list[Path]:
-    """All files of a folder in order of their names, hidden ones and linked folders left out."""
+def files_below(folder: Path, *, allow_outside: bool) -> list[Path]:
+    """All files of a folder in order of their names, hidden ones left out; links out of it are refused.
+
+    Images are left to the one who reads them: each costs its own record.
+    """
     found: list[Path] = []
-    for home, folders, names in os.walk(folder):
+    seen: set[str] = set()
+    for home, folders, names in os.walk(folder, followlinks=allow_outside):
+        if os.path.realpath(home) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(home))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(home) / name for name in sorted(names) if not name.startswith(".")]
+        files = [Path(home) / name for name in sorted(names) if not name.startswith(".")]
+        for path in (*(Path(home) / name for name in folders), *files):
+            if path.suffix.lower() not in SUFFIXES:
+                refuse_outside(path, folder, allow_outside=allow_outside)
+        found += files
         if len(found) > MAX_FILES:
             raise InputError(f"{folder}: holds more than {MAX_FILES:,} files; name the one to read")
     return found
+
+
+def refuse_outside(path: Path, folder: Path, *, allow_outside: bool) -> None:
+    """InputError for a link that leads out of the folder of a source."""
+    if not allow_outside and os.path.islink(path) and not is_inside(path, folder):
+        raise InputError(f"{path}: is a link that leads out of {folder}; copy it inside, or say --allow-outside")
 
 
 def metadata_of(folder: Path, split: str) -> Path | None:
@@ -52,6 +70,7 @@ def read_imagefolder_records(spec: SourceSpec, folder: Path, scratch: Path) -> I
     path = metadata_of(folder, spec.split)
     if path is None:
         raise InputError(f"{folder}: neither of {', '.join(METADATA)} is in this image folder")
+    refuse_outside(path, folder, allow_outside=spec.allow_outside)
     if path.suffix == ".jsonl":
         yield from read_json_records(spec, path, path.parent)
     elif path.suffix == ".csv":
@@ -74,7 +93,7 @@ def pairs(files: list[Path]) -> tuple[list[tuple[Path, Path | None]], list[Path]
 
 def read_pair_records(spec: SourceSpec, folder: Path, scratch: Path) -> Items:
     """Images, each with its caption, or a record in JSON, in a file of the same name beside it."""
-    together, alone = pairs(files_below(folder))
+    together, alone = pairs(files_below(folder, allow_outside=spec.allow_outside))
     for image, text in together:
         where = shown(image)
         if text is None:
@@ -102,7 +121,10 @@ def is_tar(path: Path) -> bool:
 
 def read_webdataset_records(spec: SourceSpec, path: Path, scratch: Path) -> Items:
     """Shards of a webdataset: members of one name up to its first dot are one record, their endings its keys."""
-    shards = [path] if not path.is_dir() else [file for file in files_below(path) if is_tar(file)]
+    if path.is_dir():
+        shards = [file for file in files_below(path, allow_outside=spec.allow_outside) if is_tar(file)]
+    else:
+        shards = [path]
     if not shards:
         raise InputError(f"{path}: no .tar file in this folder")
     for shard in shards:
@@ -115,6 +137,8 @@ def _shard(shard: Path, path: Path) -> Items:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for member in archive:
+                    if member.issparse():
+                        raise InputError(f"{shard}: member {shown(member.name)} is stored with holes; pack it again")
                     if member.isreg() and not PurePosixPath(member.name).name.startswith("."):
                         home, slash, name = member.name.rpartition("/")
                         stem, _, ending = name.partition(".")

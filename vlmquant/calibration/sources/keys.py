@@ -2,21 +2,22 @@
 
 import math
 import re
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 NAMES: dict[str, tuple[str, ...]] = {
     role: tuple(names.split())
     for role, names in {
-        "conversation": "messages conversations conversation dialog dialogue chat chats turns texts qa qas qapairs",
-        "question": "question questions questiontext prompt instruction query problem user human input textinput",
+        "conversation": (
+            "messages conversations conversation contents dialog dialogue chat chats turns texts qa qas qapairs"
+        ),
+        "question": "question questions questiontext prompt instruction query problem user human input prefix",
         "answer": (
             "answers answer answertext response responses output solution multiplechoiceanswer directanswers label "
-            "labels target completion chosen groundtruth gt reply assistant gpt textoutput"
+            "labels target completion chosen groundtruth gt reply assistant gpt suffix"
         ),
         "caption": (
-            "captions caption text txt texts sentences sentence description descriptions alttext rawcaption report"
+            "captions caption text txt texts sentences sentence description descriptions alttext comment report"
         ),
         "choices": "choices options",
         "history": "history",
@@ -30,11 +31,11 @@ NAMES: dict[str, tuple[str, ...]] = {
 _IMAGE = r"(?:images?|imgs?|pictures?|pics?|photos?|photographs?|pixels?|screenshots?|jpe?g|png|webp|figures?|visuals?)"
 _FORM = (
     r"(?:paths?|filenames?|filepaths?|files?|names?|fnames?|fn|urls?|uris?|links?|bytes|base64|b64|data|values?|list|"
-    r"strings?|str|src|local|input|raw|encoded|query|main|original|full|rgb)"
+    r"strings?|str|src|binary|local|input|raw|encoded|decoded|query|main|original|full|rgb)"
 )
 CLAIM = re.compile(rf"\d*(?:pathto|{_FORM})*(?P<image>{_IMAGE})\d*{_FORM}*(?:\d*|[a-d])")
 """Names of what is an image: image, img_path, imageUrl, picture2, local_image, jpg; not image_id, image_width."""
-MENTION = re.compile(r"(?<![a-z])(?:image(?!net|ry)|img|picture|photo(?!n)|pixel|screenshot)")
+MENTION = re.compile(r"(?<![a-z])(?:image(?!net|ry)|img|picture|photo(?!n)|pixel|screenshot|media(?!n|t))")
 """In the names of what has to do with an image: image_id, coco_img."""
 FILE = re.compile(rf"(?:{_FORM}|media|\d)+")
 """Names of a file of some kind."""
@@ -73,9 +74,10 @@ def names_video(key: str) -> bool:
 
 @lru_cache(maxsize=10_000)
 def image_word(key: str) -> str:
-    """Of a name that claims an image, what it has in common with other forms of the same: image of image_path."""
-    match = CLAIM.fullmatch(plain(key))
-    return match["image"].rstrip("s") if match else plain(key)
+    """What a name has in common with those of other forms of the same image: image of image_path and img_url."""
+    if match := CLAIM.fullmatch(plain(key)):
+        return match["image"].rstrip("s").replace("img", "image")
+    return "file" if names_file(key) else plain(key)
 
 
 @lru_cache(maxsize=10_000)
@@ -98,12 +100,12 @@ ROLE_OF = {name: role for role, names in reversed(NAMES.items()) for name in nam
 
 def is_empty(value: Any) -> bool:
     """Whether a value holds nothing, as absent fields of tables do: null, blank text, NaN, lists and objects of it."""
-    if isinstance(value, str | bytes):
-        return not value.strip()
-    if isinstance(value, float):
-        return math.isnan(value)
-    if isinstance(value, list | tuple):
+    if value is None:
+        return True
+    if isinstance(value, (str, bytes)):
+        return not value or value.isspace()
+    if isinstance(value, (list, tuple)):
         return all(map(is_empty, value))
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return all(map(is_empty, value.values()))
-    return value is None
+    return isinstance(value, float) and math.isnan(value)

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlparse
 
 from vlmquant.calibration.images import UnusableImageError
 from vlmquant.calibration.sources.keys import claims_image, is_empty
-from vlmquant.calibration.sources.spec import EmbeddedImage, ImageSource, UnusableRecordError
+from vlmquant.calibration.sources.spec import EmbeddedImage, ImageSource, NetworkImageError, UnusableRecordError
 from vlmquant.errors import InputError, shown
 from vlmquant.reading import KINDS, is_inside, parse_json
 
@@ -40,19 +40,8 @@ MAGIC = re.compile(
 )
 """What encoded images begin with."""
 INSIDE = (
-    "bytes",
-    "image_url",
-    "url",
-    "image",
-    "path",
-    "base64",
-    "b64_json",
-    "b64",
-    "data",
-    "file_name",
-    "source",
-    "uri",
-    "src",
+    *("bytes", "image_url", "url", "image", "path", "base64", "b64_json", "b64", "data", "file_name", "source"),
+    *("uri", "fileUri", "file_uri", "src"),
 )
 """Keys of an object that stands for an image, the first that holds something counts."""
 BASE64 = re.compile(r"[A-Za-z0-9+/\-_\s]{48,}={0,2}\s*")
@@ -171,7 +160,7 @@ class Resolver:
         if place[:5].lower() == "file:":
             place = unquote(urlparse(place).path)
         elif URL.match(place):
-            raise UnusableRecordError(
+            raise NetworkImageError(
                 f"with an image on the network: {shown(place, limit=80)}; download it and give its local path"
             )
         return self._file(place, folder)

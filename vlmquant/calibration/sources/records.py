@@ -35,7 +35,14 @@ from vlmquant.calibration.sources.keys import (
     role_of,
 )
 from vlmquant.calibration.sources.places import Resolver, hides_image, is_embedded, leaves, shows_image
-from vlmquant.calibration.sources.spec import Candidate, ImageSource, Record, SourceSpec, UnusableRecordError
+from vlmquant.calibration.sources.spec import (
+    Candidate,
+    ImageSource,
+    NetworkImageError,
+    Record,
+    SourceSpec,
+    UnusableRecordError,
+)
 from vlmquant.errors import shown
 
 CAPTION_QUESTION = "Describe the image in one sentence."
@@ -140,10 +147,15 @@ class RecordReader:
         return self._keyed_texts(role, fields)[1]
 
     def _keyed_texts(self, role: str, fields: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+        odd: str | None = None
         for key, value in self._values(role, fields):
             if texts := texts_of(value):
                 self._note(role, key)
                 return key, texts
+            if not _shows_image(key, value):
+                odd = f"with a key for a text that holds none: '{shown(key)}' is a {type(value).__name__}"
+        if odd is not None and role in ("question", "answer"):
+            raise UnusableRecordError(odd)
         return "", ()
 
     def _note(self, role: str, *keys: str) -> None:
@@ -235,15 +247,17 @@ class RecordReader:
         key, choices = self._choices(fields)
         if not 2 <= len(choices) <= len(LETTERS):
             return question, answers
-        self._note("choices", *key)
         answer = answers[0]
         letter = answer.strip("()[]. ").upper()
         if answer in choices:
             letter = LETTERS[choices.index(answer)]
         elif answer.isdecimal() and len(answer) < 3 and int(answer) < len(choices):
             letter = LETTERS[int(answer)]
-        elif letter not in LETTERS[: len(choices)] or len(letter) != 1:
+        elif len(letter) > 1 and not letter.isdecimal():  # in words of its own: an open question
+            return question, answers
+        elif letter not in LETTERS[: len(choices)]:
             raise UnusableRecordError(f"with an answer that is none of its choices: {shown(answer, limit=60)}")
+        self._note("choices", *key)
         if not all(choice in question for choice in choices):
             lines = [f"{name}. {choice}" for name, choice in zip(LETTERS, choices, strict=False)]
             question = "\n".join([question, *lines, CHOICE_REQUEST])
@@ -340,10 +354,11 @@ class RecordReader:
         """The images of the one group that is meant."""
         if not groups:
             return ()
-        if groups[0].error is not None:
-            raise groups[0].error
         chosen = groups[0]
-        for group in groups[1:]:
+        self._note("image", *chosen.keys)
+        for group in groups:
+            if group.error is not None and not (chosen.error is None and _is_excused(group, chosen)):
+                raise group.error
             if group.error is not None or _is_same(group, chosen):
                 continue
             if not _is_same(chosen, group):
@@ -353,7 +368,7 @@ class RecordReader:
                     f"--map image={one}, or both, --map image={one}+{other}"
                 )
             chosen = group
-        self._note("image", *chosen.keys)
+            self._note("image", *chosen.keys)
         return chosen.images
 
 
@@ -403,6 +418,11 @@ def _is_same(group: _Group, other: _Group) -> bool:
     one_form = {isinstance(image, Path) for image in (*group.images, *other.images)} == {True, False}
     same_word = image_word(group.keys[0]) == image_word(other.keys[0])
     return one_form and same_word and len(group.images) == len(other.images)
+
+
+def _is_excused(group: _Group, chosen: _Group) -> bool:
+    """Whether a group that cannot be read is no loss: an address of the chosen image, or another form of it."""
+    return isinstance(group.error, NetworkImageError) or image_word(group.keys[0]) == image_word(chosen.keys[0])
 
 
 def _refuse_lost(fields: Mapping[str, Any], images: tuple[ImageSource, ...]) -> None:

@@ -107,6 +107,10 @@ class UnusableRecordError(InputError):
     """A record that makes no sample; the message is its BadRecord.reason."""
 
 
+class NetworkImageError(UnusableRecordError):
+    """Its image is not on this machine."""
+
+
 @dataclass(frozen=True)
 class SourceReading:
     """What a source holds, and what was read as what."""

@@ -103,14 +103,9 @@ def _mapped_rows(batches: Sequence[Any], told: str, folder: Path) -> Items:
 
 def _columns(schema: Any) -> list[str]:
     """The columns whose values are texts, numbers, bytes, or lists and objects of such; not dates, not tensors."""
-    names = (
-        [name for name in schema.names if _is_plain(schema.field(name).type)]
-        if len(set(schema.names)) == len(schema.names)
-        else None
-    )
-    if names is None:
-        raise ValueError("two columns of the same name")
-    return names
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError("two columns have the same name")
+    return [name for name in schema.names if _is_plain(schema.field(name).type)]
 
 
 def _is_plain(kind: Any, depth: int = 16) -> bool:

@@ -5,10 +5,12 @@ each where a whole source takes half a minute). A known architecture gets exact 
 gets PTX for compute_80, which the driver translates.
 """
 
+import errno
 import functools
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -170,23 +172,65 @@ def cache_path(wanted: Program) -> Path:
 
 
 def read_cached(path: Path) -> bytes | None:
-    """What `write_cached` put there; None if it is missing or damaged."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    code = _verified(data)
-    if code is None:
+    """What `write_cached` put there; None if it is missing, damaged, or could be another user's."""
+    data = read_trusted(path)
+    code = None if data is None else _verified(data)
+    if data is not None and code is None:
         LOGGER.warning("%s: damaged; it is compiled again", path)
     return code
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of the cache is as it was written."""
+    """Whether a file of the cache is as it was written, by this user."""
+    data = read_trusted(path)
+    return data is not None and _verified(data) is not None
+
+
+def read_trusted(path: Path) -> bytes | None:
+    """A file of the cache: code that will run, so nobody but this user and root may have been able to write it.
+
+    None if it is missing or not to be trusted, which is told once.
+    """
     try:
-        return _verified(path.read_bytes()) is not None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        for place in (path, *folders_of(path)):
+            state = os.fstat(descriptor) if place == path else os.stat(place)
+            if why := _untrusted(state, stat.S_IFREG if place == path else stat.S_IFDIR):
+                warn_once(f"{place}: {why}, so the kernel cache in {path.parent} is not used; make it yours alone")
+                return None
+        return file.read()
+
+
+def folders_of(path: Path) -> tuple[Path, Path]:
+    """The folders of the cache around one of its files."""
+    return path.parent, path.parent.parent
+
+
+def cache_problem() -> str | None:
+    """Why nothing can be kept in the cache; None where it can: tried, with a file where the folder is there already,
+    else with a folder beside it."""
+    home = cache_home()
+    try:
+        around = next(folder for folder in (home / "kernels", home, *home.parents) if os.path.lexists(folder))
+        for folder in (around, around.parent):
+            if folder.is_relative_to(home) and (why := _untrusted(os.stat(folder), stat.S_IFDIR)):
+                return f"{folder} {why}"
+        with tempfile.TemporaryDirectory(dir=around, prefix="vlmquant-"):
+            return None
+    except OSError as error:
+        return error.strerror
+
+
+def _untrusted(state: os.stat_result, kind: int) -> str | None:
+    """What speaks against a file or folder of the cache."""
+    if stat.S_IFMT(state.st_mode) != kind:
+        return "is no regular file" if kind == stat.S_IFREG else "is no folder"
+    if state.st_uid not in (os.geteuid(), 0):
+        return "belongs to another user"
+    return "can be written to by other users" if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
 
 
 def _verified(data: bytes) -> bytes | None:
@@ -197,20 +241,35 @@ def _verified(data: bytes) -> bytes | None:
 
 def write_cached(path: Path, code: bytes) -> None:
     """Put code into the cache, whole or not at all; without a place to write, go on without a cache."""
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(MAGIC + hashlib.sha256(code).digest() + code)
-        temporary.replace(path)
+        write_private(path, MAGIC + hashlib.sha256(code).digest() + code)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         warn_once(
             f"{path.parent}: compiled kernels cannot be kept ({error.strerror}); every process compiles them again. "
-            f"Set {CACHE} to a folder that can be written to"
+            f"Set {CACHE} to a folder of yours that can be written to"
         )
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file of the cache whole or not at all, it and its folders for this user alone.
+
+    OSError, also where the folders are there and others could write to them.
+    """
+    inner, home = folders_of(path)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (home, inner):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if why := _untrusted(os.stat(folder), stat.S_IFDIR):
+            raise PermissionError(errno.EACCES, f"{folder} {why}", str(folder))
+    with tempfile.NamedTemporaryFile(dir=inner, prefix=path.name, suffix=".tmp", delete=False) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def nvrtc_version() -> tuple[int, int]:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmquant.errors import KernelError
-from vlmquant.kernels.cuda.build import PTX_ARCH, cache_home
+from vlmquant.errors import KernelError, VlmquantError, shown
+from vlmquant.kernels.cuda.build import PTX_ARCH, cache_home, read_trusted
 from vlmquant.kernels.cuda.catalog import (
     BARRIER_BYTES,
     ENTRIES,
@@ -27,6 +27,7 @@ from vlmquant.kernels.cuda.catalog import (
     stage_bytes,
 )
 from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.reading import check, parse_json
 
 TABLE = Path(__file__).parent / "dispatch.json"
 PORTABLE = "portable"
@@ -336,20 +337,22 @@ def provenance(name: str) -> str:
 
 def parse_row(data: dict[str, Any]) -> Row:
     """KernelError for a key, kernel or value that means nothing."""
-    if not isinstance(data, dict) or "kernel" not in data:
-        raise KernelError(f"a row of a dispatch table names no kernel: {data}")
+    if not isinstance(data, dict) or not isinstance(data.get("kernel"), str):
+        raise KernelError(f"a row of a dispatch table names no kernel: {shown(data)}")
     numbers = {key: value for key, value in data.items() if key not in ("kernel", "grid", "shape")}
     shape = data.get("shape")
     values = [*numbers.values(), *(shape if isinstance(shape, list) else [])]
-    if not all(type(value) is int and value > 0 for value in values) or (shape is not None and len(shape) != 2):
-        raise KernelError(f"a row of a dispatch table has impossible numbers: {data}")
+    if not all(type(value) is int and value > 0 for value in values) or (
+        shape is not None and not (isinstance(shape, list) and len(shape) == 2)
+    ):
+        raise KernelError(f"a row of a dispatch table has impossible numbers: {shown(data)}")
     limits = {key: data[key] for key in ("tokens", "weights") if key in data}
     try:
         choice = Choice(**{key: value for key, value in data.items() if key not in (*limits, "shape")})
     except TypeError as error:
-        raise KernelError(f"a row of a dispatch table has unknown keys: {data}") from error
+        raise KernelError(f"a row of a dispatch table has unknown keys: {shown(data)}") from error
     if choice.kernel not in PLANNERS or choice.grid not in ("sms", "even"):
-        raise KernelError(f"a row of a dispatch table asks for {choice.kernel!r} on grid {choice.grid!r}")
+        raise KernelError(f"a row of a dispatch table asks for {shown(choice.kernel)} on grid {shown(choice.grid)}")
     return Row(choice, shape=None if shape is None else (shape[0], shape[1]), **limits)
 
 
@@ -365,17 +368,25 @@ def override_path(gpu_name: str) -> Path:
     return cache_home() / "tune" / f"{re.sub(r'[^a-z0-9]+', '-', gpu_name.lower()).strip('-')}.json"
 
 
+@dataclass(frozen=True)
+class _Overrides:
+    """What is read of an override file."""
+
+    gpu: str
+    rows: list[dict[str, Any]]
+
+
 @functools.cache
 def overrides(gpu_name: str) -> tuple[Row, ...]:
     """The rows of the override file; none if there is none, or if it is not whole."""
     path = override_path(gpu_name)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data["gpu"] != gpu_name:
-            raise KernelError(f"it was measured on {data['gpu']}")
-        return tuple(parse_row(row) for row in data["rows"])
-    except FileNotFoundError:
+    if (content := read_trusted(path)) is None:
         return ()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, KernelError) as error:
-        warn_once(f"{path}: not used: {error}; run `vlmquant tune` again or delete it")
+    try:
+        found = check(_Overrides, parse_json(content, where=str(path)), where=str(path))
+        if found.gpu != gpu_name:
+            raise KernelError(f"{path}: was measured on {shown(found.gpu)}")
+        return tuple(parse_row(row) for row in found.rows)
+    except VlmquantError as error:
+        warn_once(f"{path}: not used ({error}); run `vlmquant tune` again or delete it")
         return ()

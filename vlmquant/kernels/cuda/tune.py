@@ -12,6 +12,7 @@ from torch import Tensor
 import vlmquant
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import dispatch, launch, ops
+from vlmquant.kernels.cuda.build import write_private
 from vlmquant.kernels.cuda.dispatch import Choice, Gpu, Plan, Problem, Row, plan
 from vlmquant.kernels.cuda.timing import Timing, chain, layers_for, race
 
@@ -142,8 +143,5 @@ def write(path: Path, gpu: Gpu, rows: list[dict[str, Any]], dtype: str) -> None:
         "date": datetime.date.today().isoformat(),
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_private(path, (json.dumps(data, indent=1) + "\n").encode())
     dispatch.overrides.cache_clear()
