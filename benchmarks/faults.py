@@ -1,6 +1,6 @@
 """Kills, signals and full disks at random moments of real runs on the bundled model.
 
-    python benchmarks/faults.py [kills] [signals] [disk] [--kills 50] [--signals 200] [--seed N]
+    python benchmarks/faults.py [kills] [signals] [disk] [memory] [--kills 50] [--signals 200] [--memories 20]
 
 kills     SIGKILL at a random time of `vlmquant quantize`, some several in a row, with and without an older output to
           replace; then `--resume` until it is done: every file as in an uninterrupted run, nothing left beside it,
@@ -9,6 +9,7 @@ signals   SIGINT, SIGTERM and SIGHUP from the first millisecond on, also of `vlm
           signal (0 only where the last line had been printed before), no traceback, no process and no temporary file
           left, resume exact
 disk      limits on the size of a file, places that cannot be written to, a full stdout: one line, nothing half done
+memory    limits on the address space: it works or exits with 6, and a run with more of it goes on to the same bytes
 
 Prints a table and writes results/faults.json and faults.md.
 """
@@ -54,6 +55,8 @@ EARLY_SECONDS = 1.5
 PATIENCE_SECONDS = 120.0
 LAST_LINE = "written in"
 """Stands in the last line that `quantize` prints."""
+ADDRESS_SPACE = (500 * 2**20, 1900 * 2**20)
+"""From what does for no import of torch to what does for the whole run."""
 
 
 @dataclass
@@ -332,6 +335,22 @@ def disk(home: Path, expected: Expected, dice: random.Random) -> Table:
     return table
 
 
+def memory(home: Path, expected: Expected, count: int, dice: random.Random) -> Table:
+    table = Table()
+    for number in range(count):
+        size = dice.randrange(*ADDRESS_SPACE)
+        place = home / f"memory{number}"
+        run = quantize(place, RECIPE, setup=lambda size=size: resource.setrlimit(resource.RLIMIT_AS, (size, size)))
+        code = run.wait()
+        what = f"{size / 2**20:.0f} MiB of address space"
+        table.tried[f"exit {code}"] += 1
+        table.check(code in (0, 6) and "Traceback" not in run.err, f"{what}: exit {code}: {run.err[-500:]}")
+        table.check(code == 0 or not (place / "place" / "out").exists(), f"{what}: promoted an output")
+        finish(table, place, expected, (), what)
+        shutil.rmtree(place)
+    return table
+
+
 def versions(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in row["versions"].items())
 
@@ -349,9 +368,10 @@ def save(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaigns", nargs="*", choices=["kills", "signals", "disk", []], default=[])
+    parser.add_argument("campaigns", nargs="*", choices=["kills", "signals", "disk", "memory", []], default=[])
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=200)
+    parser.add_argument("--memories", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     saved = RESULTS / "faults.json"
@@ -360,12 +380,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vlmquant-faults-") as folder:
         home = Path(folder)
         expected = Expected.make(home / "expected")
-        for name in options.campaigns or ("kills", "signals", "disk"):
+        for name in options.campaigns or ("kills", "signals", "disk", "memory"):
             dice = random.Random(f"{name} {options.seed}")
             if name == "kills":
                 table = kills(home, expected, options.kills, dice)
             elif name == "signals":
                 table = signals(home, expected, options.signals, dice)
+            elif name == "memory":
+                table = memory(home, expected, options.memories, dice)
             else:
                 table = disk(home, expected, dice)
             for what, times in sorted(table.tried.items()):

@@ -39,6 +39,7 @@ ROOMS = [
     "grid",
     "recipe",
     "progress",
+    "streams",
     "scratch",
     "reading",
     "limits",

@@ -25,7 +25,6 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def call(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["vlmquant", *map(str, words)])
-        monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
         with pytest.raises(SystemExit) as end:
             cli.main()
         out, err = capsys.readouterr()

@@ -198,6 +198,12 @@ PARTS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
             {"role": "model", "parts": [{"text": "red"}]},
         ]
     },
+    "image-in-text-part": lambda place, n: {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": f"#{n}?", "image": place}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        ]
+    },
     "untyped": lambda place, n: {
         "messages": [
             {"role": "user", "content": [{"image": place, "text": f"#{n}?"}]},

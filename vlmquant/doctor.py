@@ -75,7 +75,11 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
             ready = "compiled" if kernel["compiled"] else "compiled at first use"
             yield f"    {kernel['tokens']:>5} tokens: {kernel['entry']} ({kernel['why']}; {ready})"
     cache = found["cache"]
-    state = "can be written to" if cache["writable"] else f"CANNOT be used ({cache['problem']}): processes compile anew"
+    state = (
+        "can be written to"
+        if cache["writable"]
+        else f"CANNOT be written to ({cache['problem']}), every process compiles again"
+    )
     yield f"cache: {cache['path']}, {state}; {cache['kernels']} kernels, {cache['bytes'] / 1e6:.1f} MB"
     if cache["damaged"]:
         yield f"  {cache['damaged']} of them damaged, or not yours alone; they are compiled again when needed"

@@ -203,7 +203,10 @@ def quantize_blocks(
             raise
         if size == 1 or not batches:
             raise _out_of_memory(error) from error
-        note = f"memory ran out with {size} samples in a calibration batch; the blocks from here on saw one at a time"
+        note = (
+            f"calibration: memory ran out with {size} samples in a batch, when {len(writer.records()) - 1} of "
+            f"{len(writer.components.blocks)} blocks were done; the others saw one sample at a time"
+        )
     gc.collect()  # the passes that were given up hold their activations in circles
     stderr.print(note, soft_wrap=True, markup=False)
     try:
@@ -215,7 +218,7 @@ def quantize_blocks(
 
 
 def batch_size(writer: CheckpointWriter) -> int:
-    """Calibration samples in a batch of the block that was done last, which a resumed run must go on with."""
+    """Calibration samples in a batch, which a resumed run must go on with."""
     return min((record.get("batch_size") or BATCH_SIZE for record in writer.records()), default=BATCH_SIZE)
 
 
@@ -235,11 +238,12 @@ def _quantize_blocks(
     device: torch.device,
     note: str | None = None,
 ) -> BlockResult:
-    """note: what to say of the first block that is done here."""
+    """note: why this size, from here on."""
     components, plan, recipe = writer.components, writer.plan, writer.recipe
-    if (outside := _restore(writer, None)) is None:
-        outside = BlockResult(_quantize_outside(components, plan), {})
-        _record(writer, None, outside, size)
+    outside = _restore(writer, None)
+    if outside is None or note:
+        outside = BlockResult(_quantize_outside(components, plan), {}, notes=(note,) if note else ())
+        _record(writer, None, outside, batch_size=size)
     stream = BlockStream(
         components,
         plan,
@@ -252,7 +256,7 @@ def _quantize_blocks(
         experts=recipe.calibration.experts,
     )
     errors: dict[str, float] = {}
-    notes: list[str] = []
+    notes = list(outside.notes)
     expert_tokens: dict[str, list[int]] = {}
     with bar("quantize", total=len(components.blocks)) as progress:
         for block in stream:
@@ -260,9 +264,7 @@ def _quantize_blocks(
                 signals.check()
                 stage.finish(ALGORITHMS[stage.method](stage))
             if not block.restored:
-                block.notes += [f"{block.info.name}: {note}"] if note else []
-                note = None
-                _record(writer, block.info.name, block.result, size)
+                _record(writer, block.info.name, block.result)
             errors |= block.errors
             notes += block.notes
             expert_tokens |= block.expert_tokens
@@ -294,13 +296,8 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, size: int) -> None:
-    record = {
-        "errors": result.errors,
-        "notes": list(result.notes),
-        "experts": result.expert_tokens,
-        "batch_size": size,
-    }
+def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, **more: int) -> None:
+    record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens, **more}
     writer.add(unit, result.quantized, result.changed, record)
 
 
