@@ -2,19 +2,25 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import fake_runs
 from tests.small_set import write_small_set
 from vlmquant import cli
 from vlmquant.errors import UsageError
+from vlmquant.evaluation.settings import Settings
+from vlmquant.report.data import write_json
+from vlmquant.threads import set_threads
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -279,3 +285,222 @@ def test_sample_counts() -> None:
     for text in ("", "caption", "caption=", "caption=0", "caption=1,caption=2", "=3"):
         with pytest.raises(UsageError, match="--samples: expected"):
             cli.parse_counts(text)
+
+
+# Standard output and error
+
+
+def with_streams(command: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, with the body of a command in place of all commands."""
+    program = f"from vlmquant import cli, progress\ndef app():\n    {command}\ncli.app = app\ncli.main()"
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run([sys.executable, "-c", program], text=True, check=False, **pipes)
+
+
+TABLE = "from rich.table import Table; cli.show(Table('column'))"
+
+
+@pytest.mark.parametrize("command", ["cli.say('result')", TABLE, "print('result')"])
+def test_a_full_standard_output_is_one_line(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = with_streams(command, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr == "vlmquant: standard output: cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["cli.say('result')", TABLE, "print('result')"])
+def test_a_reader_that_has_gone_is_no_error_message_and_no_success(command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = with_streams(command, stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_closed_standard_output_is_told_before_any_work() -> None:
+    done = with_streams("raise KeyError", stdout=None, preexec_fn=lambda: os.close(1))
+    assert done.returncode == 2
+    assert done.stderr.startswith("vlmquant: standard output is closed")
+
+
+BAR = "    \n    ".join(
+    ["cli.say('result')", "with progress.bar('work', 1) as bar: bar.step()", "progress.stderr.print('x')"]
+)
+
+
+@pytest.mark.parametrize("how", ["full", "closed", "nobody reads"])
+def test_work_goes_on_without_standard_error(how: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full", "w") as full:
+        given: dict[str, Any] = {"full": {"stderr": full}, "nobody reads": {"stderr": writing}}
+        closed = {"stderr": None, "preexec_fn": lambda: os.close(2)}
+        done = with_streams(BAR, **given.get(how, closed))
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, "result\n")
+
+
+def test_no_file_of_ours_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Or what libraries print would stand in it."""
+    body = f"file = open({str(tmp_path / 'weights')!r}, 'w'); cli.say(file.fileno() > 2)"
+    done = with_streams(body, stderr=None, preexec_fn=lambda: os.closerange(2, 3))
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        ("OSError(28, 'No space left on device')", 1, "No space left on device"),
+        ("OSError(13, 'Permission denied', '/a/b')", 1, "/a/b: Permission denied"),
+        ("MemoryError()", 6, "memory ran out"),
+        ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")', 6, "memory ran out"),
+        ("cli.UsageError('one\\\\nvlmquant: two\\x1b[2J \\\\ud800')", 2, "one\n  vlmquant: two\\x1b[2J \\ud800"),
+    ],
+)
+def test_errors_are_one_message_and_a_code(raised: str, code: int, message: str) -> None:
+    done = with_streams(f"raise {raised}")
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith("vlmquant: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    done = with_streams("raise KeyError('a bug')")
+    assert done.returncode == 1
+    assert "KeyError: 'a bug'" in done.stderr
+
+
+# Options
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "1025", "100000", "1" + "0" * 20, "9" * 5000, "two"])
+@pytest.mark.parametrize("command", ["quantize", "eval", "compare", "demo"])
+def test_a_number_of_threads_that_no_machine_has(run: Run, tmp_path: Path, command: str, threads: str) -> None:
+    places = {
+        "quantize": ("m", "-r", "mixed", "-o", "o"),
+        "eval": ("m", "--reference", "m", "-d", "d"),
+        "compare": ("m", "m", "-d", "d"),
+        "demo": (),
+    }
+    code, out, err = run(command, *places[command], "--threads", threads)
+    assert code == 2
+    assert not out
+    assert "--threads" in err
+
+
+@pytest.mark.parametrize("threads", [0, 1025, 10**20])
+def test_the_library_refuses_such_a_number_too(threads: int) -> None:
+    with pytest.raises(UsageError, match=r"threads is .*; it must be between 1 and 1024"):
+        set_threads(threads)
+    with pytest.raises(UsageError, match=r"threads is .*; it must be between 1 and 1024"):
+        Settings(threads=threads)
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:99", "mps", "", "cpu:999999999999", "hpu", "\x1b[2J", "a\nb"])
+def test_devices_that_do_not_compute(run: Run, tiny_llava: Path, tmp_path: Path, device: str) -> None:
+    words = ("quantize", tiny_llava, "-r", "rtn-w4", "-o", tmp_path / "out", "--device", device)
+    refused(run, tmp_path / "out", *words, code=2, message=": cannot be used here (")
+
+
+ODD_PATHS = ["", "/", "~nouser/x", "a\nb", "a\x1b[2J", "a\udcffb", "x" * 300, "x/" * 3000, "[/]", "/dev/null"]
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "PATH"),
+        ("plan", "PATH", "-r", "mixed"),
+        ("plan", "MODEL", "-r", "PATH"),
+        ("inspect", "MODEL", "--family", "PATH"),
+        ("quantize", "MODEL", "-r", "gptq-w4", "-o", "OUT", "--calibration", "PATH"),
+        ("eval", "MODEL", "--reference", "PATH", "-d", "PATH", "-o", "OUT"),
+        ("verify", "PATH"),
+        ("gate", "PATH"),
+    ],
+    ids=lambda words: "-".join(words[:1] + tuple(word for word in words if word.startswith("-"))),
+)
+def test_odd_paths_are_refused_in_our_words(
+    run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"PATH": path, "MODEL": str(tiny_llava), "OUT": str(tmp_path / "out")}
+    code, out, err = run(*(given.get(word, word) for word in words))
+    assert code in (1, 2), err
+    assert not out
+    assert re.findall(r"^vlmquant: ", err, re.MULTILINE) == ["vlmquant: "]
+    assert len(err) < 5000
+    assert all(line.isprintable() for line in err.splitlines())
+
+
+# The gate's sources
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    reference = [fake_runs.sample(index, "vqa") for index in range(40)]
+    manifest = {"recipe": {"name": "of-the-model", "gate": {"max_kl": 5.0}}}
+    candidate = fake_runs.run("int4", fake_runs.degraded(reference, seed=0), manifest=manifest)
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    write_json(fake_runs.report(reference, candidate), path)
+    return path
+
+
+def test_the_gate_says_whose_thresholds_it_takes(
+    run: Run, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.yaml").write_text("name: my-own\ncomponents: {}\ngate: {max_kl: 5}\n")
+    own = "thresholds: from the recipe my-own given with --recipe"
+    recorded = (
+        "thresholds: from the recipe recorded in the report itself (of-the-model); give --recipe to judge by your own"
+    )
+    for words, told in (((), recorded), (("--recipe", tmp_path / "mine.yaml"), own)):
+        junit, summary = tmp_path / f"{len(words)}.xml", tmp_path / f"{len(words)}.md"
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+        code, out, err = run("gate", report, "--junit", junit, *words)
+        assert code == 0, err
+        assert told in " ".join(out.split())
+        source = told.removeprefix("thresholds: ")
+        assert f'<property name="thresholds" value="{source}" />' in junit.read_text()
+        assert f"Thresholds: {source}" in summary.read_text()
+        found = json.loads(run("gate", report, "--json", *words)[1])["thresholds"]
+        assert found["from"] == source
+        assert found["max_kl"] == 5.0
+
+
+@pytest.mark.parametrize("kind", ["a folder", "full", "a pipe", "nowhere"])
+def test_a_step_summary_that_cannot_be_written(
+    run: Run, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    places = {"a folder": tmp_path, "full": "/dev/full", "a pipe": tmp_path / "pipe", "nowhere": tmp_path / "x" / "y"}
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(places[kind]))
+    code, out, err = run("gate", report)
+    assert code == 1
+    assert "pass" in out
+    assert err.startswith(f"vlmquant: {places[kind]}: cannot be written")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"name": "x"},
+        {"name": "x", "gate": None},
+        {"name": "x", "gate": []},
+        {"name": "x", "gate": {"max_kl": "Infinity"}},
+        {"name": "x", "gate": {"max_kl": True}},
+        {"name": "x", "gate": {"max_kl": -1}},
+        {"name": "x", "gate": {"max_lk": 1}},
+        "recipe",
+        None,
+    ],
+)
+def test_a_report_with_odd_thresholds_is_not_judged_by_them(
+    run: Run, report: Path, tmp_path: Path, recipe: object
+) -> None:
+    content = json.loads(report.read_text())
+    content["candidates"][0]["manifest"]["recipe"] = recipe
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    words = ("gate", tmp_path / "report.json")
+    refused(run, tmp_path / "none", *words, code=2, message="give thresholds with --recipe")

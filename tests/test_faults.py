@@ -308,7 +308,11 @@ MATRIX: dict[int, Row] = {
     43: Row(
         "SIGINT, SIGTERM, SIGHUP",
         "finish what is being written, exit 130, 143, 129; resume",
-        ("test_faults_checkpoint.py::test_an_interrupted_run_keeps_its_units_and_says_so",),
+        (
+            "test_faults_checkpoint.py::test_an_interrupted_run_keeps_its_units_and_says_so",
+            "test_signals.py::test_the_exit_code_says_the_signal_whatever_became_of_it",
+            "test_signals.py::test_signals_at_random_times_end_a_real_run",
+        ),
     ),
     44: Row(
         "a full disk",
@@ -334,7 +338,10 @@ MATRIX: dict[int, Row] = {
         "memory runs out",
         "exit 6 and how to go on; a second, smaller try",
         (
-            "test_limits.py::test_words_of_a_full_memory",
+            "test_memory.py::test_memory_runs_out_in_many_words",
+            "test_memory.py::test_a_second_try_takes_one_sample_at_a_time",
+            "test_memory.py::test_resuming_after_the_second_try_gives_the_same_bytes",
+            "test_memory.py::test_a_process_that_may_not_take_the_memory_says_so",
             "evaluation/test_same_inputs.py::test_a_full_memory_is_tried_again_with_smaller_batches",
         ),
     ),

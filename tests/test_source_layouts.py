@@ -242,6 +242,7 @@ PARTS: dict[str, Callable[[Any, int], dict[str, Any]]] = {
             {"role": "assistant", "content": "red"},
         ]
     },
+    "in-turn": lambda place, n: {"texts": [{"user": f"which? #{n}", "assistant": "red", "image": place}]},
     "anthropic": lambda place, n: {
         "messages": [
             {
@@ -505,6 +506,24 @@ def test_nested_columns_and_rows_as_columns(folder: Path) -> None:
     assert_whole(read(as_jsonl(records, folder), map=parse_map("image=data.shot, question=data.ask, answer=out.say")))
 
 
+def test_a_data_set_of_the_hub_and_of_several_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    cells = [{"bytes": png(number), "path": None} for number in range(COUNT)]
+    columns = {"image": cells, "question": [f"#{number}?" for number in range(COUNT)], "answer": ["red"] * COUNT}
+    texts = {name: datasets.Value("string") for name in ("question", "answer")}
+    whole = datasets.Dataset.from_dict(columns, features=datasets.Features({"image": datasets.Image(), **texts}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: whole)
+    assert_whole(read_source(SourceSpec("owner/name"), scratch=tmp_path))
+    datasets.DatasetDict({"train": whole, "test": whole}).save_to_disk(tmp_path / "saved")
+    assert_whole(read(tmp_path / "saved"))
+    assert_whole(read(tmp_path / "saved" / "test"))
+    datasets.DatasetDict({"dev": whole, "test": whole}).save_to_disk(tmp_path / "odd")
+    with pytest.raises(InputError, match=r"has the splits dev, test; name the folder of one, .*/odd/dev"):
+        read(tmp_path / "odd")
+
+
 # COCO
 
 
@@ -557,6 +576,8 @@ def test_an_image_that_coco_lists_twice_is_one(folder: Path) -> None:
         ({"photo": "https://x.org/1"}, "with an image on the network: https://x.org/1; download it"),
         ({"imageUrl": {"url": "s3://bucket/1.png"}}, "with an image on the network"),
         ({"image": ["pictures/0.png", "pictures/8.png"]}, "with a missing image: pictures/8"),
+        ({"image": "file://[/a.png"}, "with an image outside its folder: /a.png leads out"),
+        ({"image": "a\0.png"}, "with a missing image"),
         ({"image": 7}, "with an image that is none: a number"),
         ({"image": {"height": 3, "width": 4}}, "with an image that is none: a dict of height, width"),
         ({"image": "pictures"}, "with an image that is none: pictures is a directory"),
@@ -585,7 +606,8 @@ def test_an_image_that_coco_lists_twice_is_one(folder: Path) -> None:
 )
 def test_an_image_that_is_not_there_costs_its_record(fields: dict[str, Any], reason: str, folder: Path) -> None:
     sound = {"question": "2 + 2?", "answer": "4"}
-    reading = read(as_jsonl([sound, sound | fields, sound | {"image": None, "has_image": False}], folder))
+    nothing = {"image": " ", "images": [], "photo": [None], "picture": {"bytes": None, "path": None}, "num_images": 0}
+    reading = read(as_jsonl([sound | nothing, sound | fields, sound | {"image": None, "has_image": False}], folder))
     (bad,) = reading.bad
     assert bad.where.endswith("data.jsonl:2")
     assert re.search(reason, bad.reason), bad.reason
@@ -695,6 +717,15 @@ def test_a_map_says_what_is_meant(folder: Path) -> None:
         parse_map("pictures=x")
 
 
+@pytest.mark.parametrize("answer", [1, "1", "B", "(b)", "B.", "blue"])
+def test_the_answer_to_choices_is_a_letter(answer: Any, folder: Path) -> None:
+    texts = {"question": "which?", "answer": answer}
+    for choices in ({"choices": ["red", "blue"]}, {"options": '["red", "blue"]'}, {"A": "red", "B": "blue"}):
+        (item,) = read(as_jsonl([texts | choices], folder)).candidates
+        assert item.sample.answers == ("B",)
+        assert item.sample.question.startswith("which?\nA. red\nB. blue\n")
+
+
 def test_each_slot_is_given_the_image_of_its_number(folder: Path) -> None:
     content = [{"type": "image", "index": 1}, {"type": "image", "index": 0}, {"type": "text", "text": "same?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "no"}]
@@ -771,10 +802,16 @@ def test_what_is_no_regular_file_is_not_waited_for(folder: Path) -> None:
 # What is no source
 
 
-@pytest.mark.parametrize("text", ["a/b.jsonl", "data/captions.json", "./owner/name", "a/b/c", "~/name", "a/b.parquet"])
-def test_a_path_that_is_not_there_is_not_asked_of_the_hub(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "text", ["a/b.jsonl", "a/b.tsv.gz", "./owner/name", "a/b/c", "~/name", "here/name", "x.parquet"]
+)
+def test_a_path_that_is_not_there_is_not_asked_of_the_hub(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: pytest.fail("asked of the hub"))
     with pytest.raises(InputError, match="no such file or folder"):
         read_source(parse_source(text), scratch=Path("scratch"))

@@ -1,6 +1,10 @@
 """The `vlmquant` command, also as `python -m vlmquant`: notes signals before anything is imported that takes time."""
 
+import _signal  # type: ignore[import-not-found]  # what `signal` makes nice, at once
 import sys
+
+if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # until our handlers are there, it ends the process without a word
 
 from vlmquant import signals
 

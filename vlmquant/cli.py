@@ -607,7 +607,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     """ "4096x11008" -> (4096, 11008)."""
     rows, sign, columns = text.partition("x")
     if not (sign and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise UsageError(f"--shape: expected outputs x inputs such as 4096x11008, got '{text}'")
+        raise UsageError(f"--shape: expected outputs x inputs such as 4096x11008, got '{shown(text)}'")
     return int(rows), int(columns)
 
 
@@ -625,7 +625,7 @@ def parse_counts(text: str, option: str = "--samples") -> dict[str, int]:
 def parse_dtype(name: str) -> Any:
     """The torch dtype of a name; None for auto."""
     if name not in ("auto", "float32", "bfloat16"):
-        raise UsageError(f"--dtype: expected auto, float32 or bfloat16, got '{name}'")
+        raise UsageError(f"--dtype: expected auto, float32 or bfloat16, got '{shown(name)}'")
     if name == "auto":
         return None
     import torch

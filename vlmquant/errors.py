@@ -73,7 +73,7 @@ def first_line(error: BaseException) -> str:
 
 SHOWN_CHARACTERS = 200
 """Of a stranger's text inside a line of ours."""
-MESSAGE_CHARACTERS = 8000
+MESSAGE_CHARACTERS = 4000
 """Of a whole message."""
 
 

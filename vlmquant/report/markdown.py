@@ -78,7 +78,7 @@ def _strata(report: Report) -> list[str]:
             if any(found):
                 n = next(estimate.n for estimate in found if estimate is not None)
                 texts = [metric_text(metric, estimate) for estimate in found]
-                body.append([markdown_text(stratum), metric_title(metric), str(n), *texts])
+                body.append([markdown_text(stratum), markdown_text(metric_title(metric)), str(n), *texts])
     titles = ["stratum", "metric", "n", *(markdown_text(run.label) for run in report.runs)]
     return ["## By stratum", "", *markdown_rows(titles, body, left=2)]
 
@@ -150,8 +150,8 @@ def _worst(reference: Run, run: Run) -> list[str]:
 
 
 def _details(report: Report) -> list[str]:
-    lines = ["## How to repeat it", "", _fence(shlex.join(report.command)), ""]
-    lines += [f"- {key}: {markdown_text(value)}" for key, value in facts(report)]
+    lines = ["## How to repeat it", "", _fence(visible(shlex.join(report.command))), ""]
+    lines += [f"- {markdown_text(key)}: {markdown_text(value)}" for key, value in facts(report)]
     for run in report.runs:
         lines += ["", f"### {markdown_text(run.label)}", ""]
         lines += [f"- {markdown_text(key)}: {markdown_text(value)}" for key, value in run_facts(run)]

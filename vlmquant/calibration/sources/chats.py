@@ -170,7 +170,7 @@ def close(chat: Chat, answers: tuple[str, ...]) -> None:
     first, *others = answers
     add(chat, "assistant", first)
     question, texts = chat.turns.pop()
-    chat.turns.append((question, (*texts, *others)))
+    chat.turns.append((question, (*texts, *filter(None, (read_marks(text).text for text in others)))))
 
 
 def _messages(items: list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
@@ -181,22 +181,30 @@ def _messages(items: list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
             continue
         if not isinstance(item, dict):
             raise UnusableRecordError(f"with a message that is no object: {shown(type(item).__name__)}")
+        pictures, films = _shown_by(tuple(item))
+        if not all(is_empty(item[key]) for key in films):
+            raise UnusableRecordError("with a video or sound, which is not read")
+        images = [{"type": "image", "image": item[key]} for key in pictures if not is_empty(item[key])]
         name = next((item[key] for key in SPEAKER_KEYS if not is_empty(item.get(key))), None)
         if name is None:
-            yield from _turn(item)
+            question, answer = _turn(item)
+            yield "user", _beside(images, question)
+            yield "assistant", answer
             continue
         speaker = SPEAKERS.get(name.strip().lower()) if isinstance(name, str) else None
         if speaker is None:
             raise UnusableRecordError(f"with a message of an unknown role: {shown(name, limit=40)}")
         if speaker == "tool" or not is_empty(item.get("tool_calls")) or not is_empty(item.get("function_call")):
             raise UnusableRecordError("with a tool call, which is not read")
-        pictures, films = _shown_by(tuple(item))
-        if not all(is_empty(item[key]) for key in films):
-            raise UnusableRecordError("with a video or sound, which is not read")
         content = next((item[key] for key in CONTENT_KEYS if not is_empty(item.get(key))), None)
-        images = [item[key] for key in pictures if not is_empty(item[key])]
-        parts = content if isinstance(content, list | tuple) else [content]
-        yield speaker, [*({"type": "image", "image": value} for value in images), *parts] if images else content
+        yield speaker, _beside(images, content)
+
+
+def _beside(images: list[dict[str, Any]], content: Any) -> Any:
+    """The content of a message with the images that stand under keys of their own."""
+    if not images:
+        return content
+    return [*images, *(content if isinstance(content, list | tuple) else [content])]
 
 
 @lru_cache(maxsize=1000)
@@ -205,15 +213,14 @@ def _shown_by(keys: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(filter(claims_image, keys)), tuple(filter(names_video, keys))
 
 
-def _turn(item: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """One exchange in an object: {"user", "assistant"} or {"question", "answer"}."""
+def _turn(item: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Question and answer of one exchange in an object: {"user", "assistant"} or {"question", "answer"}."""
     by_role = {role_of(key): value for key, value in reversed(list(item.items())) if not is_empty(value)}
     if "question" not in by_role or "answer" not in by_role:
         raise UnusableRecordError(
             f"with a message without a role: its keys are {', '.join(shown(key, limit=30) for key in list(item)[:8])}"
         )
-    yield "user", by_role["question"]
-    yield "assistant", by_role["answer"]
+    return by_role["question"], by_role["answer"]
 
 
 def _content(content: Any) -> tuple[Marked, list[int | None], list[Any]]:

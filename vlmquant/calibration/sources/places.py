@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 from vlmquant.calibration.images import UnusableImageError
 from vlmquant.calibration.sources.keys import claims_image, is_empty
@@ -46,6 +46,7 @@ INSIDE = (
 """Keys of an object that stands for an image, the first that holds something counts."""
 BASE64 = re.compile(r"[A-Za-z0-9+/\-_\s]{48,}={0,2}\s*")
 URL = re.compile(r"[A-Za-z][\w+.-]{1,20}://")
+FILE_URL = re.compile(r"^file:(?://[^/]*)?", re.IGNORECASE)
 HEAD = 64
 """Characters of base64 text, or bytes, that tell an image."""
 
@@ -158,7 +159,7 @@ class Resolver:
             decode(place)
             return EmbeddedImage(hashlib.sha256(_body(place).encode()).hexdigest(), _reader(read))
         if place[:5].lower() == "file:":
-            place = unquote(urlparse(place).path)
+            place = unquote(FILE_URL.sub("", place))
         elif URL.match(place):
             raise NetworkImageError(
                 f"with an image on the network: {shown(place, limit=80)}; download it and give its local path"
