@@ -294,13 +294,15 @@ def with_streams(command: str, **streams: Any) -> subprocess.CompletedProcess[st
     """The command line in a process of its own, with the body of a command in place of all commands."""
     program = f"from vlmquant import cli, progress\ndef app():\n    {command}\ncli.app = app\ncli.main()"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
-    return subprocess.run([sys.executable, "-c", program], text=True, check=False, **pipes)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", program], text=True, check=False, env=environment, **pipes)
 
 
+PRINT = "print('result')"
 TABLE = "from rich.table import Table; cli.show(Table('column'))"
 
 
-@pytest.mark.parametrize("command", ["cli.say('result')", TABLE, "print('result')"])
+@pytest.mark.parametrize("command", ["cli.say('result')", TABLE, PRINT])
 def test_a_full_standard_output_is_one_line(command: str) -> None:
     with open("/dev/full", "w") as full:
         done = with_streams(command, stdout=full)
@@ -308,7 +310,7 @@ def test_a_full_standard_output_is_one_line(command: str) -> None:
     assert done.stderr == "vlmquant: standard output: cannot be written: No space left on device\n"
 
 
-@pytest.mark.parametrize("command", ["cli.say('result')", TABLE, "print('result')"])
+@pytest.mark.parametrize("command", ["cli.say('result')", TABLE, PRINT])
 def test_a_reader_that_has_gone_is_no_error_message_and_no_success(command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -354,7 +356,7 @@ def test_no_file_of_ours_gets_the_number_of_a_closed_stream(tmp_path: Path) -> N
         ("OSError(13, 'Permission denied', '/a/b')", 1, "/a/b: Permission denied"),
         ("MemoryError()", 6, "memory ran out"),
         ('RuntimeError("DefaultCPUAllocator: can\'t allocate memory: you tried")', 6, "memory ran out"),
-        ("cli.UsageError('one\\\\nvlmquant: two\\x1b[2J \\\\ud800')", 2, "one\n  vlmquant: two\\x1b[2J \\ud800"),
+        ("cli.UsageError('one\\nvlmquant: two\\x1b[2J \\ud800')", 2, "one\n  vlmquant: two\\x1b[2J \\ud800"),
     ],
 )
 def test_errors_are_one_message_and_a_code(raised: str, code: int, message: str) -> None:

@@ -1,5 +1,6 @@
 """What `vlmquant doctor` says, with GPUs that are not there."""
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,6 +89,45 @@ def test_a_missing_nvrtc_is_a_line_and_no_error(monkeypatch: pytest.MonkeyPatch)
     assert "NVRTC: NVRTC cannot be loaded" in "\n".join(doctor.lines(doctor.examine()))
 
 
-def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
-    assert "CANNOT be written to" in "\n".join(doctor.lines(doctor.examine()))
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("file", "is no folder"),
+        ("file/below", "Not a directory"),
+        ("/proc/vlmquant", "No such file"),
+        ("/dev/null", "is no folder"),
+        ("open", "can be written to by other users"),
+        ("holder", "can be written to by other users"),
+        ("dangling", "No such file"),
+    ],
+)
+def test_a_cache_that_cannot_be_written_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str, why: str
+) -> None:
+    """Whoever asks: root may write to any folder by its bits, but not to these."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "holder" / "kernels").mkdir(parents=True)
+    (tmp_path / "holder" / "kernels").chmod(0o770)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv(build.CACHE, str(tmp_path / place))
+    found = doctor.examine()
+    assert not found["cache"]["writable"]
+    assert why in found["cache"]["problem"]
+    assert "CANNOT be written to" in "\n".join(doctor.lines(found))
+
+
+def test_a_cache_that_can_be_written_to_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(build.CACHE, str(tmp_path / "new" / "cache"))
+    assert doctor.examine()["cache"]["writable"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pipes_and_links_in_the_cache_are_damaged_and_not_waited_for(tmp_path: Path) -> None:
+    kernels = tmp_path / "cache" / "kernels"
+    kernels.mkdir(parents=True, mode=0o700)
+    os.mkfifo(kernels / "a.cubin")
+    (kernels / "b.cubin").symlink_to("/dev/zero")
+    found = doctor.examine()["cache"]
+    assert (found["kernels"], found["damaged"]) == (2, 2)

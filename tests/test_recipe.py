@@ -1,5 +1,7 @@
 """Recipes: what is shipped loads, what is wrong is named with its place."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.errors import EXIT_USAGE, RecipeError
-from vlmquant.recipe import METHODS, SHORT_SCHEMES, Override, Scheme, load_recipe, parse_recipe, shipped
+from vlmquant.recipe import METHODS, SHORT_SCHEMES, Override, Scheme, load_family, load_recipe, parse_recipe, shipped
 
 SHIPPED = sorted(shipped("recipes").glob("*.yaml"))
 
@@ -140,3 +142,124 @@ def test_a_scheme_written_out_is_judged_as_one() -> None:
     with pytest.raises(RecipeError) as error:
         parse_recipe(text, name="r.yaml")
     assert str(error.value) == "r.yaml:4:29: components.language.scheme.bits: input should be 3, 4 or 8 (got 5)"
+
+
+# What strangers put into YAML
+
+ODD = {
+    "a tag of Python's": (
+        "seed: !!python/object/apply:os.system [true]",
+        "4:7: a value of YAML's kind 'python/object/apply:os.system'",
+    ),
+    "a tag that does not fit": ("seed: !!int x", r"4:7: not valid YAML \(invalid literal"),
+    "a date": ("calibration: {set: 2026-01-05}", "4:20: a value of YAML's kind 'timestamp' is not allowed in recipes"),
+    "a date that is none": ("calibration: {set: 2026-77-05}", "4:20: a value of YAML's kind 'timestamp'"),
+    "bytes": ("family: {language: !!binary aGk=, vision_encoder: [x]}", "4:20: a value of YAML's kind 'binary'"),
+    "a set": ("fallback: {when_indivisible: !!set {fp16}}", "4:30: a value of YAML's kind 'set'"),
+    "pairs in order": ("calibration: {strata: !!omap [vqa: 3]}", "4:23: a value of YAML's kind 'omap'"),
+    "a number of 7,000 digits": (
+        f"calibration: {{samples: {'7' * 7000}}}",
+        r"4:24: not valid YAML \(Exceeds the limit",
+    ),
+    "a number of 300 digits": (
+        f"calibration: {{samples: {'7' * 300}}}",
+        r"calibration\.samples: input should be less than",
+    ),
+    "a list for a key": ("? [a, b]\n: 1", "4:3: a key must be a word"),
+    "a mapping for a key": ("? {a: b}\n: 1", "4:3: a key must be a word"),
+    "a merge": ("gate: {<<: {max_kl: 1}}", "4:8: a key must be a word"),
+    "nested lists": (f"gate: {'[' * 900}{']' * 900}", "4:70: nested more than 64 deep"),
+    "nested mappings": (f"gate: {'{a: ' * 500}1{'}' * 500}", "nested more than 64 deep"),
+    "half a surrogate pair": ('calibration: {set: "\\udc80"}', "not valid YAML"),
+    "a control character": ("calibration: {set: \x07}", "not valid YAML"),
+    "two documents": ("---\nname: y", "not valid YAML"),
+    "a number for a key": ("5: 6", "keys should be strings"),
+    "nothing for a key": ("null: 6", "keys should be strings"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), ODD.values(), ids=ODD)
+def test_yaml_that_means_nothing_here_is_refused_with_its_place(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"^x\.yaml.*{message}") as caught:
+        parse_recipe(GOOD + text, name="x.yaml")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "gate: {max_kl: true}",
+        "gate: {max_kl: .inf}",
+        "gate: {max_bleu_drop: .nan}",
+        "gate: {max_perplexity_increase: 1e999}",
+        f"gate: {{max_perplexity_increase: {'9' * 400}%}}",
+        "gate: {max_perplexity_increase: 1.2.3%}",
+        "gate: {max_flip_rate: -1%}",
+        "gate: {max_exact_match_drop: many}",
+        "gate: {alpha: .nan}",
+        "calibration: {samples: '12'}",
+        "calibration: {samples: 12.0}",
+        "calibration: {seed: false}",
+        "calibration: {set: 7}",
+        "calibration: {strata: {vqa: yes}}",
+        "calibration: {experts: {others_count: .inf}}",
+        "fallback: {when_indivisible: fp16}",
+        "components: 3",
+        "version: true",
+        "version: 1.0",
+        "family: [a]",
+        "output: {max_shard_size: 1e12}",
+    ],
+)
+def test_values_of_another_type_and_numbers_that_are_none(text: str) -> None:
+    plain = GOOD if not text.startswith("components") else "name: x\n"
+    with pytest.raises(RecipeError, match=r"^x\.yaml:\d+:\d+: "):
+        parse_recipe(plain + text, name="x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("1e-4", 1e-4), ("2E-3", 2e-3), (".5", 0.5), ("1", 1.0), ("'0.1'", 0.1)]
+)
+def test_numbers_as_people_write_them(written: str, value: float) -> None:
+    assert parse_recipe(GOOD + f"gate: {{max_kl: {written}}}", name="x").gate.max_kl == value
+
+
+@pytest.mark.parametrize("layers", ["9" * 5000 + ":", ":" + "9" * 5000 + "%", "1234567890:", "٣:", "1:2:3"])
+def test_ranges_that_are_none(layers: str) -> None:
+    text = f'name: x\ncomponents:\n  language: {{scheme: w4a16, overrides: [{{layers: "{layers}", method: awq}}]}}\n'
+    with pytest.raises(RecipeError, match=r"^x:3:50: .*expected a range") as caught:
+        parse_recipe(text, name="x")
+    assert len(str(caught.value)) < 500
+
+
+def test_of_many_errors_the_first_are_told() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(GOOD + "".join(f"key{number}: 1\n" for number in range(3_000)), name="x.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "x.yaml:4:1: unknown key 'key0'"
+    assert lines[-1] == "and 2,980 more of the kind"
+    assert len(lines) == 21
+
+
+def test_long_words_are_cut() -> None:
+    for text in (GOOD + f"{'k' * 900}: 1\n", GOOD + f"gate: {'v' * 100_000}\n", GOOD.replace("w4a16", "s" * 100_000)):
+        with pytest.raises(RecipeError, match=r"\.\.\.") as caught:
+            parse_recipe(text, name="x.yaml")
+        assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("load", [load_recipe, load_family])
+def test_what_is_no_file_is_not_read(load: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "huge.yaml").write_text("# " + "x" * 1_000_001)
+    (tmp_path / "binary.yaml").write_bytes(b"name: \xff\n")
+    for name in ("pipe", "folder", "huge", "binary", "none", "n" * 150):
+        with pytest.raises(RecipeError, match=name):
+            load(tmp_path / f"{name}.yaml")
+
+
+def test_a_folder_of_its_name_does_not_hide_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mixed").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("mixed").name == "mixed"

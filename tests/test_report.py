@@ -129,6 +129,127 @@ def test_a_report_changed_by_hand_is_one_line_of_error(
     assert "\n" not in str(caught.value)
 
 
+def at(data: dict[str, Any], path: str) -> tuple[Any, Any]:
+    """The list or mapping that holds a value, and its key there."""
+    *way, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    for part in way:
+        data = data[part]  # type: ignore[index]
+    return data, last
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("version", True),
+        ("version", 1.0),
+        ("version", "1"),
+        ("candidates.0.samples.5.tokens", -1),
+        ("candidates.0.samples.5.tokens", 10**30),
+        ("candidates.0.samples.5.tokens", True),
+        ("candidates.0.samples.5.tokens", "10"),
+        ("candidates.0.samples.5.tokens", 10.0),
+        ("candidates.0.samples.5.nll", -0.25),
+        ("candidates.0.samples.5.nll", "1.5"),
+        ("candidates.0.samples.5.nll", True),
+        ("candidates.0.samples.5.nll", None),
+        ("candidates.0.samples.5.nll", 10**400),
+        ("candidates.0.samples.5.nll", "-Infinity"),
+        ("candidates.0.samples.5.all_nll", -1.0),
+        ("candidates.0.samples.5.kl", -0.5),
+        ("candidates.0.samples.5.flips", 11),
+        ("candidates.0.samples.5.flips", -1),
+        ("candidates.0.samples.5.exact", 1),
+        ("candidates.0.samples.5.exact", "true"),
+        ("candidates.0.samples.5.wrong_image_nll", -3.0),
+        ("candidates.0.samples.5.references", "yes"),
+        ("candidates.0.samples.5.id", 5),
+        ("candidates.0.samples.5.surprise", 1),
+        ("candidates.0.costs.weight_bytes", -5),
+        ("candidates.0.costs.load_seconds", "fast"),
+        ("candidates.0.costs.tokens_per_second", -1.0),
+        ("candidates.0.costs.tokens_per_second_range", [1.0]),
+        ("candidates.0.manifest", []),
+        ("candidates.0.samples", []),
+        ("candidates.0.label", "\ud800"),
+        ("reference.samples", {}),
+        ("summaries.1.all.kl.n", -3),
+        ("summaries.1.all.kl.point", "low"),
+        ("summaries.1.all.kl.standard_error", -1.0),
+        ("command", "vlmquant eval"),
+        ("hashes", {"evaluation set": 3}),
+    ],
+)
+def test_values_that_no_evaluation_finds_are_refused(report: Report, tmp_path: Path, path: str, value: object) -> None:
+    file = tmp_path / "report.json"
+    write_json(report, file)
+    data = json.loads(file.read_text())
+    holder, key = at(data, path)
+    holder[key] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError) as caught:
+        read_json(file)
+    assert str(caught.value).startswith(f"{file}: ")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
+def test_summaries_are_those_of_the_samples(report: Report, tmp_path: Path) -> None:
+    file = tmp_path / "report.json"
+    write_json(report, file)
+    data = json.loads(file.read_text())
+    data["summaries"][1]["all"]["kl"]["point"] /= 10
+    file.write_text(json.dumps(data))
+    with pytest.raises(
+        InputError, match=r"run 'gptq-int4': kl of all is 0\.\d+ in the summary and 0\.\d+ in the samples"
+    ):
+        read_json(file)
+    write_json(report, file)
+    data = json.loads(file.read_text())
+    data["summaries"][2]["chart"] = data["summaries"][2]["all"]
+    file.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=r"of chart is .* and absent in the samples"):
+        read_json(file)
+
+
+def test_a_kl_just_below_zero_is_rounding(one: Report, tmp_path: Path) -> None:
+    samples = [replace(sample, kl=-1e-7, flips=0) for sample in one.candidates[0].samples]
+    found = fake_runs.report(one.reference.samples, replace(one.candidates[0], samples=tuple(samples)))
+    write_json(found, tmp_path / "report.json")
+    assert read_json(tmp_path / "report.json") == found
+
+
+ODD_MANIFESTS: list[dict[str, Any]] = [
+    {"plan": {"lines": text}}
+    for text in (
+        "lines",
+        ["a", 3, None],
+        {"a": "b"},
+        [{"name": 3, "component": "x"}],
+        [{"name": ["a"], "component": {}}],
+    )
+] + [
+    {"plan": []},
+    {"plan": {"components": [1, 2]}},
+    {"plan": {"components": {"language": {"bytes_before": "many", "bytes_after": 3}}}},
+    {"plan": {"components": {"language": {"bytes_before": 10**400, "bytes_after": -1}}}},
+    {"plan": {"components": {"language": None, "\x1b[2J": {"bytes_before": True, "bytes_after": 1.5}}}},
+    {"errors": [], "recipe": ["x"]},
+    {"errors": {f"{LAYERS}.{'9' * 5000}.q.weight": 1.0}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
+    {"errors": {f"{LAYERS}.1.mlp.down_proj.weight": 10**400}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
+    {"errors": {f"{LAYERS}.1.mlp.down_proj.weight": True}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
+    {"errors": {f"{LAYERS}.1.mlp.down_proj.weight": "big"}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
+]
+
+
+@pytest.mark.parametrize("manifest", ODD_MANIFESTS, ids=lambda manifest: str(manifest)[:40])
+def test_an_odd_manifest_has_less_to_show(one: Report, manifest: dict[str, Any]) -> None:
+    odd = replace(one, candidates=(replace(one.candidates[0], manifest=manifest),))
+    assert layer_errors(odd.candidates[0]) == []
+    assert component_bytes(odd.candidates[0]) == []
+    assert "vlmquant" in to_html(odd)
+    assert "vlmquant" in to_markdown(odd)
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_a_report_cut_short_or_overwritten_is_an_input_error(report: Report, data: st.DataObject) -> None:

@@ -655,7 +655,10 @@ def main() -> None:
     wait_without_spinning()
     try:
         streams.prepare()
-        app()
+        try:
+            app()
+        finally:
+            streams.flush()
     except VlmquantError as error:
         fail(error, error.exit_code)
     except Exception as error:

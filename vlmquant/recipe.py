@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmquant import reading
-from vlmquant.errors import RecipeError, shown
+from vlmquant.errors import LINE_CHARACTERS, RecipeError, shown
 
 RECIPE_MAX_BYTES = 1_000_000
 ERRORS_TOLD = 20
@@ -41,13 +41,19 @@ def _number(value: Any) -> Any:
     return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
 
 
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | float):  # which equal whole numbers, so that a Literal takes them
+        raise ValueError("input should be a valid integer")
+    return value
+
+
 Number = Annotated[float, BeforeValidator(_number)]
 
 
 class Scheme(Data):
     """How a weight is stored, and whether its inputs are quantized as well."""
 
-    bits: Literal[3, 4, 8]
+    bits: Annotated[Literal[3, 4, 8], BeforeValidator(_whole)]
     """Bits of one weight code."""
     group_size: Annotated[int, Field(ge=16, le=4096)] | None = 128
     """Input channels that share one scale; null for one scale per output channel."""
@@ -275,7 +281,7 @@ class FamilySpec(Data):
 
 
 class Recipe(Data):
-    version: Literal[1] = 1
+    version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     components: Components
     family: FamilySpec | None = None
@@ -315,8 +321,8 @@ def load_recipe(source: str | Path) -> Recipe:
         path = shipped("recipes") / f"{source}.yaml"
         if "/" in str(source) or not os.path.isfile(path):
             names = sorted(file.stem for file in shipped("recipes").glob("*.yaml"))
-            hint = _nearest(str(source), names)
-            raise RecipeError(f"{shown(source)}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
+            given, hint = shown(source, limit=LINE_CHARACTERS), _nearest(str(source), names)
+            raise RecipeError(f"{given}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
     return parse_recipe(_read_text(path), name=str(path))
 
 
@@ -324,7 +330,7 @@ def load_family(path: Path) -> FamilySpec:
     """Read a file with the keys of a recipe's `family:`. RecipeError as `load_recipe`'s."""
     if not os.path.exists(path):
         keys = ", ".join(FamilySpec.model_fields)
-        raise RecipeError(f"{shown(path)}: no such file; give a YAML file with the keys {keys}")
+        raise RecipeError(f"{shown(path, limit=LINE_CHARACTERS)}: no such file; give a YAML file with the keys {keys}")
     return _parse(FamilySpec, _read_text(path), name=str(path))
 
 

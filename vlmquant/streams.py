@@ -43,6 +43,12 @@ def printing() -> Iterator[None]:
         raise VlmquantError(f"standard output: cannot be written: {error.strerror}") from error
 
 
+def flush() -> None:
+    """What is still waiting to be printed, libraries' words included."""
+    with printing():
+        pass
+
+
 def silence(stream: Any) -> None:
     """Send a stream to nothing from now on, what it still holds included."""
     with suppress(OSError, ValueError, AttributeError):

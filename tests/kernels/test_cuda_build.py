@@ -284,6 +284,67 @@ def test_without_a_place_for_the_cache_it_works_all_the_same(
     assert build.CACHE in caplog.text
 
 
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+@pytest.mark.parametrize("how", ["file", "folder", "cache", "owner of the file", "owner of the folder", "link", "pipe"])
+def test_code_that_others_could_have_written_does_not_run(
+    entry: Entry, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its checksum is right: whoever may write there can make one."""
+    done = compiled(monkeypatch)
+    code = build.load(entry, "sm_80")
+    path = build.cache_path(build.program(entry, "sm_80"))
+    build.write_cached(path, b"another user's code")
+    places = {"file": path, "folder": path.parent, "cache": path.parent.parent}
+    if how in places:
+        places[how].chmod(0o666 if how == "file" else 0o777)
+    elif how.startswith("owner"):
+        real, foreign = os.stat, path if how.endswith("file") else path.parent
+        inode = real(foreign).st_ino
+
+        def owned(state: os.stat_result) -> os.stat_result:
+            fields = list(state)
+            fields[stat.ST_UID] = 4321 if state.st_ino == inode else os.geteuid()
+            return os.stat_result(fields)
+
+        real_fstat = os.fstat
+        monkeypatch.setattr(build.os, "stat", lambda place, **how: owned(real(place, **how)))
+        monkeypatch.setattr(build.os, "fstat", lambda number: owned(real_fstat(number)))
+    else:
+        content = path.read_bytes()
+        path.unlink()
+        if how == "pipe":
+            os.mkfifo(path)
+        else:
+            (tmp_path / "elsewhere").write_bytes(content)
+            path.symlink_to(tmp_path / "elsewhere")
+    assert build.load(entry, "sm_80") == code
+    assert done == ["twice", "twice"]
+    assert how == "link" or "is not used" in caplog.text
+
+
+def test_the_cache_is_made_for_one_user(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled(monkeypatch)
+    before = os.umask(0)
+    try:
+        build.load(entry, "sm_80")
+    finally:
+        os.umask(before)
+    path = build.cache_path(build.program(entry, "sm_80"))
+    for place, mode in ((path, 0o600), (path.parent, 0o700), (path.parent.parent, 0o700)):
+        assert stat.S_IMODE(place.stat().st_mode) == mode
+
+
+def test_nothing_is_kept_where_others_can_write(
+    entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled(monkeypatch)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    build.load(entry, "sm_80")
+    assert "cannot be kept" in caplog.text
+    assert list((tmp_path / "cache").rglob("*.cubin")) == []
+
+
 def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(build.CACHE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
