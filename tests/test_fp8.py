@@ -425,7 +425,7 @@ def test_parameters_equal_those_of_the_model_stored_dequantized(pair: Made) -> N
     for ours, theirs in zip(small.parameters, plain.parameters, strict=True):
         assert torch.equal(small.read(ours.name), plain.read(theirs.name)), ours.name
         assert (ours.disk, ours.dtype, ours.shape) == (theirs.disk, theirs.dtype, theirs.shape)
-        assert ours.kept_nbytes == theirs.nbytes == theirs.kept_nbytes
+        assert ours.value.nbytes == theirs.nbytes == theirs.value.nbytes
         assert ours.copyable == (small.shards.entries[ours.disk].dtype != FP8)
     assert small.total_bytes == small.shards.total_bytes < plain.total_bytes == plain.shards.total_bytes
     assert small.source is not None

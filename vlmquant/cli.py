@@ -499,7 +499,7 @@ def gate(
     report: Annotated[Path, typer.Argument(help="report.json of `vlmquant eval` or `compare`.")],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help="Recipe whose thresholds apply; else those the model was made with."),
+        typer.Option("--recipe", "-r", help="Recipe whose thresholds apply; else those that the report itself holds."),
     ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write the verdicts as JUnit XML.")] = None,
     as_json: Json = False,

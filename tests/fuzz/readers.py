@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -163,8 +164,6 @@ TEMPLATE_PIECES = (
 
 def _load_template(valid: bytes) -> str:
     """A template's pieces, tags apart from text."""
-    import re
-
     return json.dumps([piece for piece in re.split(r"({[{%].*?[%}]})", valid.decode()) if piece])
 
 
@@ -721,7 +720,10 @@ def _read_report(folder: Path, name: str) -> str:
 def _read_report_pages(folder: Path, name: str) -> None:
     report = read_json(folder / name)
     verdicts = judge(report, GateSpec())
-    for text in (to_markdown(report, verdicts), to_html(report, verdicts)):
+    outside_code = re.sub(
+        r"^(`{3,})[^`]*\n.*?^\1`*$", "", to_markdown(report, verdicts), flags=re.MULTILINE | re.DOTALL
+    )
+    for text in (outside_code, to_html(report, verdicts)):
         text.encode()
         assert mutate.MARK not in text, "markup of a stranger stands in the page"
 
@@ -768,15 +770,15 @@ READERS: dict[str, Reader] = {
     "header": Reader(_prepare_header, _read_header, 300),
     "index": Reader(_prepare_index, _read_index, 300),
     "adapter": Reader(_prepare_adapter, _read_adapter, 100, refuses=True, looks_outside=True),
-    "components": Reader(_prepare_components, _read_components, 25),
-    "quantization_config": Reader(_prepare_quantization_config, _read_quantization_config, 100),
-    "loading": Reader(_prepare_loading, _read_loading, 8),
-    "manifest": Reader(_prepare_manifest, _read_manifest, 100),
+    "components": Reader(_prepare_components, _read_components, 20),
+    "quantization_config": Reader(_prepare_quantization_config, _read_quantization_config, 60),
+    "loading": Reader(_prepare_loading, _read_loading, 5),
+    "manifest": Reader(_prepare_manifest, _read_manifest, 60),
     "journal": Reader(_prepare_journal, _read_journal, 200),
-    "resume": Reader(_prepare_resume, _read_resume, 40, refuses=True),
-    "travelling": Reader(_prepare_travelling, _read_travelling, 15, ignores=True),
-    "processor": Reader(_prepare_processor, _read_processor, 40),
-    "template": Reader(_template_cases, _read_template, 30),
+    "resume": Reader(_prepare_resume, _read_resume, 25, refuses=True),
+    "travelling": Reader(_prepare_travelling, _read_travelling, 8, ignores=True),
+    "processor": Reader(_prepare_processor, _read_processor, 25),
+    "template": Reader(_template_cases, _read_template, 25),
     "set": Reader(_prepare_set, _read_set, 200),
     "sources": Reader(_prepare_sources(TEXT_SOURCES), _read_source, 300),
     "parquet": Reader(_prepare_sources(["parquet", "arrow"]), _read_source, 20),

@@ -6,6 +6,7 @@ Compiling and disassembling need no GPU: NVRTC and nvdisasm come with the `dev` 
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import threading

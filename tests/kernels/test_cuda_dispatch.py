@@ -234,6 +234,10 @@ def test_an_override_goes_before_the_table_for_its_shape_alone() -> None:
         ([{"kernel": "skinny_hopper", "blocks_per_sm": 0}], H100.name),
         ([{"tokens": "many", "kernel": "skinny"}], H100.name),
         ([{"shape": 7, "kernel": "skinny"}], H100.name),
+        ([{"shape": "ab", "kernel": "skinny"}], H100.name),
+        ([{"kernel": ["skinny"]}], H100.name),
+        ([{"kernel": "skinny", "grid": {}}], H100.name),
+        ([[1, 2]], H100.name),
         ([{"tokens": 4}], H100.name),
         (["skinny"], H100.name),
         ([], "another GPU"),
@@ -250,6 +254,12 @@ def test_an_override_file_that_is_no_json_is_named(caplog: pytest.LogCaptureFixt
     write_override([]).write_text("{")
     assert dispatch.overrides(H100.name) == ()
     assert "not used" in caplog.text
+
+
+def test_an_override_file_that_others_could_have_written_is_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    write_override([]).chmod(0o666)
+    assert dispatch.overrides(H100.name) == ()
+    assert "can be written to by other users" in caplog.text
 
 
 def test_rows_survive_writing() -> None:
