@@ -253,7 +253,6 @@ def test_qwen3_5_moe_from_the_command_line_to_an_answer(
 ) -> None:
     def run(*words: object) -> str:
         monkeypatch.setattr(sys, "argv", ["vlmquant", *map(str, words)])
-        monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)
         with pytest.raises(SystemExit) as end:
             cli.main()
         out, err = capsys.readouterr()

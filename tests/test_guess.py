@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from tests import zoo
 from vlmquant.checkpoint.assemble import card
+from vlmquant.checkpoint.companions import find_companions
 from vlmquant.cli import app
 from vlmquant.components import resolve_components
 from vlmquant.errors import InputError, RecipeError
@@ -139,7 +140,7 @@ def test_a_guess_is_shown(tmp_path: Path, tiny_llava: Path) -> None:
 def test_a_card_names_the_class_that_loads_it(kind: str, auto: str, tmp_path: Path) -> None:
     recipe = load_recipe("mixed")
     components, plan = plan_model(zoo.build(kind, tmp_path / "model"), recipe)
-    text = card(components, recipe, plan)
+    text = card(components, recipe, plan, find_companions(components))
     assert f"from transformers import {auto}\n" in text
     assert f"model = {auto}.from_pretrained(" in text
 
