@@ -216,6 +216,17 @@ def test_a_kl_just_below_zero_is_rounding(one: Report, tmp_path: Path) -> None:
     assert read_json(tmp_path / "report.json") == found
 
 
+@pytest.mark.parametrize("change", [{"kl": -0.5}, {"flips": 11}])
+def test_what_no_model_can_score_is_refused_where_all_else_agrees(
+    one: Report, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    samples = [replace(one.candidates[0].samples[0], **change), *one.candidates[0].samples[1:]]
+    found = fake_runs.report(one.reference.samples, replace(one.candidates[0], samples=tuple(samples)))
+    write_json(found, tmp_path / "report.json")
+    with pytest.raises(InputError, match="has impossible flips or KL"):
+        read_json(tmp_path / "report.json")
+
+
 ODD_MANIFESTS: list[dict[str, Any]] = [
     {"plan": {"lines": text}}
     for text in (
