@@ -161,6 +161,7 @@ def at(data: dict[str, Any], path: str) -> tuple[Any, Any]:
         ("candidates.0.samples.5.exact", "true"),
         ("candidates.0.samples.5.wrong_image_nll", -3.0),
         ("candidates.0.samples.5.references", "yes"),
+        ("candidates.0.samples.50.references", []),
         ("candidates.0.samples.5.id", 5),
         ("candidates.0.costs.weight_bytes", -5),
         ("candidates.0.costs.load_seconds", "fast"),

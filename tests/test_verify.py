@@ -223,6 +223,28 @@ def test_whatever_a_sealed_manifest_holds_there_are_words_for_it(out: Path) -> N
     assert refused > seen / 3
 
 
+def test_a_recipe_may_leave_out_what_has_a_default(out: Path) -> None:
+    content = manifest_of(out)
+    del content["recipe"]["output"]
+    write_manifest(out, sealed(content))
+    assert verify_checkpoint(out) == []
+
+
+def test_names_of_any_length_are_told_in_a_line(out: Path) -> None:
+    long = "x" * 100_000
+    content = manifest_of(out)
+    files = {**content["files"], f"{long}.safetensors": content["files"]["config.json"]}
+    write_manifest(out, sealed({**content, "files": files}))
+    (missing,) = verify_checkpoint(out)
+    assert missing.endswith(": missing")
+    line = {**content["plan"]["lines"][0], "name": long}
+    plan = {**content["plan"], "lines": [*content["plan"]["lines"], line]}
+    write_manifest(out, sealed({**content, "plan": plan}))
+    with pytest.raises(CheckpointError, match="is not in disk_names") as caught:
+        verify_checkpoint(out)
+    assert max(len(missing), len(str(caught.value))) < 1000
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", ".", "a//b", "a\0b"])
 def test_a_file_name_that_leads_out_is_refused(out: Path, name: str) -> None:
     content = manifest_of(out)

@@ -255,7 +255,7 @@ class Encoder:
             self.image_id = self._feature_token(prompt, inputs)
         if sample.images and self.image_id is not None and self.image_tokens(inputs) == 0:
             raise SentinelError(
-                f"sample {sample.id}: no image tokens in the prompt after processing; check the processor"
+                f"sample {shown(sample.id)}: no image tokens in the prompt after processing; check the processor"
             )
         ids = self.answer_ids(prompt, self.answer_text(sample, answer)) if answer is not None else []
         if ids:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vlmquant.errors import CheckpointError
+from vlmquant.errors import CheckpointError, shown
 from vlmquant.reading import check, read_json, told
 from vlmquant.recipe import Recipe, Scheme
 
@@ -24,7 +24,7 @@ Count = Annotated[int, Field(ge=0)]
 def _stays_inside(name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name or name == "." or "\0" in name:
-        raise ValueError(f"{name!r} is no plain path inside the checkpoint")
+        raise ValueError(f"'{shown(name)}' is no plain path inside the checkpoint")
     return name
 
 
@@ -59,7 +59,7 @@ class PlanRecord(_Data):
     @model_validator(mode="after")
     def _has_what_its_action_needs(self) -> "PlanRecord":
         if self.action == "quantize" and (self.scheme is None or len(self.shape) != 2):
-            raise ValueError(f"{self.name!r} is quantized and no matrix with a scheme")
+            raise ValueError(f"'{shown(self.name)}' is quantized and no matrix with a scheme")
         return self
 
 
@@ -103,7 +103,7 @@ class Manifest(_Data):
     @model_validator(mode="after")
     def _names_every_tensor(self) -> "Manifest":
         if nameless := [line.name for line in self.plan.lines if line.name not in self.disk_names]:
-            raise ValueError(f"plan.lines: {nameless[0]!r} is not in disk_names")
+            raise ValueError(f"plan.lines: '{shown(nameless[0])}' is not in disk_names")
         return self
 
 

@@ -1,5 +1,6 @@
 """Checking a checkpoint: everything that needs no forward pass."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vlmquant.components import CONFIG_NAME
 from vlmquant.errors import InputError, shown
 from vlmquant.formats import compressed_tensors
 from vlmquant.reading import is_inside, read_json
-from vlmquant.recipe import Scheme
+from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, Shards, open_shards
 
 __all__ = ["MANIFEST_NAME", "MANIFEST_VERSION", "read_manifest", "verify_checkpoint"]
@@ -50,8 +51,8 @@ def verify_checkpoint(path: Path) -> list[str]:
 def _file_problems(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     for name, expected in files.items():
         file = path / name
-        if not file.is_file():
-            yield f"{file}: missing"
+        if not os.path.isfile(file):  # also where the name is too long for a file
+            yield f"{path / shown(name)}: missing"
         elif not is_inside(file, path):
             yield f"{file}: is a symbolic link that leads out of the checkpoint"
         elif (size := file.stat().st_size) != expected["bytes"]:
@@ -62,7 +63,7 @@ def _file_problems(path: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterat
 
 def _format_problems(path: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Which checks apply is said in three places; they must agree."""
-    written = manifest["recipe"]["output"]["format"]
+    written = Recipe.model_validate(manifest["recipe"]).output.format
     try:
         found = read_json(path / CONFIG_NAME).get("quantization_config")
     except InputError as error:
@@ -74,7 +75,7 @@ def _format_problems(path: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     ours = written == compressed_tensors.METHOD
     for line in manifest["plan"]["lines"]:
         if line["action"] == "quantize" and ours != isinstance(line["scheme"], dict):
-            yield f"{path / MANIFEST_NAME}: plan: {line['name']} has a scheme that {written} does not store"
+            yield f"{path / MANIFEST_NAME}: plan: {shown(line['name'])} has a scheme that {written} does not store"
 
 
 def _index_problems(path: Path, shards: Shards) -> Iterator[str]:
@@ -99,7 +100,7 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
         if line["action"] == "keep":
             expected.add(disk)
             if disk in entries and entries[disk].shape != shape:
-                yield f"{path}: tensor {disk} has shape {list(entries[disk].shape)}, planned {list(shape)}"
+                yield f"{path}: tensor {shown(disk)} has shape {list(entries[disk].shape)}, planned {list(shape)}"
             continue
         parts = compressed_tensors.encoded_shapes(
             disk.removesuffix(".weight"),
@@ -114,7 +115,7 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
             entry = entries[name]
             if (entry.dtype, entry.shape) != (dtype, tuple(part)):
                 found = f"{entry.dtype} {list(entry.shape)}"
-                yield f"{path}: tensor {name} is {found}, its scheme needs {dtype} {list(part)}"
+                yield f"{path}: tensor {shown(name)} is {found}, its scheme needs {dtype} {list(part)}"
             elif name.endswith("_scale"):
                 scales = shards.read(name)
                 if bad := int(scales.numel() - (scales.isfinite() & (scales > 0)).sum()):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, shown
 from vlmquant.evaluation.bleu import (
     STATISTICS,
     coco_score,
@@ -110,7 +110,7 @@ def kl_difference(run: Run, other: Run, *, seed: int, resamples: int, confidence
     parts = [statistics(found.samples) for found in (run, other)]
     for found, part in zip((run, other), parts, strict=True):
         if not part["compared_tokens"].any():
-            raise InputError(f"{found.label}: was scored without a reference; it has no KL to compare")
+            raise InputError(f"{shown(found.label)}: was scored without a reference; it has no KL to compare")
     (needed, value), clusters = METRICS["kl"], image_clusters(run.samples)
     counts = _resample_counts(int(clusters.max()) + 1, seed=seed, resamples=resamples)
     points = [value({name: part[name].sum(axis=0, keepdims=True) for name in ("kl", needed)}) for part in parts]
@@ -125,14 +125,15 @@ def check_paired(run: Run, reference: Run) -> None:
     """Raise InputError unless both runs scored the same answer tokens of the same samples in the same order."""
     if len(run.samples) != len(reference.samples):
         raise InputError(
-            f"{run.label}: {len(run.samples)} samples scored, but {len(reference.samples)} for {reference.label}; "
-            "score both on the same data"
+            f"{shown(run.label)}: {len(run.samples)} samples scored, but {len(reference.samples)} for "
+            f"{shown(reference.label)}; score both on the same data"
         )
     for mine, theirs in zip(run.samples, reference.samples, strict=True):
         if (mine.id, mine.tokens) != (theirs.id, theirs.tokens):
             raise InputError(
-                f"{run.label}: sample {mine.id} ({mine.tokens} answer tokens) stands where {reference.label} has "
-                f"{theirs.id} ({theirs.tokens}); score both on the same data with the same tokenizer"
+                f"{shown(run.label)}: sample {shown(mine.id)} ({mine.tokens} answer tokens) stands where "
+                f"{shown(reference.label)} has {shown(theirs.id)} ({theirs.tokens}); score both on the same data with "
+                "the same tokenizer"
             )
 
 

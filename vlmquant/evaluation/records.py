@@ -49,7 +49,7 @@ class SampleScore:
     """Answer tokens whose most likely token differs from the reference's; None for the reference itself."""
     generated: str | None
     """The greedy answer; None when nothing was generated."""
-    references: tuple[str, ...]
+    references: Annotated[tuple[str, ...], Field(min_length=1)]
     exact: bool | None
     """Whether the greedy answer equals one of the references; None for captions and other long answers."""
     wrong_image_nll: Amount | None = None

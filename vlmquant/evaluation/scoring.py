@@ -166,9 +166,9 @@ def check_samples(samples: Sequence[Sample]) -> None:
     seen = set()
     for sample in samples:
         if not any(answer.strip() for answer in sample.answers):
-            raise InputError(f"sample {sample.id} has no answer to score; add one or take the sample out")
+            raise InputError(f"sample {shown(sample.id)} has no answer to score; add one or take the sample out")
         if sample.id in seen:
-            raise InputError(f"two samples have the id {sample.id}; give each an id of its own")
+            raise InputError(f"two samples have the id {shown(sample.id)}; give each an id of its own")
         seen.add(sample.id)
 
 
@@ -405,7 +405,7 @@ def _check_reference(reference: LogProbs, counts: Mapping[str, int]) -> None:
         there = reference.rows.get(sample, (0, 0))[1]
         if there != count:
             raise InputError(
-                f"sample {sample} has {count} answer tokens here and {there} for the reference model; "
+                f"sample {shown(sample)} has {count} answer tokens here and {there} for the reference model; "
                 "score both on the same samples, with the same settings and the same tokenizer"
             )
 
@@ -414,7 +414,7 @@ def _check_finite(samples: Sequence[Sample], sums: Sequence[_Sums]) -> None:
     for sample, mine in zip(samples, sums, strict=True):
         if not all(math.isfinite(value) for value in (mine.nll, mine.all_nll, mine.kl or 0.0)):
             raise SentinelError(
-                f"sample {sample.id}: the model's logits are not finite (NaN or infinite); "
+                f"sample {shown(sample.id)}: the model's logits are not finite (NaN or infinite); "
                 "its weights are damaged or its dtype overflows: try dtype float32"
             )
 

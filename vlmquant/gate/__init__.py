@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmquant.errors import EXIT_GATE_FAILED, EXIT_GATE_INCONCLUSIVE, EXIT_OK, UsageError
+from vlmquant.errors import EXIT_GATE_FAILED, EXIT_GATE_INCONCLUSIVE, EXIT_OK, UsageError, shown
 from vlmquant.evaluation.bleu import STATISTICS, sacrebleu_score
 from vlmquant.evaluation.metrics import image_clusters, is_caption, statistics
 from vlmquant.evaluation.records import Run, SampleScore
@@ -156,11 +156,13 @@ def _pairs(reference: Run, candidate: Run) -> list[Pair]:
         raise _Unmeasured("a sample stands twice in a run, so samples cannot be paired")
     if theirs.keys() != mine.keys():
         odd = min(theirs.keys() ^ mine.keys())
-        raise _Unmeasured(f"not the same samples: {odd} was scored by only one of {reference.label}, {candidate.label}")
+        raise _Unmeasured(f"not the same samples: {shown(odd)} was scored by only one of the two runs")
     pairs = [(theirs[name], mine[name]) for name in theirs]
     for one, other in pairs:
         if (one.tokens, one.images, one.references) != (other.tokens, other.images, other.references):
-            raise _Unmeasured(f"sample {one.id} is not the same in both runs: other tokens, images or references")
+            raise _Unmeasured(
+                f"sample {shown(one.id)} is not the same in both runs: other tokens, images or references"
+            )
     return pairs
 
 
@@ -178,7 +180,7 @@ def _take(pairs: list[Pair], what: str, takes_part: Callable[[SampleScore], bool
         raise _Unmeasured(f"the report has no {what}")
     for one, other in chosen:
         if takes_part(one) != takes_part(other):
-            raise _Unmeasured(f"sample {one.id} has {what} in only one of the two runs")
+            raise _Unmeasured(f"sample {shown(one.id)} has {what} in only one of the two runs")
     return chosen
 
 
@@ -187,7 +189,8 @@ def _finite(samples: Sequence[SampleScore], what: str, value: Callable[[SampleSc
     for sample in samples:
         number = value(sample)
         if number is None or not math.isfinite(number):
-            raise _Unmeasured(f"sample {sample.id}: its {what} is {'missing' if number is None else 'not finite'}")
+            state = "missing" if number is None else "not finite"
+            raise _Unmeasured(f"sample {shown(sample.id)}: its {what} is {state}")
         numbers.append(float(number))
     return np.array(numbers)
 
