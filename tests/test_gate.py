@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import NormalDist
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -179,6 +180,20 @@ def test_what_cannot_be_measured_fails(threshold: str, change: dict[str, float |
     (verdict,) = judge(broken, spec(**{threshold: 0.5}))
     assert (verdict.outcome, exit_code([verdict])) == ("fail", 3)
     assert why in verdict.reason
+
+
+@pytest.mark.parametrize("change", [{"kl": None}, {"tokens": 11}, {"exact": None}, {"id": "y" * 50_000}])
+def test_a_reason_is_a_line_whatever_a_sample_is_called(change: dict[str, Any]) -> None:
+    reference = [replace(one, id=f"\x1b[31m\n{'x' * 50_000}{one.id}") for one in answers(20)]
+    candidate = fake_runs.degraded(reference, seed=0)
+    made = fake_runs.report(reference, fake_runs.run("int4", candidate))
+    candidate[7] = replace(candidate[7], **change)
+    broken = replace(made, candidates=(fake_runs.run("int4", candidate),))
+    verdicts = judge(broken, spec(max_kl=0.5, max_exact_match_drop=0.5))
+    assert "fail" in {verdict.outcome for verdict in verdicts}
+    for verdict in verdicts:
+        assert verdict.reason.isprintable()
+        assert len(verdict.reason) < 1000
 
 
 def test_a_gate_without_thresholds_or_candidates_is_wrong_usage() -> None:

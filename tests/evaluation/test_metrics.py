@@ -212,3 +212,13 @@ def test_kinds_of_answers() -> None:
 )
 def test_exact_match_looks_past_case_spaces_and_full_stops(text: str, exact: bool) -> None:
     assert is_exact(text, ["two", "2"]) == exact
+
+
+def test_runs_of_other_samples_are_told_in_a_line_whatever_they_are_called() -> None:
+    name = "\x1b[31m\n" + "x" * 50_000
+    mine, theirs = run_of(replace(BLANK, id=name + "a"), label=name), run_of(replace(BLANK, id=name + "b"), label=name)
+    for other in (theirs, run_of(BLANK, BLANK, label=name)):
+        with pytest.raises(InputError, match="same data") as caught:
+            summarize(mine, other, seed=0, resamples=10)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 2000
