@@ -38,6 +38,7 @@ ROOMS = [
     "packing",
     "grid",
     "recipe",
+    "pages",
     "progress",
     "streams",
     "scratch",

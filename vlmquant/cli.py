@@ -389,7 +389,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
-    _evaluate(
+    compare(
         reference,
         [model],
         data,
@@ -425,40 +425,6 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Several quantized models against the original, in one table."""
-    _evaluate(
-        reference,
-        models,
-        data,
-        out,
-        html,
-        markdown,
-        limit,
-        samples,
-        wrong_image,
-        no_generate,
-        other_inputs,
-        dtype,
-        threads,
-        as_json,
-    )
-
-
-def _evaluate(
-    reference: str,
-    models: list[Path],
-    data: Path,
-    out: Path | None,
-    html: Path | None,
-    markdown: Path | None,
-    limit: int | None,
-    samples: str | None,
-    wrong_image: bool,
-    no_generate: bool,
-    other_inputs: bool,
-    dtype: str,
-    threads: int | None,
-    as_json: bool,
-) -> None:
     from vlmquant import pipeline
     from vlmquant.evaluation.settings import Settings
     from vlmquant.report.data import check_report_paths

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from vlmquant.errors import VlmquantError, first_line
+from vlmquant.signals import STOPPING
 
 STATM = Path("/proc/self/statm")
 PR_SET_PDEATHSIG = 1
@@ -165,7 +166,7 @@ class Confined:
         os.close(answer_end)
 
     def _serve(self, requests: int, answers: int) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOPPING:
             signal.signal(number, signal.SIG_IGN)  # the parent decides
         signal.setitimer(signal.ITIMER_REAL, 0)
         end_with_parent()

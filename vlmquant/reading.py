@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -32,7 +32,6 @@ KINDS = {
 }
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-Checked = TypeVar("Checked")
 Failure = type[VlmquantError]
 
 

@@ -1,5 +1,6 @@
 """Opening images that strangers made: under limits, upright, RGB."""
 
+import base64
 import hashlib
 import io
 import warnings
@@ -22,6 +23,8 @@ MAX_ASPECT_RATIO = 100
 """Long side by short side; processors refuse or crop away nearly all of a longer strip."""
 BITS_16_TO_8 = 257.0
 """65535 / 255."""
+THUMBNAIL_QUALITY = 80
+"""Of JPEG."""
 PROGRAMS = ("EPS", "WMF")
 """Formats that Pillow gives to other programs; nobody's training set needs them."""
 
@@ -64,6 +67,20 @@ def open_image(source: Path | bytes, *, name: str | None = None) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = shown(first_line(error))
         raise UnusableImageError(f"{where}: not a readable image ({reason}); replace or remove it") from error
+
+
+def thumbnail(path: Path, side: int) -> Image.Image:
+    """The image as `open_image` gives it, scaled down to at most so many pixels on its longer side."""
+    image = open_image(path)
+    image.thumbnail((side, side))
+    return image
+
+
+def thumbnail_uri(path: Path, side: int) -> str:
+    """A thumbnail as a data: URI, for a page that loads nothing."""
+    out = io.BytesIO()
+    thumbnail(path, side).save(out, "JPEG", quality=THUMBNAIL_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def image_format(data: bytes) -> str:

@@ -1,17 +1,17 @@
 """A contact sheet: what is in a set, to look at before it is used. One offline HTML page, or one PNG."""
 
-import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmquant.calibration.images import open_image
+from vlmquant.calibration.images import open_image, thumbnail_uri
 from vlmquant.calibration.samples import Sample
 from vlmquant.errors import UsageError, shown
+from vlmquant.pages import render_page
 
 SUFFIXES = (".html", ".png")
 SHOWN = 400
@@ -19,7 +19,6 @@ SHOWN = 400
 SKIPPED_SHOWN = 100
 SIDE = 240
 """Longest side of a thumbnail, pixels."""
-QUALITY = 80
 COLUMNS = 6
 GAP = 16
 """Pixels between the tiles of a PNG."""
@@ -44,31 +43,14 @@ def contact_sheet(
     """The sheet of some sets by name, as the file's suffix says; skipped: (where, why) of records left out."""
     if file.suffix.lower() == ".png":
         return _png(sets, skipped)
-    environment = Environment(
-        loader=PackageLoader("vlmquant.calibration", package_path="."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("sheet.html.j2").render(
+    return render_page(
+        "vlmquant.calibration",
+        "sheet.html.j2",
         sets={name: (samples[:SHOWN], len(samples)) for name, samples in sets.items()},
-        thumbnail=_data_uri,
+        thumbnail=partial(thumbnail_uri, side=SIDE),
         skipped=skipped[:SKIPPED_SHOWN],
         skipped_count=len(skipped),
     )
-
-
-def _thumbnail(path: Path) -> Image.Image:
-    image = open_image(path)
-    image.thumbnail((SIDE, SIDE))
-    return image
-
-
-def _data_uri(path: Path) -> str:
-    out = BytesIO()
-    _thumbnail(path).save(out, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def _png(sets: Mapping[str, Sequence[Sample]], skipped: Sequence[tuple[str, str]]) -> bytes:

@@ -1,19 +1,17 @@
 """A report as one HTML file that needs no network: styles, plots and images are inside it."""
 
-import base64
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
+from vlmquant.calibration.images import UnusableImageError, thumbnail_uri
 from vlmquant.calibration.samples import Sample
 from vlmquant.evaluation.metrics import EVERYTHING
 from vlmquant.evaluation.records import Estimate, Run
+from vlmquant.pages import render_page
 from vlmquant.report import plots
 from vlmquant.report.data import Report, Verdict, overall
 from vlmquant.report.manifest import component_bytes, layer_errors, recipe_text
@@ -34,9 +32,6 @@ from vlmquant.report.worst import Changed, changed_answers, word_changes
 WORST_SHOWN = 8
 IMAGE_SIDE = 360
 """Longest side of an embedded image, pixels."""
-IMAGE_QUALITY = 80
-MAX_PIXELS = 89_000_000
-"""A larger image is not opened: Pillow's own limit, above which a small file may fill the memory."""
 
 LOSSES = ("perplexity_increase", "kl", "flip_rate", "bleu4_drop", "exact_match_drop")
 """What quantization may cost: zero is no loss, and more is worse."""
@@ -53,16 +48,11 @@ class Headline:
 
 def to_html(report: Report, verdicts: Sequence[Verdict] = (), samples: Sequence[Sample] = ()) -> str:
     """The page. With the evaluated samples it shows the questions and images of the answers that changed most."""
-    environment = Environment(
-        loader=PackageLoader("vlmquant.report", package_path="."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     by_id = {sample.id: sample for sample in samples}
     kinds = list(dict.fromkeys(error.kind for run in report.candidates for error in layer_errors(run)))
-    return environment.get_template("page.html.j2").render(
+    return render_page(
+        "vlmquant.report",
+        "page.html.j2",
         report=report,
         title=", ".join(run.label for run in report.candidates) or report.reference.label,
         outcome=overall(verdicts) if verdicts else None,
@@ -204,12 +194,6 @@ def _card(one: Changed, sample: Sample | None) -> Mapping[str, object]:
 def _picture(path: Path) -> str | None:
     """A data: URI of the image, downscaled; None where it can no longer be read, which the page says."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return None
-            image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
-            stream = BytesIO()
-            image.convert("RGB").save(stream, "JPEG", quality=IMAGE_QUALITY)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return thumbnail_uri(path, IMAGE_SIDE)
+    except UnusableImageError:
         return None
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -32,6 +32,7 @@ from vlmquant.calibration.sources.spec import (
 )
 from vlmquant.errors import InputError, UsageError, shown
 from vlmquant.reading import parse_json, read_text
+from vlmquant.shards import some
 
 __all__ = [
     "CAPTION_QUESTION",
@@ -226,8 +227,9 @@ def _located(spec: SourceSpec) -> tuple[SourceSpec, str]:
     if len(records) == 1:
         return replace(spec, path=str(records[0])), _file_format(records[0])
     if records:
+        names = [file.relative_to(path).as_posix() for file in records]
         raise InputError(
-            f"{spec.path}: holds {len(records)} files of records ({_some(records, path)}); name one of them"
+            f"{spec.path}: holds {len(records)} files of records ({some(names, most=NAMES_SHOWN)}); name one of them"
         )
     kinds = Counter(_suffix(file) or "no suffix" for file in found)
     held = (
@@ -302,11 +304,6 @@ def _absent(text: str) -> str:
         beside = []
     close = difflib.get_close_matches(path.name, beside, n=1)
     return f"{shown(text)}: no such file or folder" + (f"; did you mean {path.parent / close[0]}?" if close else "")
-
-
-def _some(found: list[Path], folder: Path) -> str:
-    names = [shown(file.relative_to(folder), limit=60) for file in found]
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
 
 
 def _refuse_idle_map(spec: SourceSpec, keys: list[str]) -> None:

@@ -72,8 +72,7 @@ class Chat:
 
 def text_of(value: Any) -> str | None:
     """A text, number or truth value as text; the text in an object such as {"answer": text}."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in TEXT_KEYS if not is_empty(value.get(key))), None)
+    value = _said(value)
     if is_empty(value) or not isinstance(value, str | int | float):
         return None
     return str(value).strip()
@@ -81,11 +80,17 @@ def text_of(value: Any) -> str | None:
 
 def texts_of(value: Any) -> tuple[str, ...]:
     """The texts in a value: one, or a list of such."""
-    if isinstance(value, dict):
-        value = next((value[key] for key in TEXT_KEYS if not is_empty(value.get(key))), None)
+    value = _said(value)
     values = value if isinstance(value, list | tuple) else [value]
     flat = [item for entry in values for item in (entry if isinstance(entry, list | tuple) else [entry])]
     return tuple(text for text in map(text_of, flat) if text)
+
+
+def _said(value: Any) -> Any:
+    """What an object that stands for a text says; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    return next((value[key] for key in TEXT_KEYS if not is_empty(value.get(key))), None)
 
 
 def json_inside(value: Any) -> Any:

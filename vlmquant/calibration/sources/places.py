@@ -12,10 +12,11 @@ from typing import Any
 from urllib.parse import unquote
 
 from vlmquant.calibration.images import UnusableImageError
+from vlmquant.calibration.sources.chats import json_inside
 from vlmquant.calibration.sources.keys import claims_image, is_empty
 from vlmquant.calibration.sources.spec import EmbeddedImage, ImageSource, NetworkImageError, UnusableRecordError
 from vlmquant.errors import InputError, shown
-from vlmquant.reading import KINDS, is_inside, parse_json
+from vlmquant.reading import KINDS, is_inside
 
 SUFFIXES = (
     ".jpg",
@@ -57,8 +58,7 @@ def leaves(value: Any, *, depth: int = 8) -> Iterator[Any]:
         return
     if depth == 0:
         raise UnusableRecordError("with an image nobody can find: lists and objects nested too deep")
-    if isinstance(value, str) and (listed := _listed(value)) is not None:
-        value = listed
+    value = json_inside(value)
     if isinstance(value, dict):
         key = next((name for name in INSIDE if not is_empty(value.get(name))), None)
         if key is not None:
@@ -73,17 +73,6 @@ def leaves(value: Any, *, depth: int = 8) -> Iterator[Any]:
             yield from leaves(item, depth=depth - 1)
     else:
         yield value
-
-
-def _listed(text: str) -> Any:
-    """A list or object that a table's cell holds as JSON text."""
-    if text.lstrip()[:1] not in ("[", "{"):
-        return None
-    try:
-        value = parse_json(text, where="")
-    except InputError:
-        return None
-    return value if isinstance(value, list | dict) else None
 
 
 def is_embedded(leaf: Any) -> bool:
