@@ -377,6 +377,8 @@ def main() -> None:
     parser.add_argument("--memories", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    for number in SIGNALS:  # in a script's background they come ignored, and what we start would inherit that
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     saved = RESULTS / "faults.json"
     results = json.loads(saved.read_text()) if saved.is_file() else {}
     failed = False

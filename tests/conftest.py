@@ -1,6 +1,7 @@
 """Fixtures for all tests: no network, one thread, and tiny models that are written once per run."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,10 @@ from transformers.utils import logging
 from tests import tiny_vlm
 
 torch.set_num_threads(1)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Under nohup, and in the background of a script, they come ignored, and children of tests would inherit that.
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 logging.disable_progress_bar()
 
 

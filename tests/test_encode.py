@@ -381,3 +381,13 @@ def test_a_processor_with_code_of_its_own_is_refused(tiny_llava: Path, tmp_path:
     (model / "processor_config.json").write_text("{")
     with pytest.raises(InputError, match=r"processor_config\.json:1: not valid JSON"):
         load_processor(model)
+
+
+def test_the_name_of_an_unknown_processor_is_cut_short(tiny_llava: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llava, model)
+    (model / "processor_config.json").write_text(json.dumps({"processor_class": "Odd\x1b" + "x" * 100_000}))
+    with pytest.raises(InputError, match="its processor Odd") as caught:
+        load_processor(model)
+    assert len(str(caught.value)) < 1000
+    assert "\x1b" not in str(caught.value)

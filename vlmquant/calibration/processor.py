@@ -135,7 +135,7 @@ def _processor_class(model_dir: Path) -> Any:
         raise InputError(f"{model_dir}: no file names the model's processor_class, and its model_type has none")
     if not hasattr(transformers, name):
         raise InputError(
-            f"{model_dir}: its processor {name} is not part of transformers {transformers.__version__}; "
+            f"{model_dir}: its processor {shown(name)} is not part of transformers {transformers.__version__}; "
             "vlmquant does not run code that comes with a model"
         )
     return getattr(transformers, name)
