@@ -27,7 +27,6 @@ from vlmquant.kernels.cuda.catalog import (
     stage_bytes,
 )
 from vlmquant.kernels.cuda.notices import warn_once
-from vlmquant.reading import check, parse_json
 
 TABLE = Path(__file__).parent / "dispatch.json"
 PORTABLE = "portable"
@@ -382,6 +381,9 @@ def overrides(gpu_name: str) -> tuple[Row, ...]:
     path = override_path(gpu_name)
     if (content := read_trusted(path)) is None:
         return ()
+    # Only where there is a file: it needs pydantic, and the kernels run where torch alone is installed.
+    from vlmquant.reading import check, parse_json
+
     try:
         found = check(_Overrides, parse_json(content, where=str(path)), where=str(path))
         if found.gpu != gpu_name:
