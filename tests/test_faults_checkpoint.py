@@ -13,7 +13,8 @@ import pytest
 
 from tests.test_checkpoint import RECIPE, Case, content_of, make_case
 from vlmquant.checkpoint import verify_checkpoint
-from vlmquant.errors import DoesNotFitError, InputError, UsageError, VlmquantError
+from vlmquant.checkpoint.files import disk_errors
+from vlmquant.errors import CheckpointError, DoesNotFitError, InputError, UsageError, VlmquantError
 
 STEPS = ("fsync", "replace", "rename")
 """The system calls through which writing becomes durable or visible; a kill is tried before and after each."""
@@ -360,6 +361,13 @@ def test_a_place_that_cannot_be_written_to_is_named(
     monkeypatch.setattr(os, "open", denied)
     with pytest.raises(UsageError, match="Read-only file system; choose a place that you may write to"):
         case.run(tmp_path / "out")
+
+
+def test_memory_that_runs_out_is_not_told_as_a_fault_of_the_disk(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Cannot allocate memory"), disk_errors(tmp_path):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    with pytest.raises(CheckpointError, match="mend the cause"), disk_errors(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 # 48: two processes

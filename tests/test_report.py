@@ -384,6 +384,9 @@ def test_the_verdict_comes_first(one: Report) -> None:
     assert 0 < text.index("Fail") < text.index("1 passed") < text.index("Comparison")
     assert "Not judged" not in text
     assert "Not judged" in Page(to_html(one)).text
+    for page in (to_markdown(one, verdicts, thresholds="of <b>")), to_html(one, verdicts, thresholds="of <b>"):
+        assert "Thresholds: of &lt;b&gt;." in page
+    assert "Thresholds" not in to_markdown(one, verdicts)
 
 
 def test_markdown_tables_are_whole_whatever_a_model_says(report: Report) -> None:

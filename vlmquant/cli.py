@@ -475,7 +475,6 @@ def gate(
     from vlmquant import pipeline
     from vlmquant.recipe import load_recipe
     from vlmquant.report.data import append_text, check_report_paths, read_json, write_text
-    from vlmquant.report.manifest import recipe_of
     from vlmquant.tables import verdict_table
 
     check_report_paths({"--junit": junit}, apart=[report])
@@ -484,9 +483,7 @@ def gate(
         wanted = load_recipe(recipe)
         spec, source = wanted.gate, f"from the recipe {shown(wanted.name)} given with --recipe"
     elif (recorded := pipeline.recipe_gate(found)) is not None:
-        name = shown(recipe_of(found.candidates[0]).get("name", "without a name"))
-        spec = recorded
-        source = f"from the recipe recorded in the report itself ({name}); give --recipe to judge by your own"
+        spec, source = recorded, f"{pipeline.recorded_gate_name(found)}; give --recipe to judge by your own"
     else:
         raise UsageError(
             f"{report}: its models were not made by recipes with the same sound gate; give thresholds with --recipe"

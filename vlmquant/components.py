@@ -30,6 +30,7 @@ from vlmquant.recipe import COMPONENTS as RECIPE_COMPONENTS
 from vlmquant.shards import Shards, dtype_name, open_shards, some
 
 CONFIG_NAME = "config.json"
+GENERATION_NAME = "generation_config.json"
 LAYERS = re.compile(r"(num_|n_|encoder_|decoder_|mtp_)*(hidden_)?(layers?|blocks)|depth|num_nextn_predict_layers")
 """Keys of a config that say how often a layer is repeated: a model has at least a tensor for each."""
 WIDTHS = re.compile(r"(moe_)?(num|n)_(local_|routed_|shared_)?experts|num_labels")

@@ -20,7 +20,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, app
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
-from vlmquant.components import CONFIG_NAME, EXPERT_NAME, auto_class, build, make_config, model_dtype, read_config
+from vlmquant.components import (
+    CONFIG_NAME,
+    EXPERT_NAME,
+    GENERATION_NAME,
+    auto_class,
+    build,
+    make_config,
+    model_dtype,
+    read_config,
+)
 from vlmquant.conversion import Lazy, Stored, left_aside, match
 from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line, shown
 from vlmquant.experts import Form, form_of, parts_of, take_apart
@@ -37,6 +46,7 @@ from vlmquant.formats.compressed_tensors import (
 )
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
 from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
+from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
 
@@ -399,6 +409,8 @@ def load_model(
     config = make_config(path, content, shards, trust_remote_code=False)
     auto = auto_class(config)
     _refuse_larger(config, shards, path)
+    if generation is None and (settings := path / GENERATION_NAME).exists():
+        read_json(settings)  # before transformers opens it, whatever it is
     arguments: dict[str, Any] = {} if generation is None else {"generation_config": generation}
     if len(shards.files) == 1 and shards.files[0].name != SINGLE_NAME and not (path / INDEX_NAME).is_file():
         config.transformers_weights = shards.files[0].name
@@ -514,7 +526,7 @@ def _from_fp8(
     model.name_or_path = model.config._name_or_path = str(path)
     if model.can_generate() and generation is not None:
         model.generation_config = generation
-    elif model.can_generate() and (path / "generation_config.json").is_file():
+    elif model.can_generate() and (path / GENERATION_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model, info
 

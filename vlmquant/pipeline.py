@@ -422,10 +422,10 @@ def write_report(
         write_json(report, out)
         written.append(out)
     if markdown is not None:
-        write_text(markdown, to_markdown(report, verdicts))
+        write_text(markdown, to_markdown(report, verdicts, thresholds=recorded_gate_name(report)))
         written.append(markdown)
     if html is not None:
-        write_text(html, to_html(report, verdicts, load_set(data).samples))
+        write_text(html, to_html(report, verdicts, load_set(data).samples, thresholds=recorded_gate_name(report)))
         written.append(html)
     return written
 
@@ -443,6 +443,12 @@ def recipe_gate(report: Report) -> GateSpec | None:
     except InputError:
         return None
     return spec
+
+
+def recorded_gate_name(report: Report) -> str:
+    """Where the thresholds of `recipe_gate` are from."""
+    name = recipe_of(report.candidates[0]).get("name", "without a name") if report.candidates else "none"
+    return f"from the recipe recorded in the report itself ({shown(name)})"
 
 
 def _calibration_record(selection: Selection, made: BatchReport, *, set_name: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from tests import tiny_vlm
 from vlmquant.calibration.encode import Encoder
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
-from vlmquant.errors import InputError, SentinelError, UsageError
-from vlmquant.evaluation import process
+from vlmquant.errors import InputError, SentinelError, UsageError, VlmquantError
+from vlmquant.evaluation import process, scoring
 from vlmquant.evaluation.environment import environment, peak_resident_bytes
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.metrics import summarize
@@ -75,6 +76,17 @@ def test_divergence_by_hand() -> None:
 def test_divergence_needs_one_vocabulary() -> None:
     with pytest.raises(InputError, match="vocabulary of 2 tokens and this model one of 3"):
         divergence(torch.zeros(1, 2), torch.zeros(1, 3))
+
+
+def test_a_damaged_manifest_is_told_before_the_work(
+    tiny_llava: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llava, model)
+    (model / "vlmquant.json").write_text("{}}")
+    monkeypatch.setattr(scoring, "load_model", lambda *_, **__: pytest.fail("loaded first"))
+    with pytest.raises(VlmquantError, match=r"vlmquant\.json:1"):
+        score_here(model, samples, SETTINGS, reference=None, record=None)
 
 
 def test_a_model_against_itself_and_against_noise(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlmquant import signals
 from vlmquant.errors import CheckpointError, DoesNotFitError, InputError, UsageError
+from vlmquant.limits import is_allocation_failure
 from vlmquant.shards import DTYPES
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -54,6 +55,8 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_allocation_failure(error):
+            raise  # no fault of the place: told, and answered, as memory that ran out
         what = f"{place}: {error.strerror or error}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DoesNotFitError(f"{what}; free some space and run again with --resume to go on from here") from error

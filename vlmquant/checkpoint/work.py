@@ -19,7 +19,7 @@ from vlmquant.checkpoint.journal import (
 )
 from vlmquant.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from vlmquant.checkpoint.ownership import folders_of, not_as_written, remove, strangers
-from vlmquant.components import CONFIG_NAME
+from vlmquant.components import CONFIG_NAME, GENERATION_NAME
 from vlmquant.errors import CheckpointError, UsageError
 from vlmquant.progress import stderr
 from vlmquant.shards import INDEX_NAME, some
@@ -28,7 +28,7 @@ OUTPUT_NAME = "output"
 """The checkpoint that is being put together."""
 REPLACED_NAME = "replaced"
 """The old checkpoint, once the new one takes its place."""
-WRITTEN = (CONFIG_NAME, INDEX_NAME, CARD_NAME, BASE_CARD_NAME, MANIFEST_NAME, "generation_config.json")
+WRITTEN = (CONFIG_NAME, INDEX_NAME, CARD_NAME, BASE_CARD_NAME, MANIFEST_NAME, GENERATION_NAME)
 
 
 class Work:

@@ -15,10 +15,10 @@ from vlmquant import signals
 from vlmquant.calibration.encode import Batch, Encoder, collate
 from vlmquant.calibration.refusals import passing
 from vlmquant.calibration.samples import Sample
+from vlmquant.components import GENERATION_NAME
 from vlmquant.evaluation.inputs import digests
 from vlmquant.reading import check, read_json
 
-GENERATION = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 """What evaluation takes from a model's generation settings."""
 PLAIN: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": True}
@@ -121,7 +121,7 @@ def special_tokens(model_dir: Path) -> GenerationConfig | None:
 
     transformers refuses some files that only mean another way of decoding.
     """
-    file = model_dir / GENERATION
+    file = model_dir / GENERATION_NAME
     if not file.exists():
         return None
     settings = read_json(file)
@@ -136,7 +136,7 @@ def set_aside(model_dir: Path, model: Any) -> list[str]:
 
     Those of the model are looked at where it has no file of them: transformers takes them from config.json then.
     """
-    file = model_dir / GENERATION
+    file = model_dir / GENERATION_NAME
     settings = read_json(file) if file.exists() else vars(model.generation_config)
     kept = (*TOKENS, "transformers_version")
     return sorted(

@@ -177,6 +177,7 @@ def score_here(
 ) -> Run:
     """score_model in this process: peak memory then includes whatever it did before."""
     check_samples(samples)
+    manifest = read_manifest(model_dir) if (model_dir / MANIFEST).is_file() else None
     samples = [replace(sample, answers=tuple(filter(str.strip, sample.answers))) for sample in samples]
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -241,7 +242,7 @@ def score_here(
         costs=costs,
         settings=asdict(settings) | {"dtype": _name(dtype), "batch_size": batch_size},
         environment=environment(),
-        manifest=read_manifest(model_dir) if (model_dir / MANIFEST).is_file() else None,
+        manifest=manifest,
         other_inputs=other,
         notes=tuple(notes),
     )

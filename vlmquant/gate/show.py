@@ -7,7 +7,6 @@ from xml.etree import ElementTree
 from vlmquant.report.data import Verdict
 from vlmquant.report.markdown import verdict_lines
 from vlmquant.report.numbers import bounds_text, threshold_text
-from vlmquant.report.table import markdown_text
 
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 cannot hold."""
@@ -46,8 +45,7 @@ def to_junit(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
 
 def to_step_summary(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
     """Markdown for the file that $GITHUB_STEP_SUMMARY names."""
-    source = ["", f"Thresholds: {markdown_text(thresholds)}"] if thresholds else []
-    return "\n".join(["## vlmquant gate", "", *verdict_lines(verdicts), *source]) + "\n"
+    return "\n".join(["## vlmquant gate", "", *verdict_lines(verdicts, thresholds=thresholds)]) + "\n"
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -46,8 +46,13 @@ class Headline:
     note: str
 
 
-def to_html(report: Report, verdicts: Sequence[Verdict] = (), samples: Sequence[Sample] = ()) -> str:
-    """The page. With the evaluated samples it shows the questions and images of the answers that changed most."""
+def to_html(
+    report: Report, verdicts: Sequence[Verdict] = (), samples: Sequence[Sample] = (), *, thresholds: str = ""
+) -> str:
+    """The page. With the evaluated samples it shows the questions and images of the answers that changed most.
+
+    thresholds: where those of the verdicts are from.
+    """
     by_id = {sample.id: sample for sample in samples}
     kinds = list(dict.fromkeys(error.kind for run in report.candidates for error in layer_errors(run)))
     return render_page(
@@ -57,6 +62,7 @@ def to_html(report: Report, verdicts: Sequence[Verdict] = (), samples: Sequence[
         title=", ".join(run.label for run in report.candidates) or report.reference.label,
         outcome=overall(verdicts) if verdicts else None,
         verdicts=_verdict_rows(verdicts),
+        thresholds=thresholds,
         headlines=_headlines(report),
         tradeoff=_tradeoff(report),
         columns=COLUMNS,

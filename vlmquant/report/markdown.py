@@ -26,13 +26,13 @@ WORST_SHOWN = 10
 SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
 
 
-def to_markdown(report: Report, verdicts: Sequence[Verdict] = ()) -> str:
-    """The whole report; with the gate's verdicts they come first."""
+def to_markdown(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds: str = "") -> str:
+    """The whole report; with the gate's verdicts they come first. thresholds: where theirs are from."""
     parts: list[list[str]] = [
         [f"# vlmquant report: {markdown_text(', '.join(run.label for run in report.candidates))}"]
     ]
     if verdicts:
-        parts.append(verdict_lines(verdicts))
+        parts.append(verdict_lines(verdicts, thresholds=thresholds))
     parts.append(["## Comparison", "", *markdown_table(report)])
     parts.append(
         ["All samples; 95 % bootstrap intervals over images in brackets. KL and flips: against the reference."]
@@ -47,8 +47,8 @@ def to_markdown(report: Report, verdicts: Sequence[Verdict] = ()) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
-def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
-    """The gate's outcome in bold, and a table of its verdicts."""
+def verdict_lines(verdicts: Sequence[Verdict], *, thresholds: str = "") -> list[str]:
+    """The gate's outcome in bold, a table of its verdicts, and where their thresholds are from."""
     body = []
     for verdict in verdicts:
         show = threshold_text(verdict.threshold)
@@ -66,7 +66,8 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
             ]
         )
     titles = ["method", "loss", "verdict", "measured", "one-sided bounds", "margin", "n", "n needed", "why"]
-    return [f"**Gate: {SIGNS[overall(verdicts)]}**", "", *markdown_rows(titles, body, left=3)]
+    source = ["", f"Thresholds: {markdown_text(thresholds)}."] if thresholds else []
+    return [f"**Gate: {SIGNS[overall(verdicts)]}**", "", *markdown_rows(titles, body, left=3), *source]
 
 
 def _strata(report: Report) -> list[str]:
