@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -592,6 +593,19 @@ def test_a_head_of_its_own_is_written_as_one(tiny: Callable[..., Path], tmp_path
         assert torch.equal(load_model(tmp_path / "out")(**inputs).logits, expected)
         assert torch.equal(AutoModelForImageTextToText.from_pretrained(tmp_path / "out")(**inputs).logits, expected)
     assert verify_checkpoint(tmp_path / "out") == []
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs vlmquant[bitsandbytes]")
+def test_a_head_of_its_own_is_written_as_one_by_bitsandbytes(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    tied = Path(shutil.copytree(tiny("llava"), tmp_path / "tied"))
+    config = json.loads((tied / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (tied / "config.json").write_text(json.dumps(config))
+    quantize(tied, "bnb-nf4", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["tie_word_embeddings"], written["text_config"]["tie_word_embeddings"]) == (False, False)
+    heads = [load_model(model, dtype=torch.float32).lm_head.weight for model in (tmp_path / "out", tiny("llava"))]
+    assert torch.equal(*heads)
 
 
 def test_a_config_that_is_true_is_written_as_it_is(tiny: Callable[..., Path], tmp_path: Path) -> None:

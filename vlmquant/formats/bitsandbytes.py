@@ -53,6 +53,9 @@ def write_bitsandbytes(components: ComponentMap, plan: Plan, recipe: Recipe, out
     if taken != planned.keys():
         wrong = ", ".join(sorted(taken ^ planned.keys())[:5])
         raise PlanError(f"bitsandbytes would not quantize exactly what is planned: {wrong}; keep or quantize them too")
+    if components.untied:
+        for part in (model.config, model.config.get_text_config()):
+            part.tie_word_embeddings = False
     model.save_pretrained(out_dir, max_shard_size=recipe.output.max_shard_size)
 
 
