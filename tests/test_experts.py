@@ -16,6 +16,7 @@ from vlmquant.checkpoint.reader import verify_checkpoint
 from vlmquant.components import resolve_components
 from vlmquant.errors import PlanError, SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts, form_of, holds_experts, parts_of, stands_for, take_apart
+from vlmquant.loading import load_model
 from vlmquant.planning import make_plan
 from vlmquant.recipe import ExpertOptions, load_recipe, parse_recipe
 from vlmquant.stream import BlockStream
@@ -120,6 +121,19 @@ def test_kept_experts_are_copied_as_they_lie_on_disk(tmp_path: Path) -> None:
     assert stacks
     assert all(torch.equal(before[name], after[name]) for name in stacks)
     assert not any(".experts.0." in name for name in after)
+
+
+@pytest.mark.parametrize("kind", ["llama4", "gemma4@moe", "aria"])
+def test_kept_experts_are_loaded_with_the_values_of_the_source(kind: str, tmp_path: Path) -> None:
+    """transformers takes some apart whose config says that they are quantized, kept or not."""
+    model_dir = zoo.build(kind, tmp_path / "model")
+    recipe = parse_recipe(KEPT.replace("*mlp.experts", "*.experts"), name="kept")
+    zoo_check.quantize(model_dir, recipe, tmp_path / "out", [])
+    source, loaded = load_model(model_dir), load_model(tmp_path / "out")
+    stacks = {name: value for name, value in source.named_parameters() if ".experts." in name}
+    assert stacks
+    after = dict(loaded.named_parameters())
+    assert all(torch.equal(value.to(after[name].dtype), after[name]) for name, value in stacks.items())
 
 
 # --- what calibration sees ---
