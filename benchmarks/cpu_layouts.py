@@ -19,6 +19,7 @@ from typing import Any
 
 from provenance import provenance
 
+from vlmquant.grid import grid_of
 from vlmquant.threads import QUIET_WAIT
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,12 +49,12 @@ def candidates(linear: Any, weight: Any, inputs: Any) -> dict[str, Callable[[], 
     from torch.nn.functional import linear as multiply
 
     from vlmquant.kernels import words
-    from vlmquant.kernels.reference import round_activations
+    from vlmquant.kernels.reference import round_int8
 
     on_disk, dense, form = words.hold(weight), weight.dequantize(inputs.dtype), linear.form
 
     def per_call() -> object:
-        rounded = round_activations(inputs) if form.dynamic_int8 else inputs
+        rounded = round_int8(inputs) if form.dynamic_int8 else inputs
         return multiply(rounded, words.release(on_disk, form).dequantize(inputs.dtype))
 
     return {"packed": lambda: linear(inputs), "per_call": per_call, "dense": lambda: multiply(inputs, dense)}
@@ -69,7 +70,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     found = []
     for (shape_name, shape), scheme, dtype in itertools.product(SHAPES.items(), SCHEMES, DTYPES):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-        weight = quantize_weight(values, scheme=SHORT_SCHEMES[scheme], scale_dtype=torch.bfloat16)
+        weight = quantize_weight(values, grid_of(SHORT_SCHEMES[scheme], values.shape[1], torch.bfloat16))
         linear = QuantLinear(weight, SHORT_SCHEMES[scheme], None, dtype=getattr(torch, dtype))
         row = {"shape": shape_name, "scheme": scheme, "dtype": dtype, "layout": linear.layout}
         for tokens in TOKENS:

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from vlmquant.algorithms import awq, gptq
 from vlmquant.algorithms.scales import search_scales
-from vlmquant.recipe import AwqOptions, GptqOptions, Scheme
+from vlmquant.grid import Grid
+from vlmquant.recipe import AwqOptions, GptqOptions
 
 SHAPES = {"q,k,v": (1152, 768), "o": (768, 768), "gate,up": (3072, 768), "down": (768, 1536)}
 """Rows of linears that share an input, and inputs."""
-SCHEME, OPTIONS, SCALE_DTYPE = Scheme(bits=4, group_size=128), GptqOptions(), torch.bfloat16
+GRID, OPTIONS = Grid(4, 128, torch.bfloat16), GptqOptions()
 
 
 def plain_columns(weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
@@ -66,38 +67,22 @@ def measure(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, flo
     factor = gptq.factorize(hessian, OPTIONS)
 
     def grid() -> Tensor:
-        return search_scales(
-            weight,
-            hessian.diagonal(),
-            bits=4,
-            group_size=128,
-            symmetric=True,
-            search="weighted",
-            scale_dtype=SCALE_DTYPE,
-        )[0]
+        return search_scales(weight, hessian.diagonal(), GRID, search="weighted")[0]
 
     def whole() -> Tensor:
         found = gptq.factorize(hessian, OPTIONS)
-        return gptq.quantize_weight(
-            weight, hessian, found, scheme=SCHEME, options=OPTIONS, scale_dtype=SCALE_DTYPE
-        ).codes
+        return gptq.quantize_weight(weight, hessian, found, GRID, options=OPTIONS).codes
 
     def loop() -> Tensor:
-        return gptq.round_columns(weight, scales, None, factor, bits=4, group_size=128)
+        return gptq.round_columns(weight, scales, None, factor, GRID)
 
     def channel_scales() -> Tensor:
         return awq.search_channel_scales(
-            weight,
-            inputs.abs().mean(0),
-            hessian,
-            lambda scales: scales,
-            scheme=SCHEME,
-            options=AwqOptions(),
-            scale_dtype=SCALE_DTYPE,
+            weight, inputs.abs().mean(0), hessian, lambda scales: scales, GRID, options=AwqOptions()
         )
 
     def clip() -> Tensor:
-        return awq.quantize_clipped(weight, hessian, scheme=SCHEME, clip=True, scale_dtype=SCALE_DTYPE).codes
+        return awq.quantize_clipped(weight, hessian, GRID, clip=True).codes
 
     scales = grid()
     seconds = {

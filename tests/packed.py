@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vlmquant.algorithms.rtn import quantize_weight
+from tests import grids
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.formats import compressed_tensors
 from vlmquant.grid import QuantizedWeight
@@ -39,7 +39,7 @@ def write_packed(model_dir: Path, out: Path, components: str) -> dict[str, Quant
     for parameter in found.parameters:
         line, value = plan.line(parameter.name), found.read(parameter.name)
         if isinstance(line.scheme, Scheme):
-            codes[parameter.name] = quantize_weight(value.float(), scheme=line.scheme, scale_dtype=found.dtype)
+            codes[parameter.name] = grids.nearest(value, line.scheme, found.dtype)
             module = parameter.disk.removesuffix(".weight")
             tensors |= compressed_tensors.encode(module, codes[parameter.name], line.scheme)
         else:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from tests import grids
 from tests.tiny_vlm import image_inputs
 from vlmquant.checkpoint import CheckpointWriter, read_manifest, verify_checkpoint
 from vlmquant.checkpoint.assemble import split
@@ -27,7 +28,7 @@ from vlmquant.checkpoint.manifest import sealed
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.errors import CheckpointError, InputError, SentinelError
 from vlmquant.formats import compressed_tensors
-from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
+from vlmquant.grid import QuantizedWeight
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
 from vlmquant.planning import Plan, make_plan
@@ -93,16 +94,7 @@ def make_case(model_dir: Path, recipe: str = RECIPE) -> Case:
 
 
 def round_to_nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> QuantizedWeight:
-    group_size = scheme.group_size or weight.shape[1]
-    scales, zeros = minmax_grid(weight, bits=scheme.bits, group_size=group_size, symmetric=scheme.symmetric)
-    return quantize_nearest(
-        weight,
-        scales,
-        None if scheme.symmetric else zeros,
-        bits=scheme.bits,
-        group_size=group_size,
-        scale_dtype=dtype,
-    )
+    return grids.nearest(weight, scheme, dtype)
 
 
 @pytest.fixture(scope="module")
@@ -169,11 +161,7 @@ def assert_same_weight(found: QuantizedWeight, expected: QuantizedWeight) -> Non
     assert torch.equal(found.scales, expected.scales)
     assert (found.zeros is None) == (expected.zeros is None)
     assert found.zeros is None or (expected.zeros is not None and torch.equal(found.zeros, expected.zeros))
-    assert (found.bits, found.group_size, found.scale_dtype) == (
-        expected.bits,
-        expected.group_size,
-        expected.scale_dtype,
-    )
+    assert found.grid == expected.grid
 
 
 def test_every_tensor_stands_for_a_parameter_and_bytes_are_the_planned_ones(case: Case, written: Path) -> None:
@@ -302,7 +290,7 @@ def test_a_bad_scale_never_reaches_the_disk(case: Case, tmp_path: Path, bad: flo
     name, weight = next(iter(quantized.items()))
     scales = weight.scales.clone()
     scales[1, 0] = bad
-    spoilt = QuantizedWeight(weight.codes, scales, weight.zeros, weight.bits, weight.group_size, weight.scale_dtype)
+    spoilt = replace(weight, scales=scales)
     with pytest.raises(SentinelError, match=name), case.writer(tmp_path / "out") as writer:
         writer.add(block, {name: spoilt}, {}, {})
     assert list(tmp_path.iterdir()) == []

@@ -5,16 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmquant.grid import SCALE_FLOOR, QuantizedWeight, minmax_grid, quantize_nearest, round_scales
+from vlmquant.grid import SCALE_FLOOR, Grid, QuantizedWeight, minmax_grid, quantize_nearest
 
 
 def nearest(
     weight: torch.Tensor, *, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype = torch.float32
 ) -> QuantizedWeight:
-    scales, zeros = minmax_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric)
-    return quantize_nearest(
-        weight, scales, None if symmetric else zeros, bits=bits, group_size=group_size, scale_dtype=dtype
-    )
+    grid = Grid(bits, group_size, dtype, symmetric)
+    return quantize_nearest(weight, *minmax_grid(weight, grid), grid)
 
 
 def test_symmetric_codes_by_hand() -> None:
@@ -70,7 +68,7 @@ def test_groups_of_zeros_and_constants_survive() -> None:
 
 
 def test_scales_stay_inside_their_dtype() -> None:
-    scales = round_scales(torch.tensor([0.0, 1e-30, 1e30]), torch.float16)
+    scales = Grid(4, 4, torch.float16).round_scales(torch.tensor([0.0, 1e-30, 1e30]))
     assert scales.tolist() == [SCALE_FLOOR, SCALE_FLOOR, 65504.0]
 
 
@@ -84,6 +82,6 @@ def test_scaled_rows_are_the_weight_times_the_factors() -> None:
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     codes = torch.zeros(2, 8, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"need \(2, 2\)"):
-        QuantizedWeight(codes, torch.ones(2, 3), None, 4, 4, torch.float32)
+        QuantizedWeight(codes, torch.ones(2, 3), None, Grid(4, 4, torch.float32))
     with pytest.raises(TypeError, match="codes must be uint8"):
-        QuantizedWeight(codes.int(), torch.ones(2, 2), None, 4, 4, torch.float32)
+        QuantizedWeight(codes.int(), torch.ones(2, 2), None, Grid(4, 4, torch.float32))

@@ -21,7 +21,7 @@ from vlmquant.components import resolve_components
 from vlmquant.errors import CheckpointError, InputError, UsageError
 from vlmquant.formats import bitsandbytes
 from vlmquant.grid import QuantizedWeight
-from vlmquant.kernels.reference import round_activations
+from vlmquant.kernels.reference import round_int8
 from vlmquant.linear import QuantEmbedding, QuantLinear, SharedRows
 from vlmquant.loading import load_model
 from vlmquant.planning import make_plan
@@ -60,7 +60,7 @@ def reference_model(model_dir: Path, codes: dict[str, QuantizedWeight], *, dynam
         module = model.get_submodule(name.removesuffix(".weight"))
         module.weight.data = weight.dequantize()
         if dynamic and dynamic in name:
-            module.register_forward_pre_hook(lambda module, inputs: (round_activations(inputs[0]), *inputs[1:]))
+            module.register_forward_pre_hook(lambda module, inputs: (round_int8(inputs[0]), *inputs[1:]))
     return model
 
 
@@ -187,7 +187,7 @@ def test_scales_stay_as_stored_whatever_the_dtype(checkpoint: Callable[[str, str
         for name, weight in codes.items():
             loaded = model.get_submodule(name.removesuffix(".weight")).to_weight()
             assert torch.equal(loaded.scales, weight.scales)
-            assert loaded.scale_dtype == torch.bfloat16
+            assert loaded.grid.scale_dtype == torch.bfloat16
 
 
 def test_dequantizing_on_request_is_left_to_transformers(

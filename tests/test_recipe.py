@@ -63,7 +63,7 @@ WRONG = {
     ),
     "unsupported scheme": (
         "name: x\ncomponents:\n  language: {scheme: {bits: 4, activations: dynamic-int8}}\n",
-        r"x\.yaml:3:\d+: components\.language\.scheme: dynamic-int8 activations need bits: 8",
+        r"x\.yaml:3:\d+: components\.language\.scheme: dynamic-int8 activations need type: int, bits: 8",
     ),
     "mixed formats": (
         "name: x\ncomponents:\n  language: {scheme: nf4, method: bitsandbytes}\n",
@@ -121,13 +121,18 @@ def test_modules_are_globs() -> None:
 
 def test_short_schemes_say_what_they_are() -> None:
     assert {name: scheme.label for name, scheme in SHORT_SCHEMES.items()} == {
+        "w2a16": "w2a16-g128",
         "w3a16": "w3a16-g128",
         "w4a16": "w4a16-g128",
         "w4a16-asym": "w4a16-g128-asym",
+        "w5a16": "w5a16-g128",
+        "w6a16": "w6a16-g128",
+        "w7a16": "w7a16-g128",
         "w8a16": "w8a16",
         "w8": "w8a16",
-        "w8a8-dynamic": "w8a8-dynamic",
+        **{name: name for name in ("w8a8-dynamic", "w4afp8", "fp8-dynamic", "fp8-block", "nvfp4a16", "mxfp4a16")},
     }
+    assert Scheme(type="float", bits=8, group_size=None).label == "fp8a16"
     assert Scheme(bits=4, group_size=64, symmetric=False).label == "w4a16-g64-asym"
 
 
@@ -138,10 +143,13 @@ def test_percentages_and_shares_are_the_same_threshold() -> None:
 
 
 def test_a_scheme_written_out_is_judged_as_one() -> None:
-    text = "version: 1\nname: x\ncomponents:\n  language: {scheme: {bits: 5}, method: gptq}\n"
+    text = "version: 1\nname: x\ncomponents:\n  language: {scheme: {bits: 9}, method: gptq}\n"
     with pytest.raises(RecipeError) as error:
         parse_recipe(text, name="r.yaml")
-    assert str(error.value) == "r.yaml:4:29: components.language.scheme.bits: input should be 3, 4 or 8 (got 5)"
+    assert (
+        str(error.value)
+        == "r.yaml:4:29: components.language.scheme.bits: input should be 2, 3, 4, 5, 6, 7 or 8 (got 9)"
+    )
 
 
 # What strangers put into YAML

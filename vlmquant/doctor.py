@@ -11,6 +11,7 @@ import torch
 
 import vlmquant
 from vlmquant.errors import KernelError
+from vlmquant.grid import Grid
 from vlmquant.kernels import choose
 from vlmquant.kernels.cuda import build, dispatch, launch
 from vlmquant.kernels.cuda.catalog import ENTRIES
@@ -134,7 +135,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _cpu() -> dict[str, Any]:
-    form = Form(SHOWN_SHAPE, 4, GROUP_SIZE, True, torch.bfloat16, dynamic_int8=False)
+    form = Form(SHOWN_SHAPE, Grid(4, GROUP_SIZE, torch.bfloat16))
     cpu = torch.device("cpu")
     return {
         "threads": torch.get_num_threads(),

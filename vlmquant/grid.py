@@ -1,45 +1,187 @@
-"""Integer grids: `QuantizedWeight` is the seam between algorithms and everything that stores or runs weights."""
+"""Grids of weights. `QuantizedWeight` is the seam between algorithms and everything that stores or runs weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-# Smallest scale we store. A group of zeros gets it, and its codes are exact zeros. Above the smallest normal float16.
+if TYPE_CHECKING:  # recipes need packages that running a layer does not
+    from vlmquant.recipe import Scheme
+
 SCALE_FLOOR = 2.0**-14
+"""Smallest scale of an integer grid: a group of zeros gets it. Above the smallest normal float16."""
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of 4-bit floating point, by code; a sign bit stands before them (OCP Microscaling Formats 1.0, 5.3.3)."""
+E4M3 = torch.float8_e4m3fn
+E8M0 = torch.float8_e8m0fnu
+"""Powers of two (OCP Microscaling Formats 1.0, 5.4.1)."""
+LARGEST: dict[int, float] = {4: E2M1[-1], 8: torch.finfo(E4M3).max}
+"""Of a floating point grid, by bits."""
+MX_RANGE = 4.0
+"""The largest power of two of E2M1, which a power of two as a scale maps that of a group to."""
+MX_ROUND_UP = 1.75
+"""The mantissa from which on a scale is rounded up to the next power of two (as compressed-tensors does it)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What the codes of a weight stand for: a code is a value, and a weight is its value times the scale of its group.
+
+    bits, kind: int: value = code - zero, codes in [0, 2**bits). float: E2M1 at 4 bits, E4M3 at 8, sign bit first.
+    symmetric: an int grid whose zero is the code 2**(bits - 1) everywhere.
+    group_size, group_rows: columns and rows of the weight that share a scale; the last group of a row may be short.
+    scale_dtype: what scales are stored in, and rounded to before codes are chosen. E8M0: a power of two. E4M3: a scale
+    is what is stored divided by global_scale, a float32 number that holds for the whole weight (NVFP4).
+    """
+
+    bits: int
+    group_size: int
+    scale_dtype: torch.dtype
+    symmetric: bool = True
+    kind: Literal["int", "float"] = "int"
+    group_rows: int = 1
+    global_scale: float | None = None
+
+    @property
+    def half_range(self) -> float:
+        """The value that the largest magnitude of a group is mapped to, where nothing is clipped."""
+        if self.kind == "int":
+            return float(2**self.bits - 1) / 2
+        return MX_RANGE if self.scale_dtype == E8M0 else LARGEST[self.bits]
+
+    def bounds(self, zeros: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
+        """The least and the largest value; zeros: float, of an asymmetric grid."""
+        if self.kind == "float":
+            return -LARGEST[self.bits], LARGEST[self.bits]
+        top = float(2**self.bits - 1)
+        if zeros is None:
+            return -float(mid_code(self.bits)), top - mid_code(self.bits)
+        return -zeros, top - zeros
+
+    def round_(self, ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        """float32 weights / scales -> the nearest values within `bounds`, ties to the even code; in place."""
+        if self.kind == "int":
+            return ratio.round_().clamp_(low, high)  # type: ignore[arg-type]  # both are floats, or both tensors
+        ratio.clamp_(low, high)  # type: ignore[arg-type]
+        if self.bits == 8:
+            return ratio.copy_(ratio.to(E4M3))
+        magnitudes = ratio.abs()
+        steps = (magnitudes >= 2).to(ratio.dtype).add_(magnitudes >= 4).sub_(1).exp2_()  # .5, 1 and 2
+        return ratio.div_(steps).round_().mul_(steps)
+
+    def encode(self, values: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """Values on the grid -> uint8 codes of the same shape."""
+        if self.kind == "int":
+            return (values + (mid_code(self.bits) if zeros is None else zeros)).to(torch.uint8)
+        if self.bits == 8:
+            return values.to(E4M3).view(torch.uint8)
+        index = torch.bucketize(values.abs(), torch.tensor(E2M1, device=values.device)).to(torch.uint8)
+        return index | (values.signbit().to(torch.uint8) << 3)
+
+    def decode(self, codes: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """uint8 codes -> float32 values of the same shape. The inverse of `encode`."""
+        if self.kind == "int":
+            return codes.float() - (mid_code(self.bits) if zeros is None else zeros)
+        if self.bits == 8:
+            return codes.view(E4M3).float()
+        table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=codes.device)
+        return table[codes.int()]
+
+    def round_scales(self, scales: Tensor) -> Tensor:
+        """float32 scales (rows, groups) -> the nearest that can be stored and are positive.
+
+        Rounding before the codes are chosen keeps codes and stored scales in agreement.
+        """
+        if self.kind == "int":
+            return scales.clamp(SCALE_FLOOR, torch.finfo(self.scale_dtype).max).to(self.scale_dtype).float()
+        return self.load_scales(self.store_scales(scales))
+
+    def store_scales(self, scales: Tensor) -> Tensor:
+        """float32 scales -> how they are stored, `scale_dtype`."""
+        if self.scale_dtype == E8M0:
+            mantissa, exponent = torch.frexp(scales)  # in [.5, 1)
+            exponent += (mantissa * 2 >= MX_ROUND_UP).to(exponent.dtype) + 126
+            return exponent.mul_(scales > 0).clamp_(0, 254).to(torch.uint8).view(E8M0)
+        if self.global_scale is not None:
+            scales = scales * self.global_scale
+        limits = torch.finfo(self.scale_dtype)
+        stored = scales.clamp(max=limits.max).to(self.scale_dtype)
+        if self.kind == "float":  # compressed-tensors' own way with groups of zeros
+            stored = torch.where(stored.float() == 0, torch.tensor(limits.eps).to(stored.device), stored.float()).to(
+                self.scale_dtype
+            )
+        return stored
+
+    def load_scales(self, stored: Tensor) -> Tensor:
+        """The inverse of `store_scales`."""
+        if stored.dtype == E8M0:
+            return torch.exp2(stored.view(torch.uint8).float() - 127)
+        return stored.float() if self.global_scale is None else stored.float() / self.global_scale
+
+    def fitted(self, *weights: Tensor) -> "Grid":
+        """The grid of weights (out, in) that share a global scale, where the grid has one."""
+        if self.scale_dtype != E4M3:
+            return self
+        largest = max(float(weight.abs().amax()) for weight in weights)
+        divisor = float(torch.tensor(largest).reciprocal() * (LARGEST[8] * LARGEST[4]))
+        return replace(self, global_scale=divisor if isfinite(divisor) else 1.0)
+
+    def over_blocks(self, values: Tensor, *, largest: bool) -> Tensor:
+        """(rows, groups) -> the same shape: the largest, or the sum, over the rows that share a scale."""
+        if self.group_rows == 1:
+            return values
+        rows = len(values)
+        padded = torch.nn.functional.pad(values, (0, 0, 0, -rows % self.group_rows))
+        blocks = padded.view(-1, self.group_rows, values.shape[1])
+        joined = blocks.amax(1) if largest else blocks.sum(1)
+        return joined.repeat_interleave(self.group_rows, dim=0)[:rows]
+
+
+SCALE_DTYPES = {"e4m3": E4M3, "e8m0": E8M0}
+
+
+def grid_of(scheme: "Scheme", columns: int, model_dtype: torch.dtype) -> Grid:
+    """The grid of a scheme for weights of so many columns."""
+    return Grid(
+        scheme.bits,
+        scheme.group_size or columns,
+        SCALE_DTYPES.get(scheme.scales, model_dtype),
+        scheme.symmetric,
+        scheme.type,
+        scheme.group_rows,
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A linear layer's weight as integer codes on a per-group affine grid.
+    """A linear layer's weight as codes on a grid.
 
     codes   (out, in)     uint8 in [0, 2**bits)
-    scales  (out, groups) float32 > 0, every value exactly representable in `scale_dtype`
-    zeros   (out, groups) uint8 in [0, 2**bits), or None: the grid is symmetric about code 2**(bits - 1)
+    scales  (out, groups) float32 > 0, as rounded by the grid; rows that share one repeat it
+    zeros   (out, groups) uint8 in [0, 2**bits), or None: the grid is symmetric
     Input column j belongs to group j // group_size, and groups == ceil(in / group_size); one group is "per channel".
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor | None
-    bits: int
-    group_size: int
-    scale_dtype: torch.dtype
+    grid: Grid
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
-        groups = -(-columns // self.group_size)
+        groups = -(-columns // self.grid.group_size)
         if self.codes.dtype != torch.uint8 or self.scales.dtype != torch.float32:
             raise TypeError(f"codes must be uint8 and scales float32, got {self.codes.dtype} and {self.scales.dtype}")
         if self.scales.shape != (rows, groups) or (self.zeros is not None and self.zeros.shape != (rows, groups)):
             raise ValueError(
-                f"codes {tuple(self.codes.shape)} with group size {self.group_size} need ({rows}, {groups})"
+                f"codes {tuple(self.codes.shape)} with group size {self.grid.group_size} need ({rows}, {groups})"
             )
-
-    @property
-    def symmetric(self) -> bool:
-        return self.zeros is None
+        if self.grid.symmetric != (self.zeros is None):
+            raise ValueError("zeros belong to asymmetric grids, and to them only")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,19 +198,16 @@ class QuantizedWeight:
         return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), zeros=zeros)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out, in) in `dtype`: (code - zero) * scale, computed in float32. The definition of what the codes mean."""
-        return dequantize_codes(self.codes, self.scales, self.zeros, bits=self.bits, group_size=self.group_size).to(
-            dtype
-        )
+        """(out, in) in `dtype`: value * scale, computed in float32. The definition of what the codes mean."""
+        return dequantize_codes(self.codes, self.scales, self.zeros, self.grid).to(dtype)
 
     def scale_rows(self, factors: Tensor) -> "QuantizedWeight":
-        """The weight with row r multiplied by factors[r] > 0: only the scales change (rounded to `scale_dtype`)."""
-        scales = round_scales(self.scales * factors.float()[:, None], self.scale_dtype)
-        return replace(self, scales=scales)
+        """The weight with row r multiplied by factors[r] > 0: only the scales change (and are rounded)."""
+        return replace(self, scales=self.grid.round_scales(self.scales * factors.float()[:, None]))
 
 
 def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Weights of the same inputs, bits, groups and symmetry, one behind the other."""
+    """Weights of the same inputs and on the same grid, one behind the other."""
     first = weights[0]
     return replace(
         first,
@@ -78,31 +217,31 @@ def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
+def split_rows(weight: QuantizedWeight, counts: Iterable[int]) -> list[QuantizedWeight]:
+    """Undo `join_rows`."""
+    parts, start = [], 0
+    for count in counts:
+        parts.append(weight.rows(start, count))
+        start += count
+    return parts
+
+
 def mid_code(bits: int) -> int:
-    """The code that means zero on a symmetric grid."""
+    """The code that means zero on a symmetric integer grid."""
     return 1 << (bits - 1)
 
 
-def round_scales(scales: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """float32 scales rounded to what `scale_dtype` can hold, from SCALE_FLOOR up to the dtype's largest value.
+def minmax_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+    """weight (out, in) -> scales and zeros, float32 (out, groups), from each group's extremes; scales unrounded.
 
-    Rounding before the codes are chosen keeps codes and stored scales in agreement.
-    """
-    limit = torch.finfo(scale_dtype).max
-    return scales.clamp(SCALE_FLOOR, limit).to(scale_dtype).float()
-
-
-def minmax_grid(weight: Tensor, *, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """weight (out, in) -> scales and zeros, both float32 (out, groups), from each group's extremes; scales unrounded.
-
-    Symmetric: scale = max|w| / ((2**bits - 1) / 2) and zero = mid code (the convention of compressed-tensors).
+    Symmetric: scale = max|w| / half_range (the convention of compressed-tensors), and zeros is None.
     Asymmetric: the range always contains 0, so that 0 is exact, and zeros are integers in [0, 2**bits).
     """
-    groups = split_groups(weight.float(), group_size)
-    top = 2**bits - 1
-    if symmetric:
-        scales = groups.abs().amax(-1) / (top / 2)
-        return scales.clamp_min(SCALE_FLOOR), torch.full_like(scales, mid_code(bits))
+    groups = split_groups(weight.float(), grid.group_size)
+    if grid.symmetric:
+        scales = grid.over_blocks(groups.abs().amax(-1), largest=True) / grid.half_range
+        return (scales.clamp_min(SCALE_FLOOR) if grid.kind == "int" else scales), None
+    top = 2**grid.bits - 1
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
     scales = ((high - low) / top).clamp_min(SCALE_FLOOR)
     return scales, (-low / scales).round().clamp(0, top)
@@ -120,31 +259,23 @@ def expand_groups(values: Tensor, *, group_size: int, columns: int) -> Tensor:
     return values.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
-def quantize_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int) -> Tensor:
-    """(out, in) float -> uint8 codes: round half to even of w / scale, plus zero, clamped to [0, 2**bits)."""
-    columns = weight.shape[1]
-    ratio = weight.float() / expand_groups(scales, group_size=group_size, columns=columns)
-    offset: Tensor | float = mid_code(bits)
-    if zeros is not None:
-        offset = expand_groups(zeros.float(), group_size=group_size, columns=columns)
-    return (ratio.round() + offset).clamp(0, 2**bits - 1).to(torch.uint8)
+def quantize_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
+    """(out, in) float -> uint8 codes of the values nearest to w / scale."""
+    size, columns = grid.group_size, weight.shape[1]
+    ratio = weight.float() / expand_groups(scales, group_size=size, columns=columns)
+    offsets = None if zeros is None else expand_groups(zeros.float(), group_size=size, columns=columns)
+    return grid.encode(grid.round_(ratio, *grid.bounds(offsets)), offsets)
 
 
-def dequantize_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int) -> Tensor:
+def dequantize_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
     """uint8 codes (out, in) -> float32 (out, in)."""
-    columns = codes.shape[1]
-    offset: Tensor | float = mid_code(bits)
-    if zeros is not None:
-        offset = expand_groups(zeros.float(), group_size=group_size, columns=columns)
-    return (codes.float() - offset) * expand_groups(scales, group_size=group_size, columns=columns)
+    size, columns = grid.group_size, codes.shape[1]
+    offsets = None if zeros is None else expand_groups(zeros.float(), group_size=size, columns=columns)
+    return grid.decode(codes, offsets) * expand_groups(scales, group_size=size, columns=columns)
 
 
-def quantize_nearest(
-    weight: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int, group_size: int, scale_dtype: torch.dtype
-) -> QuantizedWeight:
-    """Round every weight to its nearest code on the given grid (scales are rounded to `scale_dtype` first)."""
-    scales = round_scales(scales, scale_dtype)
-    codes = quantize_codes(weight, scales, zeros, bits=bits, group_size=group_size)
-    return QuantizedWeight(
-        codes, scales, None if zeros is None else zeros.to(torch.uint8), bits, group_size, scale_dtype
-    )
+def quantize_nearest(weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> QuantizedWeight:
+    """Round every weight to its nearest code on the given grid (scales are rounded first)."""
+    scales = grid.round_scales(scales)
+    codes = quantize_codes(weight, scales, zeros, grid)
+    return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid)

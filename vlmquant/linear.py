@@ -12,6 +12,7 @@ from vlmquant.grid import QuantizedWeight, join_rows
 from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, choose, prepare, words
 from vlmquant.kernels.form import Form, Place, form_of
 from vlmquant.kernels.probe import needs_gradient
+from vlmquant.kernels.reference import round_inputs
 
 if TYPE_CHECKING:  # recipes need packages that running a layer does not
     from vlmquant.recipe import Scheme
@@ -39,7 +40,7 @@ class PackedRows(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self.fixed_layout, self.activation = scheme, layout, activation
-        self.form = form_of(weight, dynamic_int8=scheme.activations == "dynamic-int8")
+        self.form = form_of(weight, scheme.activations)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_buffer("mark", torch.empty(0, dtype=dtype, device=weight.codes.device), persistent=False)
         self.layout, self.held_names = self._layout_at(self.place), list[str]()
@@ -81,6 +82,8 @@ class PackedRows(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])
+        if self.form.inputs != "none" and not self.form.dynamic_int8:  # INT8 layouts round by themselves
+            flat = round_inputs(flat, self.form.inputs)
         outputs: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
         return outputs.view(*inputs.shape[:-1], self.form.shape[0])
 
@@ -192,12 +195,18 @@ class _Packed(nn.Module):
         return self.dequantize(self.dtype)
 
     def __repr__(self) -> str:
-        form = self.form
-        what = f"{form.bits} bits, groups of {form.group_size}, {'' if form.symmetric else 'a'}symmetric"
-        inputs = ", dynamic int8 inputs" if form.dynamic_int8 else ""
+        grid, inputs = self.form.grid, self.form.inputs
+        kind = "floating point" if grid.kind == "float" else "symmetric" if grid.symmetric else "asymmetric"
+        what = f"{grid.bits} bits, groups of {grid.group_size}, {kind}"
+        inputs = "" if inputs == "none" else f", {inputs} inputs"
         shared = ", one product with its neighbours" if isinstance(self.packed, SharedRows) else ""
         shape = f"{self.in_features} -> {self.out_features}"
         return f"{type(self).__name__}({shape}, {what}{inputs}, held as {self.layout}{shared})"
+
+
+def _dtype_for(weight: QuantizedWeight) -> torch.dtype:
+    """The model's dtype, where nobody says it: that of the scales, if models are made of such."""
+    return weight.grid.scale_dtype if weight.grid.scale_dtype.itemsize > 1 else torch.bfloat16
 
 
 class QuantLinear(_Packed):
@@ -217,7 +226,7 @@ class QuantLinear(_Packed):
         dtype: torch.dtype | None = None,
         activation: str = "",
     ) -> None:
-        super().__init__(PackedRows(weight, scheme, bias, dtype or weight.scale_dtype, activation=activation))
+        super().__init__(PackedRows(weight, scheme, bias, dtype or _dtype_for(weight), activation=activation))
 
     @property
     def bias(self) -> Tensor | None:
@@ -278,7 +287,7 @@ class QuantEmbedding(_Packed):
     """indices (...) -> (..., features) in the model's dtype: only the rows asked for are dequantized."""
 
     def __init__(self, weight: QuantizedWeight, scheme: "Scheme", *, dtype: torch.dtype | None = None) -> None:
-        super().__init__(PackedRows(weight, scheme, None, dtype or weight.scale_dtype, layout="words"))
+        super().__init__(PackedRows(weight, scheme, None, dtype or _dtype_for(weight), layout="words"))
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, indices: Tensor) -> Tensor:

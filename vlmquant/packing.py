@@ -42,7 +42,7 @@ def packed_columns(columns: int, bits: int) -> int:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """codes (rows, columns) uint8 in [0, 2**bits) -> (rows, ceil(columns * bits / 32)) int32; spare bits are zero."""
     if bits in (4, 8):
-        return _pack_bytes(codes if bits == 8 else _pair_nibbles(codes))
+        return _pack_bytes(codes if bits == 8 else pair_nibbles(codes))
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = ((codes[..., None] >> shifts) & 1).flatten(1)
     stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).view(len(codes), -1, 8)
@@ -56,7 +56,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return octets[:, :columns].contiguous()
     if bits == 4:
-        return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)[:, :columns].contiguous()
+        return split_nibbles(octets)[:, :columns].contiguous()
     # A code lies inside two neighbouring bytes: look at them together.
     first = torch.arange(columns, device=packed.device) * bits
     octets = torch.nn.functional.pad(octets, (0, 1))
@@ -64,10 +64,15 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     return ((pairs.to(torch.int32) & 0xFFFF) >> (first % 8).to(torch.int32)).bitwise_and(2**bits - 1).to(torch.uint8)
 
 
-def _pair_nibbles(codes: Tensor) -> Tensor:
+def pair_nibbles(codes: Tensor) -> Tensor:
     """(rows, columns) of 4-bit codes -> (rows, ceil(columns / 2)) bytes; the even column is the low nibble."""
     codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
     return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def split_nibbles(octets: Tensor) -> Tensor:
+    """(rows, n) bytes -> (rows, 2 n) of 4-bit codes. The inverse of `pair_nibbles` for an even number of columns."""
+    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
 
 
 def _pack_bytes(octets: Tensor) -> Tensor:

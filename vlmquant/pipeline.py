@@ -35,7 +35,7 @@ from vlmquant.evaluation.settings import Settings
 from vlmquant.families import from_spec
 from vlmquant.formats import bitsandbytes, compressed_tensors
 from vlmquant.gate import judge
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import QuantizedWeight, grid_of
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan
@@ -323,13 +323,13 @@ def _expert_note(tokens: Mapping[str, list[int]], recipe: Recipe) -> str:
 def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, QuantizedWeight]:
     """Codes of embedding, projector and head where the recipe wants them: to nearest, as no data is collected there."""
     inside = tuple(f"{info.name}." for info in components.blocks)
-    return {
-        line.name: rtn.quantize_weight(
-            components.read(line.name).float(), scheme=line.scheme, scale_dtype=components.dtype
-        )
-        for line in plan.lines
-        if isinstance(line.scheme, Scheme) and line.action == "quantize" and not line.name.startswith(inside)
-    }
+    quantized = {}
+    for line in plan.lines:
+        if isinstance(line.scheme, Scheme) and line.action == "quantize" and not line.name.startswith(inside):
+            weight = components.read(line.name).float()
+            grid = grid_of(line.scheme, weight.shape[1], components.dtype).fitted(weight)
+            quantized[line.name] = rtn.quantize_weight(weight, grid)
+    return quantized
 
 
 def evaluate(

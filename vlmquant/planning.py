@@ -178,7 +178,8 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtyp
     """Bytes of a weight (out, in) and all that is stored beside it; for bitsandbytes' schemes an estimate.
 
     compressed-tensors: packed codes in int32 words, scales in `dtype`, the shape as two int64, and zero points packed
-    along the rows; int8 weights with int8 activations are stored unpacked, with their scales only.
+    along the rows; int8 weights with int8 activations and FP8 weights are stored unpacked, with their scales only; FP4
+    ones two to a byte, scales in a byte each.
     """
     rows, columns = shape
     if scheme == "nf4":
@@ -186,7 +187,12 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtyp
     if isinstance(scheme, str):
         return rows * columns + rows * torch.float32.itemsize
     groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
-    scales = rows * groups * dtype.itemsize
+    blocks = -(-rows // scheme.group_rows) * groups
+    if scheme.type == "float":
+        scales = blocks * (dtype.itemsize if scheme.scales == "model" else 1)
+        scales += torch.float32.itemsize if scheme.scales == "e4m3" else 0
+        return rows * -(-columns * scheme.bits // 8) + scales
+    scales = blocks * dtype.itemsize
     if scheme.activations == "dynamic-int8":
         return rows * columns + scales
     zeros = 0 if scheme.symmetric else packed_columns(rows, scheme.bits) * groups * PACKED_WORD_BYTES
@@ -520,10 +526,10 @@ def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) ->
     whose = "inputs are" if inputs == linear.in_features else "as the common divisor of the experts' inputs is"
     why = f"{inputs} {whose} no multiple of group size {scheme.group_size}"
     for step in recipe.fallback.when_indivisible:
-        if step == "group_size" and smaller is not None:
+        if step == "group_size" and smaller is not None and scheme.type == "int":
             fitting = scheme.model_copy(update={"group_size": smaller})
             return _Choice(fitting, choice.method, f"{why}, so the group size is {smaller}", fallback=True)
-        if step in SHORT_SCHEMES:
+        if step in SHORT_SCHEMES and SHORT_SCHEMES[step].type == scheme.type:
             method = choice.method if choice.method == DATA_FREE else "int8"
             return _Choice(SHORT_SCHEMES[step], method, f"{why}, so it becomes {step}", fallback=True)
         if step == KEEP:

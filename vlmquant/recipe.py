@@ -50,40 +50,84 @@ def _whole(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]
 
 
+Activations = Literal["none", "dynamic-int8", "dynamic-fp8", "dynamic-fp8-g128"]
+
+
 class Scheme(Data):
     """How a weight is stored, and whether its inputs are quantized as well."""
 
-    bits: Annotated[Literal[3, 4, 8], BeforeValidator(_whole)]
+    bits: Annotated[Literal[2, 3, 4, 5, 6, 7, 8], BeforeValidator(_whole)]
     """Bits of one weight code."""
+    type: Literal["int", "float"] = "int"
+    """float: FP8 (E4M3) or FP4 (E2M1), by bits."""
     group_size: Annotated[int, Field(ge=16, le=4096)] | None = 128
     """Input channels that share one scale; null for one scale per output channel."""
+    group_rows: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Output channels that share one scale."""
     symmetric: bool = True
     """Codes centred on zero; false adds an integer zero point per group."""
-    activations: Literal["none", "dynamic-int8"] = "none"
-    """dynamic-int8: every token's inputs are rounded to int8 with a scale of their own at run time (W8A8)."""
+    scales: Literal["model", "e4m3", "e8m0"] = "model"
+    """What scales are stored in: the model's dtype; FP8 below one float32 scale of the weight (NVFP4); powers of two
+    (MXFP4)."""
+    activations: Activations = "none"
+    """What inputs are rounded to at run time, with a scale of its own for every token, or every 128 inputs of one."""
 
     @model_validator(mode="after")
     def _supported(self) -> "Scheme":
-        if self.activations == "dynamic-int8" and not (self.bits == 8 and self.symmetric and self.group_size is None):
-            raise ValueError("dynamic-int8 activations need bits: 8, group_size: null, symmetric: true")
+        if self.activations == "dynamic-int8" and not (
+            self.type == "int" and self.bits == 8 and self.symmetric and self.group_size is None
+        ):
+            raise ValueError("dynamic-int8 activations need type: int, bits: 8, group_size: null, symmetric: true")
+        form = (self.type, self.bits, self.group_size, self.group_rows, self.scales)
+        if self.type == "float":
+            if form not in FLOAT_FORMS or not self.symmetric:
+                names = ", ".join(name for name, scheme in SHORT_SCHEMES.items() if scheme.type == "float")
+                raise ValueError(f"a floating point scheme that nobody stores; the schemes are {names}")
+            if self.activations not in ("none", FLOAT_FORMS[form]):
+                raise ValueError(f"activations: {self.activations} do not go with these weights")
+        elif (self.group_rows, self.scales) != (1, "model"):
+            raise ValueError("integer weights need group_rows: 1 and scales: model")
+        elif self.activations == "dynamic-fp8" and (self.bits, self.group_size, self.symmetric) != (4, 128, True):
+            raise ValueError("dynamic-fp8 activations need bits: 4, group_size: 128, symmetric: true")
+        elif self.activations == "dynamic-fp8-g128":
+            raise ValueError("dynamic-fp8-g128 activations need FP8 weights in blocks of 128 x 128")
         return self
 
     @property
     def label(self) -> str:
         """The short form, such as w4a16-g128 or w8a8-dynamic."""
-        if self.activations == "dynamic-int8":
-            return "w8a8-dynamic"
-        group = "" if self.group_size is None else f"-g{self.group_size}"
-        return f"w{self.bits}a16{group}{'' if self.symmetric else '-asym'}"
+        if self.type == "int" and self.activations == "none":
+            group = "" if self.group_size is None else f"-g{self.group_size}"
+            return f"w{self.bits}a16{group}{'' if self.symmetric else '-asym'}"
+        known = (name for name, scheme in SHORT_SCHEMES.items() if scheme == self)
+        return next(known, f"fp{self.bits}a16{'-block' if self.group_rows > 1 else ''}")
 
+
+FLOAT_FORMS: dict[tuple[str, int, int | None, int, str], Activations] = {
+    ("float", 8, None, 1, "model"): "dynamic-fp8",
+    ("float", 8, 128, 128, "model"): "dynamic-fp8-g128",
+    ("float", 4, 16, 1, "e4m3"): "none",
+    ("float", 4, 32, 1, "e8m0"): "none",
+}
+"""Type, bits, group size, rows and scales of the floating point weights that files hold and engines run -> what inputs
+may be rounded to with them."""
 
 SHORT_SCHEMES: dict[str, Scheme] = {
+    "w2a16": Scheme(bits=2),
     "w3a16": Scheme(bits=3),
     "w4a16": Scheme(bits=4),
     "w4a16-asym": Scheme(bits=4, symmetric=False),
+    "w5a16": Scheme(bits=5),
+    "w6a16": Scheme(bits=6),
+    "w7a16": Scheme(bits=7),
     "w8a16": Scheme(bits=8, group_size=None),
     "w8": Scheme(bits=8, group_size=None),
     "w8a8-dynamic": Scheme(bits=8, group_size=None, activations="dynamic-int8"),
+    "w4afp8": Scheme(bits=4, activations="dynamic-fp8"),
+    "fp8-dynamic": Scheme(type="float", bits=8, group_size=None, activations="dynamic-fp8"),
+    "fp8-block": Scheme(type="float", bits=8, group_rows=128, activations="dynamic-fp8-g128"),
+    "nvfp4a16": Scheme(type="float", bits=4, group_size=16, scales="e4m3"),
+    "mxfp4a16": Scheme(type="float", bits=4, group_size=32, scales="e8m0"),
 }
 KEEP: Literal["fp16"] = "fp16"
 """Keep the weight at the model's own 16-bit dtype."""
@@ -191,12 +235,14 @@ class Components(Data):
 class Fallback(Data):
     """What a layer gets whose shape its scheme does not fit; the plan reports every use."""
 
-    when_indivisible: tuple[Literal["group_size", "w8a8-dynamic", "w8a16", "fp16"], ...] = (
+    when_indivisible: tuple[Literal["group_size", "fp8-dynamic", "w8a8-dynamic", "w8a16", "fp16"], ...] = (
         "group_size",
+        "fp8-dynamic",
         "w8a8-dynamic",
         "fp16",
     )
-    """Tried in order: a smaller group size that divides, INT8 per channel, keep. An empty list makes it an error."""
+    """Tried in order: a smaller group size that divides (of integers), 8 bits per channel of the scheme's own type,
+    keep. An empty list makes it an error."""
 
 
 def _percent(value: Any) -> Any:

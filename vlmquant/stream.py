@@ -24,8 +24,8 @@ from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
 from vlmquant.families import Fold
-from vlmquant.grid import QuantizedWeight, round_scales
-from vlmquant.kernels.reference import round_activations
+from vlmquant.grid import Grid, QuantizedWeight, grid_of
+from vlmquant.kernels.reference import round_inputs
 from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
 from vlmquant.shards import some
@@ -135,7 +135,7 @@ class Stage:
         self.method = "rtn" if unseen else line.method or "rtn"
         """rtn for an expert that no calibration token was routed to."""
         self.options: ComponentSpec = block.stream.specs[line.component]
-        self.scale_dtype = block.stream.model_dtype
+        self.model_dtype = block.stream.model_dtype
         device = block.stream.device
         self.weights = {
             linear.local: block.stream.read(linear.name + ".weight").to(device).float() for linear in linears
@@ -219,7 +219,7 @@ class Stage:
             powers = torch.exp2(channel_scales.log2().round())
             return torch.where(self.block.divides_exactly(rule.producer, powers), powers, 1.0)
         gain = self.block.value(f"{rule.producer}.weight").to(channel_scales.device).float() + rule.gain_offset
-        stored = (gain / channel_scales - rule.gain_offset).to(self.scale_dtype).float() + rule.gain_offset
+        stored = (gain / channel_scales - rule.gain_offset).to(self.model_dtype).float() + rule.gain_offset
         scales = gain / stored
         return torch.where(scales.isfinite() & (scales > 0), scales, 1.0)
 
@@ -229,6 +229,12 @@ class Stage:
         assert rule is not None
         self.block.fold(rule, channel_scales)
         self._channel_scales = channel_scales
+
+    @property
+    def grid(self) -> Grid:
+        """That of the stage's scheme; its weights are still to be fitted to it."""
+        columns = next(iter(self.weights.values())).shape[1]
+        return grid_of(self.scheme, columns, self.model_dtype)
 
     def note(self, text: str) -> None:
         self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")
@@ -513,8 +519,11 @@ class Block:
         """bool (out,): the rows of a linear whose stored weights, or scales, can be divided without being rounded."""
         name = self._weight_name(linear)
         if name in self.quantized:
-            smaller = self.quantized[name].scales / divisors[:, None]
-            stored = round_scales(smaller, self.quantized[name].scale_dtype)
+            weight = self.quantized[name]
+            smaller = weight.scales / divisors[:, None]
+            if weight.grid.group_rows > 1:
+                return torch.zeros(len(divisors), dtype=torch.bool, device=divisors.device)
+            stored = weight.grid.round_scales(smaller)
         else:
             value = self.value(f"{linear}.weight")
             smaller = value.to(divisors.device).float() / divisors[:, None]
@@ -598,8 +607,8 @@ def _end_pass(*args: Any, **kwargs: Any) -> Any:
 
 
 def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
-    if isinstance(line.scheme, Scheme) and line.scheme.activations == "dynamic-int8":
-        inputs = round_activations(inputs)
+    if isinstance(line.scheme, Scheme):
+        inputs = round_inputs(inputs, line.scheme.activations)
     # Some models' code casts to the dtype of their config on the way.
     return nn.functional.linear(inputs.to(module.weight.dtype), module.weight, module.bias)
 

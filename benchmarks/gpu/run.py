@@ -31,7 +31,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmquant.errors import KernelError  # noqa: E402
-from vlmquant.grid import QuantizedWeight  # noqa: E402
+from vlmquant.grid import Grid, QuantizedWeight  # noqa: E402
 from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
 from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
@@ -398,7 +398,7 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
 class Rounding(NamedTuple):
     """What a linear asks of a recipe's scheme."""
 
-    activations: str | None
+    activations: str
 
 
 class LoadedBlock(nn.Module):
@@ -406,14 +406,14 @@ class LoadedBlock(nn.Module):
 
     def __init__(self, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        scheme, columns = Rounding("dynamic-int8" if bits == 8 else None), 640
+        scheme, columns = Rounding("dynamic-int8" if bits == 8 else "none"), 640
 
         def linear(rows: int, activation: str = "") -> QuantLinear:
             codes = torch.randint(1, 1 << bits, (rows, columns), dtype=torch.uint8)
             groups = -(-columns // group_size)
             scales = (torch.rand(rows, groups) * 0.01 + 0.01).to(dtype).float()
             zeros = None if symmetric else torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8)
-            weight = QuantizedWeight(codes, scales, zeros, bits, group_size, dtype)
+            weight = QuantizedWeight(codes, scales, zeros, Grid(bits, group_size, dtype, symmetric))
             return QuantLinear(weight, scheme, torch.randn(rows), dtype=dtype, activation=activation)
 
         self.q_proj, self.k_proj, self.v_proj, self.fc1 = linear(320), linear(64), linear(72), linear(200, "gelu_tanh")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmquant.grid import Grid, grid_of
 from vlmquant.recipe import ComponentSpec, Scheme
 
 
@@ -24,6 +25,10 @@ class FakeStage:
     gain_offset: float = 0.0
     notes: list[str] = field(default_factory=list)
     channel_scales: Tensor | None = None
+
+    @property
+    def grid(self) -> Grid:
+        return grid_of(self.scheme, next(iter(self.weights.values())).shape[1], self.scale_dtype)
 
     def hessian(self) -> Tensor:
         if self.gram is not None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vlmquant.algorithms import awq, rtn
-from vlmquant.grid import mid_code
+from vlmquant.grid import Grid, mid_code
 from vlmquant.recipe import AwqOptions, ComponentSpec, Scheme
 
 W4 = Scheme(bits=4, group_size=16)
@@ -65,9 +65,8 @@ def test_no_clipping_on_the_grid_is_better(make_inputs, make_weight, symmetric) 
     inputs, weight = make_inputs(384, 48), make_weight(6, 48)
     weight[:, ::16] *= 3  # a lone outlier in every group
     hessian = inputs.T @ inputs / len(inputs)
-    scheme = Scheme(bits=3, group_size=16, symmetric=symmetric)
-    ours = awq.quantize_clipped(weight, hessian, scheme=scheme, clip=True, scale_dtype=torch.bfloat16)
-    assert ours.symmetric == symmetric
+    grid = Grid(3, 16, torch.bfloat16, symmetric)
+    ours = awq.quantize_clipped(weight, hessian, grid, clip=True)
 
     exact, losses = weight.double().numpy(), []
 
@@ -98,7 +97,7 @@ def test_the_fold_keeps_the_function_as_stored(make_stage, make_inputs, make_wei
         # Clipping is judged on the inputs that the folded norm gives.
         served = normalized * (stage.gain.float() + offset)
         expected = awq.quantize_clipped(
-            weight * stage.channel_scales, served.T @ served / len(served), scheme=W4, clip=True, scale_dtype=dtype
+            weight * stage.channel_scales, served.T @ served / len(served), stage.grid, clip=True
         )
         agreement = (quantized[name].codes == expected.codes).float().mean()
         assert agreement > 0.99  # sums in another order may tip a tie
@@ -118,9 +117,7 @@ def test_beats_rounding_to_nearest(make_stage, make_inputs, make_weight, bits) -
 
 def test_without_a_producer_only_clipping_is_searched(make_stage, make_inputs, make_weight) -> None:
     stage = make_stage({"o_proj": make_weight(8, 48)}, W4, make_inputs(256, 48))
-    expected = awq.quantize_clipped(
-        stage.weights["o_proj"], stage.hessian(), scheme=W4, clip=True, scale_dtype=stage.scale_dtype
-    )
+    expected = awq.quantize_clipped(stage.weights["o_proj"], stage.hessian(), stage.grid, clip=True)
     assert torch.equal(awq.quantize_stage(stage)["o_proj"].codes, expected.codes)
     assert stage.channel_scales is None
 
@@ -135,7 +132,7 @@ def test_queries_and_keys_are_never_clipped(make_stage, make_inputs, make_weight
     scales = 1.0 if stage.channel_scales is None else stage.channel_scales
     same = {
         name: torch.equal(
-            rtn.quantize_weight(weight * scales, scheme=scheme, scale_dtype=stage.scale_dtype).codes,
+            rtn.quantize_weight(weight * scales, stage.grid).codes,
             quantized[name].codes,
         )
         for name, weight in stage.weights.items()

@@ -6,7 +6,7 @@ import torch
 
 from vlmquant.algorithms import gptq, rtn
 from vlmquant.algorithms.awq import output_error
-from vlmquant.grid import quantize_codes, quantize_nearest
+from vlmquant.grid import Grid, quantize_codes, quantize_nearest
 from vlmquant.recipe import ComponentSpec, GptqOptions, Scheme
 
 TINY = 1e-9  # damping that leaves hand-worked numbers as they are
@@ -18,7 +18,7 @@ def round_plainly(weight: list[list[float]], hessian: list[list[float]], *, acti
     options = GptqOptions(damping=TINY, activation_order=activation_order)
     factor = gptq.factorize(torch.tensor(hessian), options)
     scales = torch.ones(len(values), 1)
-    return (gptq.round_columns(values, scales, None, factor, bits=4, group_size=2).int() - 8).tolist()
+    return (gptq.round_columns(values, scales, None, factor, Grid(4, 2, torch.float32)).int() - 8).tolist()
 
 
 def test_two_by_two_by_hand() -> None:
@@ -87,9 +87,7 @@ def test_codes_are_those_of_the_classical_loop(
             weights[name],
             ours.scales,
             None if ours.zeros is None else ours.zeros.float(),
-            bits=bits,
-            group_size=ours.group_size,
-            scale_dtype=ours.scale_dtype,
+            ours.grid,
         )
         assert not torch.equal(ours.codes, nearest.codes), "error feedback changed nothing, so this proves nothing"
     assert stage.notes == []
@@ -116,7 +114,7 @@ def test_inputs_that_never_fire_are_rounded_to_nearest(make_stage, make_inputs, 
     inputs[:, [3, 17]] = 0
     stage = make_stage({"q": weight}, Scheme(bits=4, group_size=16), inputs)
     quantized = gptq.quantize_stage(stage)["q"]
-    alone = quantize_codes(weight, quantized.scales, None, bits=4, group_size=16)
+    alone = quantize_codes(weight, quantized.scales, None, quantized.grid)
     assert torch.equal(quantized.codes[:, [3, 17]], alone[:, [3, 17]])
     assert stage.notes == ["2 of 64 inputs never fired during calibration; their weights were rounded to nearest"]
     living = [j for j in range(64) if j not in (3, 17)]
@@ -136,7 +134,7 @@ def test_inputs_that_never_fire_are_rounded_to_nearest(make_stage, make_inputs, 
 def test_inputs_that_are_all_zero_still_give_codes(make_stage, make_weight) -> None:
     weight = make_weight(4, 32)
     stage = make_stage({"q": weight}, Scheme(bits=4, group_size=16), torch.zeros(64, 32))
-    nearest = rtn.quantize_weight(weight, scheme=stage.scheme, scale_dtype=stage.scale_dtype)
+    nearest = rtn.quantize_weight(weight, stage.grid)
     assert torch.equal(gptq.quantize_stage(stage)["q"].codes, nearest.codes)
 
 
@@ -161,7 +159,7 @@ def test_a_hopeless_hessian_ends_in_rounding_to_nearest(make_stage, make_weight)
     weight = make_weight(64, 2)
     stage = make_stage({"q": weight}, Scheme(bits=4, group_size=None), gram=gram)
     quantized = gptq.quantize_stage(stage)["q"]
-    assert torch.equal(quantized.codes, quantize_codes(weight, quantized.scales, None, bits=4, group_size=2))
+    assert torch.equal(quantized.codes, quantize_codes(weight, quantized.scales, None, quantized.grid))
     assert stage.notes == [
         "the Hessian stayed singular however it was damped; rounded to nearest, without error feedback"
     ]
@@ -198,9 +196,8 @@ def test_codes_do_not_depend_on_threads(make_inputs, make_weight) -> None:
                     make_weight(64, 96),
                     hessian,
                     factor,
-                    scheme=Scheme(bits=4, group_size=32),
+                    Grid(4, 32, torch.bfloat16),
                     options=options,
-                    scale_dtype=torch.bfloat16,
                 )
             )
             assert torch.get_num_threads() == threads

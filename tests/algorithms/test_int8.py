@@ -6,6 +6,7 @@ from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
+from tests import grids
 from vlmquant.algorithms import int8, rtn
 from vlmquant.recipe import SHORT_SCHEMES
 
@@ -16,7 +17,7 @@ ARGS = QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channe
 def test_minmax_grid_equals_compressed_tensors(make_weight) -> None:
     weight = make_weight(24, 96)
     scales, _ = calculate_qparams(weight.amin(1, keepdim=True), weight.amax(1, keepdim=True), ARGS)
-    ours = rtn.quantize_weight(weight, scheme=W8A8, scale_dtype=torch.float32)
+    ours = grids.nearest(weight, W8A8, torch.float32)
     torch.testing.assert_close(ours.scales, scales)
 
 
@@ -40,7 +41,7 @@ def test_search_never_loses_to_minmax(make_stage, make_inputs, make_weight) -> N
         return ((quantized.dequantize() - weight).abs().pow(3) @ stage.mean_square()).sum().item()
 
     searched = loss(int8.quantize_stage(stage)["fc1"])
-    plain = loss(rtn.quantize_weight(weight, scheme=W8A8, scale_dtype=stage.scale_dtype))
+    plain = loss(rtn.quantize_weight(weight, stage.grid))
     assert searched < 0.9 * plain
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from vlmquant.algorithms import rtn
+from tests import grids
 from vlmquant.grid import SCALE_FLOOR
 from vlmquant.recipe import Scheme
 from vlmquant.stream import Block
@@ -21,7 +21,7 @@ def block_with(quantized, value=None):
 def test_a_quantized_producer_takes_powers_of_two_above_the_smallest_scale() -> None:
     weight = torch.full((3, 16), 0.05)
     weight[1] = SCALE_FLOOR * 7.5 * 4  # scale: four times the smallest
-    quantized = rtn.quantize_weight(weight, scheme=Scheme(bits=4, group_size=16), scale_dtype=torch.bfloat16)
+    quantized = grids.nearest(weight, Scheme(bits=4, group_size=16))
     block = block_with({"b.up.weight": quantized})
     assert block.divides_exactly("up", torch.tensor([8.0, 8.0, 0.125])).tolist() == [True, False, True]
     assert block.divides_exactly("up", torch.tensor([8.0, 4.0, 3.0])).tolist() == [True, True, False]

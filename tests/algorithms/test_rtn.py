@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import grids
 from vlmquant.algorithms import rtn
 from vlmquant.grid import SCALE_FLOOR, expand_groups, mid_code, quantize_codes
 from vlmquant.recipe import Scheme
@@ -24,8 +25,8 @@ def test_error_is_at_most_half_a_scale_inside_the_range(
     scheme: Scheme, shape: tuple[int, int], seed: int, size: float
 ) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
-    quantized = rtn.quantize_weight(weight, scheme=scheme, scale_dtype=torch.bfloat16)
-    wide = {"group_size": quantized.group_size, "columns": shape[1]}
+    quantized = grids.nearest(weight, scheme)
+    wide = {"group_size": quantized.grid.group_size, "columns": shape[1]}
     scales = expand_groups(quantized.scales, **wide)
     middle = torch.full_like(quantized.scales, mid_code(scheme.bits))
     zeros = expand_groups(middle if quantized.zeros is None else quantized.zeros.float(), **wide)
@@ -40,8 +41,8 @@ def test_error_is_at_most_half_a_scale_inside_the_range(
 @given(scheme=SCHEMES, shape=SHAPES, seed=st.integers(0, 2**16))
 def test_quantizing_what_was_quantized_changes_nothing(scheme: Scheme, shape: tuple[int, int], seed: int) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    first = rtn.quantize_weight(weight, scheme=scheme, scale_dtype=torch.float16)
-    again = quantize_codes(first.dequantize(), first.scales, first.zeros, bits=scheme.bits, group_size=first.group_size)
+    first = grids.nearest(weight, scheme, torch.float16)
+    again = quantize_codes(first.dequantize(), first.scales, first.zeros, first.grid)
     assert torch.equal(again, first.codes)
 
 
@@ -50,7 +51,7 @@ def test_quantizing_what_was_quantized_changes_nothing(scheme: Scheme, shape: tu
 def test_zero_is_exact(scheme: Scheme, shape: tuple[int, int], seed: int, keep: float) -> None:
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=random) * (torch.rand(shape, generator=random) < keep)
-    quantized = rtn.quantize_weight(weight, scheme=scheme, scale_dtype=torch.bfloat16)
+    quantized = grids.nearest(weight, scheme)
     assert (quantized.dequantize()[weight == 0] == 0).all()
 
 
@@ -59,18 +60,18 @@ def test_a_group_of_zeros_survives(symmetric: bool) -> None:
     weight = torch.ones(2, 32)
     weight[:, 16:] = 0
     scheme = Scheme(bits=4, group_size=16, symmetric=symmetric)
-    quantized = rtn.quantize_weight(weight, scheme=scheme, scale_dtype=torch.float16)
+    quantized = grids.nearest(weight, scheme, torch.float16)
     assert quantized.scales[:, 1].tolist() == [SCALE_FLOOR] * 2
     assert (quantized.dequantize()[:, 16:] == 0).all()
 
 
 def test_numbers_worked_by_hand() -> None:
     weight = torch.tensor([[-1.5, -0.3, 0.11, 1.0]])
-    symmetric = rtn.quantize_weight(weight, scheme=Scheme(bits=4, group_size=None), scale_dtype=torch.float32)
+    symmetric = grids.nearest(weight, Scheme(bits=4, group_size=None), torch.float32)
     assert symmetric.scales.item() == pytest.approx(0.2)  # 1.5 / 7.5
     assert symmetric.codes.tolist() == [[0, 6, 9, 13]]  # 8 + (-7.5 -> -8, -1.5 -> -2, 0.55 -> 1, 5)
     scheme = Scheme(bits=4, group_size=None, symmetric=False)
-    asymmetric = rtn.quantize_weight(weight, scheme=scheme, scale_dtype=torch.float32)
+    asymmetric = grids.nearest(weight, scheme, torch.float32)
     assert asymmetric.scales.item() == pytest.approx(2.5 / 15)
     assert asymmetric.zeros is not None
     assert asymmetric.zeros.tolist() == [[9]]

@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from vlmquant.algorithms.scales import LEAST_SHRINK, SHRINK_STEPS, search_scales
+from vlmquant.algorithms.scales import OTHER_SHARES, SHARES, STEPS, search_scales
+from vlmquant.grid import Grid
 
 
 def losses_of_all(weight, importance, *, bits, group_size, symmetric, power):
     """float64 losses (candidates, rows, groups) and scales of the same shape, written out plainly."""
     top, columns = 2**bits - 1, weight.shape[1]
     spans = [slice(a, min(a + group_size, columns)) for a in range(0, columns, group_size)]
-    losses = np.zeros((SHRINK_STEPS, len(weight), len(spans)))
+    losses = np.zeros((STEPS, len(weight), len(spans)))
     scales = np.zeros_like(losses)
-    for k, shrink in enumerate(np.linspace(1, LEAST_SHRINK[bits], SHRINK_STEPS)):
+    for k, shrink in enumerate(np.linspace(*SHARES.get(("int", bits), OTHER_SHARES), STEPS)):
         for r, row in enumerate(weight):
             for g, span in enumerate(spans):
                 w = row[span]
@@ -35,11 +36,8 @@ def test_no_candidate_is_better(make_weight, bits, group_size, columns, symmetri
     scales, zeros = search_scales(
         weight,
         importance,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
+        Grid(bits, group_size, torch.bfloat16, symmetric),
         search=search,
-        scale_dtype=torch.bfloat16,
     )
     losses, candidates = losses_of_all(
         weight.double().numpy(),
@@ -57,17 +55,17 @@ def test_no_candidate_is_better(make_weight, bits, group_size, columns, symmetri
 
 def test_ties_keep_the_widest_range(make_weight) -> None:
     weight = make_weight(4, 32)
-    arguments = {"bits": 4, "group_size": 16, "symmetric": True, "scale_dtype": torch.bfloat16}
-    unused = search_scales(weight, torch.zeros(32), search="weighted", **arguments)[0]
-    widest = search_scales(weight, None, search="minmax", **arguments)[0]
+    grid = Grid(4, 16, torch.bfloat16)
+    unused = search_scales(weight, torch.zeros(32), grid, search="weighted")[0]
+    widest = search_scales(weight, None, grid, search="minmax")[0]
     assert torch.equal(unused, widest)
 
 
 def test_chunks_do_not_matter(make_weight, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, importance = make_weight(33, 48), torch.ones(48)
-    arguments = {"bits": 4, "group_size": 16, "symmetric": False, "search": "weighted", "scale_dtype": torch.float16}
-    whole = search_scales(weight, importance, **arguments)
+    grid = Grid(4, 16, torch.float16, symmetric=False)
+    whole = search_scales(weight, importance, grid, search="weighted")
     monkeypatch.setattr("vlmquant.algorithms.scales.CHUNK_ELEMENTS", 100)
-    pieces = search_scales(weight, importance, **arguments)
+    pieces = search_scales(weight, importance, grid, search="weighted")
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])

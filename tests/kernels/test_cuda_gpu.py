@@ -30,7 +30,7 @@ def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype)
     rows, columns, group, symmetric = case
     weight = on_gpu(packed(rows, columns, 4, group, symmetric, dtype))
     assert chosen(weight, dtype) == "vq4"
-    held, form, inputs = vq4.hold(weight), form_of(weight, dynamic_int8=False), tokens(count, columns, dtype).cuda()
+    held, form, inputs = vq4.hold(weight), form_of(weight), tokens(count, columns, dtype).cuda()
     found = [vq4.matmul(inputs, held, form) for _ in range(3)]
     assert relative(found[0], inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[dtype]
     assert torch.equal(found[0], found[1])

@@ -28,7 +28,7 @@ def test_release_inverts_hold(shape: tuple[int, int]) -> None:
     weight = packed(*shape, 8, shape[1], True, torch.bfloat16)
     held = int8_cuda.hold(weight)
     assert held["codes"].shape[0] % 64 == held["codes"].shape[1] % 64 == 0
-    released = int8_cuda.release(held, form_of(weight, dynamic_int8=True))
+    released = int8_cuda.release(held, form_of(weight, "dynamic-int8"))
     assert torch.equal(released.codes, weight.codes)
     assert torch.equal(released.scales, weight.scales)
     assert chosen(weight, torch.bfloat16) == "int8"  # on the CPU
@@ -39,7 +39,7 @@ def test_release_inverts_hold(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_of_rounded_inputs_is_that_of_float64(shape: tuple[int, int], count: int, dtype: torch.dtype) -> None:
     weight, inputs = packed(*shape, 8, shape[1], True, torch.bfloat16), tokens(count, shape[1], dtype)
-    found = int8_cuda.matmul(inputs, int8_cuda.hold(weight), form_of(weight, dynamic_int8=True))
+    found = int8_cuda.matmul(inputs, int8_cuda.hold(weight), form_of(weight, "dynamic-int8"))
     assert found.dtype == dtype
     assert relative(found, exact(inputs, weight.dequantize())) < RELATIVE_ERROR[dtype]
 
@@ -47,7 +47,7 @@ def test_product_of_rounded_inputs_is_that_of_float64(shape: tuple[int, int], co
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_product_without_rounded_inputs(shape: tuple[int, int]) -> None:
     weight, inputs = packed(*shape, 8, shape[1], True, torch.bfloat16), tokens(4, shape[1], torch.float32)
-    found = int8_cuda.matmul(inputs, int8_cuda.hold(weight), form_of(weight, dynamic_int8=False))
+    found = int8_cuda.matmul(inputs, int8_cuda.hold(weight), form_of(weight))
     assert relative(found, inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[torch.float32]
 
 

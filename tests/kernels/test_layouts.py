@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmquant.grid import QuantizedWeight, minmax_grid, quantize_nearest
+from vlmquant.algorithms import rtn
+from vlmquant.grid import Grid, QuantizedWeight
 from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, probe
 from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
@@ -50,10 +51,7 @@ def packed(
     rows: int, columns: int, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
-    scales, zeros = minmax_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric)
-    return quantize_nearest(
-        weight, scales, None if symmetric else zeros, bits=bits, group_size=group_size, scale_dtype=scale_dtype
-    )
+    return rtn.quantize_weight(weight, Grid(bits, group_size, scale_dtype, symmetric))
 
 
 def tokens(count: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -65,7 +63,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def chosen(weight: QuantizedWeight, dtype: torch.dtype) -> str:
-    return choose(form_of(weight, dynamic_int8=False), Place(weight.codes.device, dtype))
+    return choose(form_of(weight), Place(weight.codes.device, dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -79,15 +77,11 @@ def test_layout_is_chosen_by_shape_and_dtype(case: tuple) -> None:
 def test_release_inverts_hold(case: tuple) -> None:
     weight = packed(*case[:-1])
     layout = LAYOUTS[case[-1]]
-    released = layout.release(layout.hold(weight), form_of(weight, dynamic_int8=False))
+    released = layout.release(layout.hold(weight), form_of(weight))
     assert torch.equal(released.codes, weight.codes)
     assert torch.equal(released.scales, weight.scales)
     assert (weight.zeros is None and released.zeros is None) or torch.equal(released.zeros, weight.zeros)
-    assert (released.bits, released.group_size, released.scale_dtype) == (
-        weight.bits,
-        weight.group_size,
-        weight.scale_dtype,
-    )
+    assert released.grid == weight.grid
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +98,7 @@ def _every_way_has_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype) -> None:
     weight, bias = packed(*case[:-1]), torch.linspace(-9, 9, case[0])
     layout = LAYOUTS[case[-1]]
-    held, form = layout.hold(weight), form_of(weight, dynamic_int8=False)
+    held, form = layout.hold(weight), form_of(weight)
     for mean in (0.0, 1.0):  # inputs of one sign show what a layout does to zeros
         inputs = (tokens(count, weight.shape[1], torch.float32) + mean).to(dtype)
         exact, allowed = inputs.double() @ weight.dequantize().double().T, limit(dtype, count * case[0])
@@ -118,7 +112,7 @@ def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype)
 def test_all_ways_through_int4_tiles_agree() -> None:
     for symmetric in (True, False):
         weight = packed(128, 256, 4, 64, symmetric, torch.bfloat16)
-        held, form, inputs = int4.hold(weight), form_of(weight, dynamic_int8=False), tokens(5, 256, torch.bfloat16)
+        held, form, inputs = int4.hold(weight), form_of(weight), tokens(5, 256, torch.bfloat16)
         exact = inputs.double() @ weight.dequantize().double().T
         for product in (int4._op_matmul(inputs, held), int4._tile_matmul(inputs, held, form)):
             assert relative(product, exact) < limit(torch.bfloat16, exact.numel())
@@ -133,7 +127,7 @@ def test_both_ways_through_bags_agree(
 ) -> None:
     monkeypatch.setattr(bag4, "VALUES_AT_ONCE", values)
     weight, inputs = packed(70, 320, 4, group, symmetric, torch.bfloat16), tokens(5, 320, torch.float32)
-    held, form = bag4.hold(weight), form_of(weight, dynamic_int8=False)
+    held, form = bag4.hold(weight), form_of(weight)
     exact = inputs.double() @ weight.dequantize().double().T
     for multiply in (bag4._bag_matmul, bag4._column_matmul):
         assert relative(multiply(inputs, held, form)[:, :70], exact) < RELATIVE_ERROR[torch.float32]
@@ -155,7 +149,7 @@ def test_dynamic_int8_multiplies_the_rounded_inputs(
     weight, inputs = packed(96, 128, 8, 128, True, torch.bfloat16), tokens(9, 128, dtype)
     codes, scales = activation_codes(inputs)
     exact = (codes.double() * scales.double()) @ weight.dequantize().double().T
-    found = int8.matmul(inputs, int8.hold(weight), form_of(weight, dynamic_int8=True))
+    found = int8.matmul(inputs, int8.hold(weight), form_of(weight, "dynamic-int8"))
     assert relative(found, exact) < limit(dtype, exact.numel())
 
 
@@ -167,7 +161,7 @@ def test_int8_rows_that_torch_cannot_multiply_are_right_all_the_same(columns: in
     if dynamic:
         codes, scales = activation_codes(inputs)
         values = codes.double() * scales.double()
-    found = int8.matmul(inputs, int8.hold(weight), form_of(weight, dynamic_int8=dynamic))
+    found = int8.matmul(inputs, int8.hold(weight), form_of(weight, "dynamic-int8" if dynamic else "none"))
     exact = values @ weight.dequantize().double().T
     assert relative(found, exact) < limit(torch.bfloat16, exact.numel())
 
@@ -212,7 +206,7 @@ def test_products_are_in_float32_where_the_cpu_has_none_in_16_bits(
     monkeypatch.setattr(Tensor, "__matmul__", record(Tensor.__matmul__))
     bits = 8 if layout == "int8" else 4
     weight, inputs = packed(96, 128, bits, 128, True, torch.bfloat16), tokens(50, 128, torch.bfloat16)
-    found = LAYOUTS[layout].matmul(inputs, LAYOUTS[layout].hold(weight), form_of(weight, dynamic_int8=False))
+    found = LAYOUTS[layout].matmul(inputs, LAYOUTS[layout].hold(weight), form_of(weight))
     assert set(multiplied) == {torch.bfloat16 if fast else torch.float32}
     assert found.dtype == torch.bfloat16
     exact = inputs.double() @ weight.dequantize().double().T
@@ -229,7 +223,7 @@ def test_an_unknown_tile_order_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -
 def test_another_default_device_is_no_obstacle() -> None:
     weight, inputs = packed(70, 256, 4, 128, False, torch.bfloat16), tokens(2, 256, torch.float32)
     for name in ("bag4", "int4"):
-        layout, form = LAYOUTS[name], form_of(weight, dynamic_int8=False)
+        layout, form = LAYOUTS[name], form_of(weight)
         expected = layout.matmul(inputs, layout.hold(weight), form)
         with torch.device("meta"):
             assert torch.equal(layout.matmul(inputs, layout.hold(weight), form), expected)

@@ -2,8 +2,9 @@
 
 import torch
 
-from vlmquant.grid import minmax_grid, quantize_nearest
-from vlmquant.kernels.reference import activation_codes, linear, round_activations
+from vlmquant.algorithms import rtn
+from vlmquant.grid import Grid
+from vlmquant.kernels.reference import activation_codes, linear, round_int8
 
 
 def test_activation_codes_by_hand() -> None:
@@ -19,8 +20,8 @@ def test_every_token_has_a_scale_of_its_own() -> None:
         torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
         * torch.tensor([1.0, 100.0, 0.01])[:, None, None]
     )
-    together = round_activations(inputs)
-    apart = torch.stack([torch.stack([round_activations(token) for token in row]) for row in inputs])
+    together = round_int8(inputs)
+    apart = torch.stack([torch.stack([round_int8(token) for token in row]) for row in inputs])
     assert torch.equal(together, apart)
     step = inputs.abs().amax(-1, keepdim=True) / 127.5
     # The largest positive value is half a step above the largest code.
@@ -28,7 +29,7 @@ def test_every_token_has_a_scale_of_its_own() -> None:
 
 
 def test_rounding_keeps_shape_and_dtype() -> None:
-    rounded = round_activations(torch.randn(2, 3, 8).to(torch.bfloat16))
+    rounded = round_int8(torch.randn(2, 3, 8).to(torch.bfloat16))
     assert rounded.shape == (2, 3, 8)
     assert rounded.dtype == torch.bfloat16
 
@@ -37,9 +38,8 @@ def test_linear_is_the_product_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, inputs = torch.randn(24, 64, generator=generator), torch.randn(7, 64, generator=generator)
     bias = torch.randn(24, generator=generator)
-    scales, zeros = minmax_grid(weight, bits=4, group_size=32, symmetric=False)
-    packed = quantize_nearest(weight, scales, zeros, bits=4, group_size=32, scale_dtype=torch.bfloat16)
+    packed = rtn.quantize_weight(weight, Grid(4, 32, torch.bfloat16, symmetric=False))
     codes = packed.codes.double().view(24, 2, 32)
     dense = (codes - packed.zeros.double()[..., None]) * packed.scales.double()[..., None]
     exact = inputs.double() @ dense.view(24, 64).T + bias.double()
-    assert torch.allclose(linear(inputs, packed, bias, dynamic_int8=False).double(), exact, atol=1e-5)
+    assert torch.allclose(linear(inputs, packed, bias).double(), exact, atol=1e-5)

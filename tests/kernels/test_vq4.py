@@ -38,7 +38,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("case", CASES + REFUSED, ids=str)
 def test_weights_on_the_cpu_are_held_otherwise(case: tuple) -> None:
-    form = form_of(packed(*case), dynamic_int8=False)
+    form = form_of(packed(*case))
     assert choose(form, Place(torch.device("cpu"), torch.bfloat16)) != "vq4"
     assert vq4.packs(form) == (case in CASES)
 
@@ -47,7 +47,7 @@ def test_weights_on_the_cpu_are_held_otherwise(case: tuple) -> None:
 def test_weights_on_a_gpu_are_held_for_its_kernels(
     refused: str | None, fits: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    form = form_of(packed(64, 128, 4, 128, True, torch.bfloat16), dynamic_int8=False)
+    form = form_of(packed(64, 128, 4, 128, True, torch.bfloat16))
     monkeypatch.setattr(launch, "unavailable", lambda index: refused)
     assert (choose(form, Place(torch.device("cuda", 0), torch.bfloat16)) == "vq4") == fits
     assert (str(refused) in caplog.text) == (not fits)
@@ -56,11 +56,11 @@ def test_weights_on_a_gpu_are_held_for_its_kernels(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_release_inverts_hold(case: tuple) -> None:
     weight = packed(*case)
-    released = vq4.release(vq4.hold(weight), form_of(weight, dynamic_int8=False))
+    released = vq4.release(vq4.hold(weight), form_of(weight))
     assert torch.equal(released.codes, weight.codes)
     assert torch.equal(released.scales, weight.scales)
     assert (weight.zeros is None and released.zeros is None) or torch.equal(released.zeros, weight.zeros)
-    assert (released.bits, released.group_size, released.scale_dtype) == (case[2], case[3], case[5])
+    assert released.grid == weight.grid
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -68,7 +68,7 @@ def test_release_inverts_hold(case: tuple) -> None:
 def test_product_is_that_of_float64(case: tuple, dtype: torch.dtype) -> None:
     weight = packed(*case)
     inputs = tokens(7, weight.shape[1], dtype)
-    found = vq4.matmul(inputs, vq4.hold(weight), form_of(weight, dynamic_int8=False))
+    found = vq4.matmul(inputs, vq4.hold(weight), form_of(weight))
     assert found.dtype == dtype
     assert relative(found, inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[dtype]
 

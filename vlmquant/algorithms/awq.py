@@ -12,15 +12,15 @@ from torch import Tensor
 
 from vlmquant.algorithms.rtn import quantize_weight
 from vlmquant.grid import (
+    Grid,
     QuantizedWeight,
     dequantize_codes,
     minmax_grid,
     quantize_codes,
     quantize_nearest,
-    round_scales,
     split_groups,
 )
-from vlmquant.recipe import AwqOptions, Scheme
+from vlmquant.recipe import AwqOptions
 from vlmquant.stream import Stage
 
 CLIP_STEPS = 20
@@ -36,7 +36,7 @@ BETTER = 1 - 1e-6
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Scale and fold where the inputs have a producer that can take the scales; clip; round to nearest."""
-    scheme, options = stage.scheme, stage.options.awq
+    options = stage.options.awq
     weights, hessian = stage.weights, stage.hessian()
     if options.damping:
         hessian = hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
@@ -46,9 +46,8 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
             stage.mean_abs(),
             hessian,
             stage.admissible,
-            scheme=scheme,
+            stage.grid,
             options=options,
-            scale_dtype=stage.scale_dtype,
         )
         if not channel_scales.isfinite().all() or channel_scales.min() <= 0:
             raise AssertionError("admissible channel scales must be finite and positive")
@@ -56,10 +55,9 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
             stage.fold(channel_scales)
             weights = {name: weight * channel_scales for name, weight in weights.items()}
             hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
+    grid = stage.grid.fitted(*weights.values())
     return {
-        name: quantize_clipped(
-            weight, hessian, scheme=scheme, clip=options.clip and may_clip(name), scale_dtype=stage.scale_dtype
-        )
+        name: quantize_clipped(weight, hessian, grid, clip=options.clip and may_clip(name))
         for name, weight in weights.items()
     }
 
@@ -75,10 +73,9 @@ def search_channel_scales(
     mean_abs: Tensor,
     hessian: Tensor,
     admissible: Callable[[Tensor], Tensor],
+    grid: Grid,
     *,
-    scheme: Scheme,
     options: AwqOptions,
-    scale_dtype: torch.dtype,
 ) -> Tensor:
     """The channel scales s (in,) float32 with the least output error, among s = 1 and m^r / v^(1 - r) for r on a grid.
 
@@ -86,13 +83,12 @@ def search_channel_scales(
     normalised so that max s * min s = 1. `admissible` replaces every candidate by the nearest scales that the producer
     can take without rounding before it is tried, so that what was judged is what is stored.
     """
-    candidates = channel_scale_candidates(
-        weight, mean_abs, group_size=scheme.group_size or weight.shape[1], grid_points=options.grid_points
-    )
+    candidates = channel_scale_candidates(weight, mean_abs, group_size=grid.group_size, grid_points=options.grid_points)
     best = torch.ones_like(mean_abs)
     best_loss = torch.inf
     for scales in [best, *map(admissible, candidates)]:
-        rounded = quantize_weight(weight * scales, scheme=scheme, scale_dtype=scale_dtype).dequantize()
+        scaled = weight * scales
+        rounded = quantize_weight(scaled, grid.fitted(scaled)).dequantize()
         loss = output_error(rounded.div_(scales).sub_(weight), hessian)
         if loss < best_loss * BETTER:
             best, best_loss = scales, loss
@@ -117,37 +113,28 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
     return (error @ hessian).mul_(error).sum(dtype=torch.float64).item()
 
 
-def quantize_clipped(
-    weight: Tensor, hessian: Tensor, *, scheme: Scheme, clip: bool, scale_dtype: torch.dtype
-) -> QuantizedWeight:
+def quantize_clipped(weight: Tensor, hessian: Tensor, grid: Grid, *, clip: bool) -> QuantizedWeight:
     """Nearest codes on grids whose ranges shrink, group by group, to the least error e H_gg e^T within the group."""
     if not clip:
-        return quantize_weight(weight, scheme=scheme, scale_dtype=scale_dtype)
-    group_size, symmetric = scheme.group_size or weight.shape[1], scheme.symmetric
-    base, base_zeros = minmax_grid(weight, bits=scheme.bits, group_size=group_size, symmetric=symmetric)
-    low = split_groups(weight, group_size).amin(-1).clamp_max(0)
+        return quantize_weight(weight, grid)
+    base, zeros = minmax_grid(weight, grid)
+    low = split_groups(weight, grid.group_size).amin(-1).clamp_max(0)
     best_loss = torch.full_like(base, torch.inf)
-    best_scales, best_zeros = base, base_zeros
+    best_scales, best_zeros = base, zeros
     for step in range(CLIP_STEPS):
         shrink = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
-        scales = round_scales(base * shrink, scale_dtype)
-        zeros = base_zeros if symmetric else (-low * shrink / scales).round().clamp(0, 2**scheme.bits - 1)
-        chosen = None if symmetric else zeros
-        codes = quantize_codes(weight, scales, chosen, bits=scheme.bits, group_size=group_size)
-        error = dequantize_codes(codes, scales, chosen, bits=scheme.bits, group_size=group_size).sub_(weight)
-        loss = _group_errors(error, hessian, group_size)
+        scales = grid.round_scales(base * shrink)
+        if zeros is not None:
+            zeros = (-low * shrink / scales).round().clamp(0, 2**grid.bits - 1)
+        codes = quantize_codes(weight, scales, zeros, grid)
+        error = dequantize_codes(codes, scales, zeros, grid).sub_(weight)
+        loss = grid.over_blocks(_group_errors(error, hessian, grid.group_size), largest=False)
         better = loss < best_loss * BETTER
         best_loss = torch.where(better, loss, best_loss)
         best_scales = torch.where(better, scales, best_scales)
-        best_zeros = torch.where(better, zeros, best_zeros)
-    return quantize_nearest(
-        weight,
-        best_scales,
-        None if symmetric else best_zeros,
-        bits=scheme.bits,
-        group_size=group_size,
-        scale_dtype=scale_dtype,
-    )
+        if zeros is not None and best_zeros is not None:
+            best_zeros = torch.where(better, zeros, best_zeros)
+    return quantize_nearest(weight, best_scales, best_zeros, grid)
 
 
 def _group_errors(error: Tensor, hessian: Tensor, group_size: int) -> Tensor:

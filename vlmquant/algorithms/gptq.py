@@ -9,14 +9,14 @@ permutation is stored.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmquant.algorithms.scales import search_scales
-from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.recipe import GptqOptions, Scheme
+from vlmquant.grid import Grid, QuantizedWeight, split_rows
+from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage
 
 COLUMN_BLOCK = 64
@@ -52,26 +52,14 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
         stage.note("the Hessian stayed singular however it was damped; rounded to nearest, without error feedback")
     elif factor.damping != options.damping:
         stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
-    quantized = quantize_weight(
-        torch.cat(list(stage.weights.values())),
-        hessian,
-        factor,
-        scheme=stage.scheme,
-        options=options,
-        scale_dtype=stage.scale_dtype,
-    )
-    return split_rows(quantized, {name: len(weight) for name, weight in stage.weights.items()})
-
-
-def split_rows(quantized: QuantizedWeight, rows: dict[str, int]) -> dict[str, QuantizedWeight]:
-    """Undo the concatenation of several linears' rows."""
-    parts, start = {}, 0
-    for name, count in rows.items():
-        part = slice(start, start + count)
-        zeros = None if quantized.zeros is None else quantized.zeros[part]
-        parts[name] = replace(quantized, codes=quantized.codes[part], scales=quantized.scales[part], zeros=zeros)
-        start += count
-    return parts
+    grid = stage.grid.fitted(*stage.weights.values())
+    if grid.group_rows > 1:  # blocks of rows end where a linear does
+        return {
+            name: quantize_weight(weight, hessian, factor, grid, options=options)
+            for name, weight in stage.weights.items()
+        }
+    quantized = quantize_weight(torch.cat(list(stage.weights.values())), hessian, factor, grid, options=options)
+    return dict(zip(stage.weights, split_rows(quantized, map(len, stage.weights.values())), strict=True))
 
 
 def dead_inputs(hessian: Tensor) -> Tensor:
@@ -105,60 +93,41 @@ def factorize(hessian: Tensor, options: GptqOptions) -> Factor:
 
 
 def quantize_weight(
-    weight: Tensor,
-    hessian: Tensor,
-    factor: Factor,
-    *,
-    scheme: Scheme,
-    options: GptqOptions,
-    scale_dtype: torch.dtype,
+    weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, options: GptqOptions
 ) -> QuantizedWeight:
     """weight (out, in) float32 -> codes with error feedback on a grid that was searched before rounding."""
-    group_size = scheme.group_size or weight.shape[1]
-    scales, zeros = search_scales(
-        weight,
-        hessian.diagonal(),
-        bits=scheme.bits,
-        group_size=group_size,
-        symmetric=scheme.symmetric,
-        search=options.scale_search,
-        scale_dtype=scale_dtype,
-    )
+    scales, zeros = search_scales(weight, hessian.diagonal(), grid, search=options.scale_search)
     with _few_threads(rows=len(weight)):
-        codes = round_columns(weight, scales, zeros, factor, bits=scheme.bits, group_size=group_size)
-    return QuantizedWeight(
-        codes, scales, None if zeros is None else zeros.to(torch.uint8), scheme.bits, group_size, scale_dtype
-    )
+        codes = round_columns(weight, scales, zeros, factor, grid)
+    return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid)
 
 
-def round_columns(
-    weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Factor, *, bits: int, group_size: int
-) -> Tensor:
+def round_columns(weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Factor, grid: Grid) -> Tensor:
     """float32 weight (out, in), scales and zeros (out, groups) -> uint8 codes (out, in), in the order of the weight.
 
     Inside, everything is transposed and in processing order, so that a column lies in one piece.
     """
     columns = weight.shape[1]
     target = weight.T[factor.order].contiguous()
-    errors = torch.empty_like(target)
-    codes = torch.empty_like(target, dtype=torch.uint8)
-    group_of = (factor.order // group_size).tolist()
+    errors, values = torch.empty_like(target), torch.empty_like(target)
+    group_of = factor.order // grid.group_size
     scale_of, inverse_of = scales.T.contiguous(), (1.0 / scales).T.contiguous()
     zero_of = None if zeros is None else zeros.T.contiguous()
-    middle, top = float(mid_code(bits)), float(2**bits - 1)
+    bounds_of = [grid.bounds(None if zero_of is None else zero_of[group]) for group in range(scales.shape[1])]
     feedback_to = factor.feedback.T.contiguous()  # row i holds M[:, i]: what earlier errors add to column i
+    groups = group_of.tolist()
     for start in range(0, columns, COLUMN_BLOCK):
         end = min(start + COLUMN_BLOCK, columns)
         wanted = torch.addmm(target[start:end], feedback_to[start:end, :start], errors[:start])
         for i in range(start, end):
-            group = group_of[i]
-            zero = middle if zero_of is None else zero_of[group]
+            group = groups[i]
             value = wanted[i - start]
             if i > start:
                 value = torch.addmv(value, errors[start:i].T, feedback_to[i, start:i])
-            code = (value * inverse_of[group]).round_().add_(zero).clamp_(0.0, top)
-            codes[i] = code
-            torch.sub(target[i], code.sub_(zero).mul_(scale_of[group]), out=errors[i])
+            torch.mul(value, inverse_of[group], out=values[i])
+            grid.round_(values[i], *bounds_of[group])
+            torch.sub(target[i], values[i] * scale_of[group], out=errors[i])
+    codes = grid.encode(values, None if zero_of is None else zero_of[group_of])
     original = torch.empty_like(codes)
     original[factor.order] = codes
     return original.T.contiguous()

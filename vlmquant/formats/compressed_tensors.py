@@ -1,4 +1,4 @@
-"""The compressed-tensors format: `pack-quantized` for weights, `int-quantized` where inputs are int8 as well.
+"""The compressed-tensors format: how schemes are stored, and what config.json says of them.
 
 Only what versions 0.17 to 0.20 of the library all read is written. Regexes say which modules a scheme is for; they hold
 in three name spaces at once: transformers 5, vLLM and SGLang (which fuse q, k, v and gate, up).
@@ -6,7 +6,7 @@ in three name spaces at once: transformers 5, vLLM and SGLang (which fuse q, k, 
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vlmquant.components import ComponentMap, outer_modules
 from vlmquant.errors import CheckpointError, PlanError, first_line, shown
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import E4M3, E8M0, QuantizedWeight, grid_of
 from vlmquant.limits import Confined, OverLimitError
-from vlmquant.packing import pack_codes, packed_columns, unpack_codes
+from vlmquant.packing import pack_codes, packed_columns, pair_nibbles, split_nibbles, unpack_codes
 from vlmquant.planning import Plan
 from vlmquant.reading import check, told
 from vlmquant.recipe import Scheme
@@ -25,42 +25,67 @@ from vlmquant.recipe import Scheme
 METHOD = "compressed-tensors"
 VERSION = "0.17.0"
 """The oldest version of the library that reads what we write."""
-PACKED, INT8, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+PACKED, INT8, FP8, NVFP4, MXFP4 = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+)
+MIXED = "mixed-precision"
 INT8_OFFSET = 128
 """Our codes are unsigned; int8 tensors hold code - 128."""
 
 
 def storage_format(scheme: Scheme) -> str:
+    if scheme.type == "float":
+        return {"model": FP8, "e4m3": NVFP4, "e8m0": MXFP4}[scheme.scales]
     return INT8 if scheme.activations == "dynamic-int8" else PACKED
 
 
 def encoded_shapes(
     disk_module: str, shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The tensors that `encode` writes for a weight (out, in), by name on disk; scales have `dtype`."""
+    """The tensors that `encode` writes for a weight (out, in), by name on disk; dtype: the model's."""
     rows, columns = shape
-    groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
-    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"weight_scale": (dtype, (rows, groups))}
-    if storage_format(scheme) == INT8:
-        tensors["weight"] = (torch.int8, shape)
+    stored, grid = storage_format(scheme), grid_of(scheme, columns, dtype)
+    groups = -(-columns // grid.group_size)
+    scales = torch.uint8 if stored == MXFP4 else grid.scale_dtype
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "weight_scale": (scales, (-(-rows // grid.group_rows), groups))
+    }
+    if stored in (INT8, FP8):
+        tensors["weight"] = (torch.int8 if stored == INT8 else E4M3, shape)
+    elif stored in (NVFP4, MXFP4):
+        tensors["weight_packed"] = (torch.uint8, (rows, -(-columns // 2)))
     else:
         tensors["weight_packed"] = (torch.int32, (rows, packed_columns(columns, scheme.bits)))
         tensors["weight_shape"] = (torch.int64, (2,))
         if not scheme.symmetric:
             tensors["weight_zero_point"] = (torch.int32, (packed_columns(rows, scheme.bits), groups))
+    if stored == NVFP4:
+        tensors["weight_global_scale"] = (torch.float32, (1,))
     return {f"{disk_module}.{leaf}": what for leaf, what in sorted(tensors.items())}
 
 
 def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     """The weight as tensors by their names on disk. Zero points are packed along the rows, as the library has them."""
-    tensors = {"weight_scale": weight.scales.to(weight.scale_dtype)}
-    if storage_format(scheme) == INT8:
+    stored, grid = storage_format(scheme), weight.grid
+    scales = grid.store_scales(weight.scales[:: grid.group_rows])
+    tensors = {"weight_scale": scales.view(torch.uint8) if stored == MXFP4 else scales}
+    if stored == INT8:
         tensors["weight"] = (weight.codes ^ INT8_OFFSET).view(torch.int8)
+    elif stored == FP8:
+        tensors["weight"] = weight.codes.view(E4M3)
+    elif stored in (NVFP4, MXFP4):
+        tensors["weight_packed"] = pair_nibbles(weight.codes)
     else:
-        tensors["weight_packed"] = pack_codes(weight.codes, weight.bits)
+        tensors["weight_packed"] = pack_codes(weight.codes, grid.bits)
         tensors["weight_shape"] = torch.tensor(weight.shape, dtype=torch.int64)
         if weight.zeros is not None:
-            tensors["weight_zero_point"] = pack_codes(weight.zeros.T, weight.bits).T.contiguous()
+            tensors["weight_zero_point"] = pack_codes(weight.zeros.T, grid.bits).T.contiguous()
+    if grid.global_scale is not None:
+        tensors["weight_global_scale"] = torch.tensor([grid.global_scale], dtype=torch.float32)
     return {f"{disk_module}.{leaf}": tensor.contiguous() for leaf, tensor in sorted(tensors.items())}
 
 
@@ -75,11 +100,15 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
             f"{disk_module or 'weight'}: {leaf} {what}; the checkpoint is damaged, so quantize again"
         )
 
-    scales = tensor("weight_scale")
-    if not (scales.isfinite().all() and (scales > 0).all()):
-        raise refuse("weight_scale", "holds values that are not positive numbers")
-    if storage_format(scheme) == INT8:
+    stored, scales = storage_format(scheme), tensor("weight_scale")
+    if stored == INT8:
         codes = tensor("weight").view(torch.uint8) ^ INT8_OFFSET
+    elif stored == FP8:
+        if not (weight := tensor("weight")).float().isfinite().all():
+            raise refuse("weight", "holds values that are no numbers")
+        codes = weight.view(torch.uint8)
+    elif stored in (NVFP4, MXFP4):
+        codes = split_nibbles(tensor("weight_packed"))
     else:
         packed, (rows, columns) = tensor("weight_packed"), tensor("weight_shape").tolist()
         if packed.shape != (rows, packed_columns(columns, scheme.bits)):
@@ -88,18 +117,26 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
             )
         codes = unpack_codes(packed, scheme.bits, columns)
     rows, columns = codes.shape
-    group_size = scheme.group_size or columns
-    if scales.shape != (rows, -(-columns // group_size)):
+    grid = grid_of(scheme, columns, scales.dtype)
+    if scales.shape != (-(-rows // grid.group_rows), -(-columns // grid.group_size)):
         raise refuse(
             "weight_scale", f"has shape {list(scales.shape)}, which does not fit a weight of {rows} x {columns}"
         )
+    if stored == NVFP4:
+        divisor = tensor("weight_global_scale").float().flatten()
+        if len(divisor) != 1 or not (divisor.isfinite().all() and (divisor > 0).all()):
+            raise refuse("weight_global_scale", "is no positive number")
+        grid = replace(grid, global_scale=float(divisor))
+    scales = grid.load_scales(scales.view(E8M0) if stored == MXFP4 else scales)
+    if not (scales.isfinite().all() and (scales > 0).all()):
+        raise refuse("weight_scale", "holds values that are not positive numbers")
     zeros = None
     if not scheme.symmetric:
-        stored = tensor("weight_zero_point")
-        if stored.shape != (packed_columns(rows, scheme.bits), scales.shape[1]):
-            raise refuse("weight_zero_point", f"has shape {list(stored.shape)}, which does not fit {rows} rows")
-        zeros = unpack_codes(stored.T, scheme.bits, rows).T.contiguous()
-    return QuantizedWeight(codes, scales.float(), zeros, scheme.bits, group_size, scales.dtype)
+        packed = tensor("weight_zero_point")
+        if packed.shape != (packed_columns(rows, scheme.bits), scales.shape[1]):
+            raise refuse("weight_zero_point", f"has shape {list(packed.shape)}, which does not fit {rows} rows")
+        zeros = unpack_codes(packed.T, scheme.bits, rows).T.contiguous()
+    return QuantizedWeight(codes, scales.repeat_interleave(grid.group_rows, dim=0)[:rows], zeros, grid)
 
 
 # --- quantization_config ---
@@ -198,21 +235,49 @@ def _further_expert(name: str, components: ComponentMap) -> bool:
     )
 
 
+INPUTS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "dynamic-int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "dynamic-fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
+    "dynamic-fp8-g128": {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": 128,
+        "dynamic": True,
+    },
+}
+"""What a group says of its inputs, by a scheme's `activations`."""
+SCALE_DTYPES = {"e4m3": "torch.float8_e4m3fn", "e8m0": "torch.uint8"}
+"""What it says scales are stored in, where they are not in the model's dtype."""
+
+
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "dynamic": False}
-    weights |= (
-        {"strategy": "channel"} if scheme.group_size is None else {"strategy": "group", "group_size": scheme.group_size}
-    )
-    inputs = None
-    if scheme.activations == "dynamic-int8":
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": targets,
         "format": storage_format(scheme),
-        "weights": weights,
-        "input_activations": inputs,
+        "weights": _weights(scheme),
+        "input_activations": INPUTS[scheme.activations],
         "output_activations": None,
     }
+
+
+def _weights(scheme: Scheme) -> dict[str, Any]:
+    """What a group says of its weights."""
+    said: dict[str, Any] = {
+        "num_bits": scheme.bits,
+        "type": scheme.type,
+        "symmetric": scheme.symmetric,
+        "dynamic": False,
+    }
+    if scheme.group_rows > 1:
+        return said | {"strategy": "block", "block_structure": [scheme.group_rows, scheme.group_size]}
+    if scheme.group_size is None:
+        return said | {"strategy": "channel"}
+    strategy = "tensor_group" if scheme.scales == "e4m3" else "group"
+    stored = {"scale_dtype": SCALE_DTYPES[scheme.scales]} if scheme.scales != "model" else {}
+    return said | {"strategy": strategy, "group_size": scheme.group_size} | stored
 
 
 def _place(name: str, components: ComponentMap) -> _Place:
@@ -437,6 +502,8 @@ class _Numbers(BaseModel):
     symmetric: bool | None = True
     strategy: str | None = None
     group_size: int | None = None
+    block_structure: str | list[int] | None = None
+    scale_dtype: str | None = None
     dynamic: bool | str | None = False
     actorder: str | bool | None = None
 
@@ -462,28 +529,50 @@ def _scheme_of(name: str, group: _Group) -> Scheme:
     """The scheme of a group of the config. CheckpointError for one that we do not have."""
     weights, inputs = group.weights, group.input_activations
     try:
-        if not weights or group.output_activations or weights.type != "int" or weights.dynamic:
-            raise ValueError("it is not integer weights with fixed scales")
+        if not weights or group.output_activations or weights.dynamic:
+            raise ValueError("it is not weights with fixed scales")
         if weights.actorder == "group":
             raise ValueError("groups are permuted")
         strategy = weights.strategy or ("group" if weights.group_size else "channel")
-        if strategy not in ("group", "channel"):
+        if strategy not in ("group", "tensor_group", "channel", "block"):
             raise ValueError(f"strategy {shown(strategy)}")
-        if inputs and (inputs.num_bits, inputs.type, inputs.strategy, inputs.dynamic, inputs.symmetric) != (
-            *(8, "int", "token", True, True),
-        ):
-            raise ValueError("inputs are quantized in a way of their own")
+        block = _block(weights.block_structure) if strategy == "block" else (1, weights.group_size)
+        scales = {stored: name for name, stored in SCALE_DTYPES.items()}.get(weights.scale_dtype or "", "model")
+        if (scales == "e4m3") != (strategy == "tensor_group"):
+            raise ValueError(f"scales in {shown(weights.scale_dtype)} with strategy {strategy}")
         return Scheme(
             bits=weights.num_bits,
-            group_size=weights.group_size if strategy == "group" else None,
+            type=weights.type,
+            group_size=None if strategy == "channel" else block[1],
+            group_rows=block[0],
             symmetric=weights.symmetric is not False,
-            activations="dynamic-int8" if inputs else "none",
+            scales=scales,
+            activations=_activations(inputs),
         )
     except ValueError as error:
         reason = told(error) if isinstance(error, ValidationError) else first_line(error)
         raise CheckpointError(
             f"quantization_config: config_groups.{shown(name)}: its scheme is not one of ours: {reason}"
         ) from error
+
+
+def _block(structure: Any) -> tuple[int, int]:
+    """Rows and columns; versions before 0.10 wrote "128x128"."""
+    if isinstance(structure, str):
+        structure = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in structure.split("x")]
+    if not isinstance(structure, list) or len(structure) != 2:
+        raise ValueError(f"block_structure {shown(repr(structure))} is no pair of rows and columns")
+    return structure[0], structure[1]
+
+
+def _activations(inputs: _Numbers | None) -> str:
+    """The name of what a group says of its inputs."""
+    if inputs is None:
+        return "none"
+    for name, said in INPUTS.items():
+        if said and all(getattr(inputs, key) == value for key, value in said.items()):
+            return name
+    raise ValueError("inputs are quantized in a way of their own")
 
 
 def parse_config(config: Any) -> tuple[list[tuple[list[str], Scheme]], list[str]]:

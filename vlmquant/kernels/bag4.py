@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.grid import Grid, QuantizedWeight, mid_code
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
 from vlmquant.kernels.probe import measured, most_tokens, needs_gradient
 from vlmquant.kernels.reference import add_bias
@@ -31,10 +31,11 @@ PROBE_TOKENS = (1, 2, 4, 8, 16, 32)
 
 def fits(form: Form, place: Place) -> bool:
     return (
-        form.bits <= 4
+        form.grid.kind == "int"
+        and form.grid.bits <= 4
         and place.device.type == "cpu"
         and place.dtype != torch.float64
-        and (form.group_size >= form.shape[1] or form.shape[1] % form.group_size == 0)
+        and (form.grid.group_size >= form.shape[1] or form.shape[1] % form.grid.group_size == 0)
         and _available()
     )
 
@@ -47,11 +48,11 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """
     padding = (0, 0, 0, -weight.shape[0] % ROW_MULTIPLE)
     codes = torch.nn.functional.pad(weight.codes, padding).T
-    header = torch.tensor([1, -mid_code(weight.bits)], dtype=torch.float16, device=codes.device).view(torch.uint8)
+    header = torch.tensor([1, -mid_code(weight.grid.bits)], dtype=torch.float16, device=codes.device).view(torch.uint8)
     octets = codes[:, ::2] | codes[:, 1::2] << 4
     held = {
         "table": torch.cat((octets, header.expand(len(codes), -1)), dim=1),
-        "scales": torch.nn.functional.pad(weight.scales, padding).T.to(weight.scale_dtype).contiguous(),
+        "scales": torch.nn.functional.pad(weight.scales, padding).T.to(weight.grid.scale_dtype).contiguous(),
     }
     if weight.zeros is not None:
         held["zeros"] = torch.nn.functional.pad(weight.zeros, padding).T.contiguous()
@@ -66,9 +67,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
         codes.T[:rows].contiguous(),
         held["scales"].T[:rows].float().contiguous(),
         held["zeros"].T[:rows].contiguous() if "zeros" in held else None,
-        form.bits,
-        form.group_size,
-        form.scale_dtype,
+        form.grid,
     )
 
 
@@ -120,15 +119,15 @@ def _column_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tenso
 
 
 def _offsets(zeros: Tensor, form: Form) -> Tensor:
-    return zeros.float() - mid_code(form.bits)
+    return zeros.float() - mid_code(form.grid.bits)
 
 
 @measured
 def _available() -> bool:
     """Whether this build of torch has the operators, and they mean by a table what `hold` writes."""
     codes = torch.arange(ROW_MULTIPLE, dtype=torch.uint8)[:, None] * torch.tensor([1, 7], dtype=torch.uint8) % 16
-    weight = QuantizedWeight(codes, torch.ones(ROW_MULTIPLE, 1), None, 4, 2, torch.float32)
-    form, inputs = form_of(weight, dynamic_int8=False), torch.tensor([[1.0, -3.0]])
+    weight = QuantizedWeight(codes, torch.ones(ROW_MULTIPLE, 1), None, Grid(4, 2, torch.float32))
+    form, inputs = form_of(weight), torch.tensor([[1.0, -3.0]])
     expected = inputs @ weight.dequantize().T
     try:
         held = hold(weight)
@@ -142,8 +141,8 @@ def _available() -> bool:
 def _bag_tokens() -> int:
     """Up to how many tokens bags are faster than dequantizing."""
     codes, scales = torch.zeros(PROBE_SHAPE, dtype=torch.uint8), torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
-    weight = QuantizedWeight(codes, scales, None, 4, 128, torch.bfloat16)
-    held, form = hold(weight), form_of(weight, dynamic_int8=False)
+    weight = QuantizedWeight(codes, scales, None, Grid(4, 128, torch.bfloat16))
+    held, form = hold(weight), form_of(weight)
     return most_tokens(
         lambda tokens: _bag_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
         lambda tokens: _column_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),

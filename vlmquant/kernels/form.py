@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import Grid, QuantizedWeight
 
 VALUES_AT_ONCE = 1 << 21
 """Codes that become floats together: few enough to stay near the CPU, enough for a product (half or twice: slower)."""
@@ -12,16 +12,18 @@ VALUES_AT_ONCE = 1 << 21
 
 @dataclass(frozen=True)
 class Form:
-    """A QuantizedWeight without tensors; whether inputs are rounded to int8 per token, and what outputs go through."""
+    """A QuantizedWeight without tensors; what inputs are rounded to, and what outputs go through."""
 
     shape: tuple[int, int]
-    bits: int
-    group_size: int
-    symmetric: bool
-    scale_dtype: torch.dtype
-    dynamic_int8: bool
+    grid: Grid
+    inputs: str = "none"
+    """A name of `reference.INPUTS`."""
     activation: str = ""
     """What the kernel puts its outputs through, a name of `reference.ACTIVATIONS`: int8_cuda only."""
+
+    @property
+    def dynamic_int8(self) -> bool:
+        return self.inputs == "dynamic-int8"
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,8 @@ class Place:
     dtype: torch.dtype
 
 
-def form_of(weight: QuantizedWeight, *, dynamic_int8: bool) -> Form:
-    return Form(
-        shape=weight.shape,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        symmetric=weight.symmetric,
-        scale_dtype=weight.scale_dtype,
-        dynamic_int8=dynamic_int8,
-    )
+def form_of(weight: QuantizedWeight, inputs: str = "none") -> Form:
+    return Form(weight.shape, weight.grid, inputs)
 
 
 def rows_at_once(columns: int) -> int:

@@ -10,7 +10,7 @@ one column. Which two depends on the CPU's vector length, so `_tile_shape` asks 
 import torch
 from torch import Tensor
 
-from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.grid import Grid, QuantizedWeight, mid_code
 from vlmquant.kernels import bag4
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of, rows_at_once
 from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
@@ -27,10 +27,11 @@ PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
 def fits(form: Form, place: Place) -> bool:
     return (
-        form.bits <= 4
-        and form.scale_dtype == torch.bfloat16  # the op would round others
+        form.grid.kind == "int"
+        and form.grid.bits <= 4
+        and form.grid.scale_dtype == torch.bfloat16  # the op would round others
         and place == Place(torch.device("cpu"), torch.bfloat16)
-        and _op_group(form.group_size, form.shape[1]) is not None
+        and _op_group(form.grid.group_size, form.shape[1]) is not None
         and _tile_shape() is not None
         and (not bag4.fits(form, place) or _beats_bags())
     )
@@ -40,18 +41,21 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The buffers that stand for the weight; rows are padded with zeros to a multiple of ROWS.
 
     tiles (rows / width, columns, width / 2) uint8; table (op groups, rows, 2) bfloat16 with scale and offset
-    (8 - zero) * scale, as the op wants them; if asymmetric, rest (groups, rows) bfloat16: what the offset lost by
-    rounding, which counts for all columns of a group alike.
+    (8 - zero) * scale, as the op wants them; rest (groups, rows) bfloat16: what offsets lost by rounding, if they did,
+    which counts for all columns of a group alike.
     """
     padding = (0, 0, 0, -weight.shape[0] % ROWS)
     codes = torch.nn.functional.pad(weight.codes, padding)
     held = {"tiles": _convert(codes).view(-1, codes.shape[1], _width() // 2)}
     scales = torch.nn.functional.pad(weight.scales, padding).T
-    offsets = (8 - mid_code(weight.bits)) * scales
+    zeros: Tensor | int = mid_code(weight.grid.bits)
     if weight.zeros is not None:
-        offsets = (8.0 - torch.nn.functional.pad(weight.zeros, padding).T) * scales
-        held["rest"] = (offsets - offsets.to(torch.bfloat16)).to(torch.bfloat16)
-    group = _op_group(weight.group_size, weight.shape[1])
+        zeros = torch.nn.functional.pad(weight.zeros, padding).T
+    offsets = (8.0 - zeros) * scales
+    rest = (offsets - offsets.to(torch.bfloat16)).to(torch.bfloat16)
+    if rest.any():
+        held["rest"] = rest
+    group = _op_group(weight.grid.group_size, weight.shape[1])
     assert group is not None
     table = torch.stack((scales, offsets), dim=-1).to(torch.bfloat16)
     held["table"] = table.repeat_interleave(weight.shape[1] // group // len(scales), dim=0)
@@ -66,9 +70,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
         codes[:out].contiguous(),
         scales.float().T[:out].contiguous(),
         zeros.T[:out].contiguous() if isinstance(zeros, Tensor) else None,
-        form.bits,
-        form.group_size,
-        form.scale_dtype,
+        form.grid,
     )
 
 
@@ -112,10 +114,10 @@ def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
 def _scales_and_zeros(held: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor | int]:
     """(groups, rows) each, bfloat16 and uint8, or the one zero of a symmetric weight."""
     table = held["table"]
-    groups = -(-form.shape[1] // form.group_size)
+    groups = -(-form.shape[1] // form.grid.group_size)
     scales, offsets = table[:: len(table) // groups].unbind(-1)
-    if form.symmetric:
-        return scales, mid_code(form.bits)
+    if form.grid.symmetric:
+        return scales, mid_code(form.grid.bits)
     # An offset is rounded by less than a thirtieth of a scale; where rows are padded, both are 0.
     steps = offsets.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)
     return scales, (8 - steps.round()).to(torch.uint8)
@@ -202,8 +204,8 @@ def _op_tokens() -> int:
 def _probe_weight() -> tuple[QuantizedWeight, Form]:
     codes = torch.zeros(PROBE_SHAPE, dtype=torch.uint8)
     scales = torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
-    weight = QuantizedWeight(codes, scales, None, 4, 128, torch.bfloat16)
-    return weight, form_of(weight, dynamic_int8=False)
+    weight = QuantizedWeight(codes, scales, None, Grid(4, 128, torch.bfloat16))
+    return weight, form_of(weight)
 
 
 def _probe_inputs(tokens: int) -> Tensor:

@@ -24,7 +24,8 @@ MANY_TOKENS = 64
 
 
 def fits(form: Form, place: Place) -> bool:
-    return form.bits == 8 and form.symmetric and form.group_size >= form.shape[1]
+    grid = form.grid
+    return grid.kind == "int" and grid.bits == 8 and grid.symmetric and grid.group_size >= form.shape[1]
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -39,7 +40,7 @@ def _pad(values: Tensor) -> Tensor:
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     codes = held["codes"][:, : form.shape[1]].contiguous().view(torch.uint8) ^ mid_code(8)
-    return QuantizedWeight(codes, held["scales"].float()[:, None], None, 8, form.group_size, form.scale_dtype)
+    return QuantizedWeight(codes, held["scales"].float()[:, None], None, form.grid)
 
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +81,7 @@ def _op_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def _op_fits(inputs: Tensor, form: Form) -> bool:
     """On a CPU, for bfloat16; other scales it would round."""
-    return inputs.dtype == form.scale_dtype == torch.bfloat16 and inputs.device.type == "cpu"
+    return inputs.dtype == form.grid.scale_dtype == torch.bfloat16 and inputs.device.type == "cpu"
 
 
 @measured

@@ -5,12 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import E4M3, LARGEST, QuantizedWeight, split_groups
 
 ACTIVATION_STEPS = 127.5
 """Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
 ACTIVATION_FLOOR = 1e-12
 """Smallest activation scale; a token of zeros gets it, and its codes are exact zeros."""
+FP8_GROUP = 128
+"""Features of a token that share a scale, where weights are FP8 in blocks."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda values: values,
     "gelu": nn.functional.gelu,
@@ -30,19 +32,45 @@ def activation_codes(inputs: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scales).round_().clamp_(-128, 127).to(torch.int8), scales
 
 
-def round_activations(inputs: Tensor) -> Tensor:
+def round_int8(inputs: Tensor) -> Tensor:
     """inputs (..., features) -> their nearest values on each token's own int8 grid, same shape and dtype."""
     codes, scales = activation_codes(inputs)
     return (codes.float() * scales).to(inputs.dtype)
 
 
-def linear(inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, dynamic_int8: bool) -> Tensor:
-    """inputs (..., in) -> (..., out) of the same dtype: dequantize, then multiply.
+def round_fp8(inputs: Tensor) -> Tensor:
+    """inputs (..., features) -> their nearest values on each token's own E4M3 grid, same shape and dtype.
 
-    dynamic_int8: the inputs are rounded per token first.
+    scale = max|input| / 448, as compressed-tensors and engines have it.
     """
-    if dynamic_int8:
-        inputs = round_activations(inputs)
+    values = inputs.float()
+    scales = (values.abs().amax(-1, keepdim=True) / LARGEST[8]).clamp_min(ACTIVATION_FLOOR)
+    return ((values / scales).clamp_(-LARGEST[8], LARGEST[8]).to(E4M3).float() * scales).to(inputs.dtype)
+
+
+def round_fp8_groups(inputs: Tensor) -> Tensor:
+    """round_fp8 with a scale for every 128 features of a token; the last group may be short."""
+    groups = split_groups(inputs.reshape(-1, inputs.shape[-1]), FP8_GROUP)
+    return round_fp8(groups).flatten(1)[:, : inputs.shape[-1]].reshape(inputs.shape)
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda inputs: inputs,
+    "dynamic-int8": round_int8,
+    "dynamic-fp8": round_fp8,
+    "dynamic-fp8-g128": round_fp8_groups,
+}
+"""What inputs are rounded to before they are multiplied, by a scheme's `activations`."""
+
+
+def round_inputs(inputs: Tensor, kind: str) -> Tensor:
+    """inputs (..., features), rounded as a name of INPUTS says; same shape and dtype."""
+    return INPUTS[kind](inputs)
+
+
+def linear(inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, rounded: str = "none") -> Tensor:
+    """inputs (..., in) -> (..., out) of the same dtype: round the inputs, dequantize, multiply."""
+    inputs = round_inputs(inputs, rounded)
     return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import QuantizedWeight, dequantize_codes
+from vlmquant.grid import Grid, QuantizedWeight, dequantize_codes
 from vlmquant.kernels.form import Form, Place, rows_at_once
 from vlmquant.kernels.probe import product_dtype
 from vlmquant.kernels.reference import add_bias
@@ -16,16 +16,24 @@ def fits(form: Form, place: Place) -> bool:
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """words (out, ceil(in * bits / 32)) int32, scales (out, groups) in the scales' dtype, zeros (out, groups) uint8."""
-    held = {"words": pack_codes(weight.codes, weight.bits), "scales": weight.scales.to(weight.scale_dtype)}
+    """words (out, ceil(in * bits / 32)) int32, scales (out, groups) as stored, those of a byte as uint8; zeros (out,
+    groups) uint8 if asymmetric.
+    """
+    scales = weight.grid.store_scales(weight.scales)
+    held = {
+        "words": pack_codes(weight.codes, weight.grid.bits),
+        "scales": scales.view(torch.uint8) if scales.itemsize == 1 else scales,
+    }
     return held if weight.zeros is None else held | {"zeros": weight.zeros}
 
 
+def _scales(held: Tensor, grid: Grid) -> Tensor:
+    return grid.load_scales(held.view(grid.scale_dtype) if held.dtype == torch.uint8 else held)
+
+
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
-    codes = unpack_codes(held["words"], form.bits, form.shape[1])
-    return QuantizedWeight(
-        codes, held["scales"].float(), held.get("zeros"), form.bits, form.group_size, form.scale_dtype
-    )
+    codes = unpack_codes(held["words"], form.grid.bits, form.shape[1])
+    return QuantizedWeight(codes, _scales(held["scales"], form.grid), held.get("zeros"), form.grid)
 
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
@@ -37,11 +45,10 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
         rows = slice(start, start + at_once)
         part = {name: tensor[rows] for name, tensor in held.items()}
         weight = dequantize_codes(
-            unpack_codes(part["words"], form.bits, form.shape[1]),
-            part["scales"].float(),
+            unpack_codes(part["words"], form.grid.bits, form.shape[1]),
+            _scales(part["scales"], form.grid),
             part.get("zeros"),
-            bits=form.bits,
-            group_size=form.group_size,
+            form.grid,
         )
         outputs[:, rows] = nn.functional.linear(values, weight.to(values.dtype))
     return add_bias(outputs, bias)
@@ -51,11 +58,9 @@ def read_rows(indices: Tensor, held: dict[str, Tensor], form: Form, dtype: torch
     """The dequantized rows at `indices` (any shape) -> (*indices.shape, in) in `dtype`."""
     flat = indices.flatten()
     weight = QuantizedWeight(
-        unpack_codes(held["words"][flat], form.bits, form.shape[1]),
-        held["scales"][flat].float(),
+        unpack_codes(held["words"][flat], form.grid.bits, form.shape[1]),
+        _scales(held["scales"][flat], form.grid),
         held["zeros"][flat] if "zeros" in held else None,
-        form.bits,
-        form.group_size,
-        form.scale_dtype,
+        form.grid,
     )
     return weight.dequantize(dtype).view(*indices.shape, form.shape[1])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.errors import KernelError
-from vlmquant.grid import dequantize_codes
+from vlmquant.grid import Grid, dequantize_codes
 from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.cuda.catalog import ENTRIES, STRIP_ROWS
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entries_for, plan
@@ -83,8 +83,7 @@ def w4_expanded(
             unpack_vq4(codes[part], count, columns, bits=4, symmetric=zeros is None),
             restore_vq4(scales[part], count, groups).float(),
             None if zeros is None else restore_vq4(zeros[part], count, groups),
-            bits=4,
-            group_size=group_size,
+            Grid(4, group_size, scales.dtype, zeros is None),
         )
         outputs[..., some] = nn.functional.linear(inputs, weight.to(inputs.dtype))
     return add_bias(outputs, bias)

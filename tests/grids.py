@@ -1,0 +1,23 @@
+"""Weights on the grid of a scheme, for tests."""
+
+import torch
+from torch import Tensor
+
+from vlmquant.algorithms import rtn
+from vlmquant.grid import Grid, QuantizedWeight, grid_of
+from vlmquant.recipe import Scheme
+
+
+def nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
+    """weight (out, in) rounded to nearest; dtype: the model's."""
+    return rtn.quantize_weight(weight.float(), grid_of(scheme, weight.shape[1], dtype).fitted(weight))
+
+
+def random(scheme: Scheme, rows: int, columns: int, *, seed: int = 0) -> QuantizedWeight:
+    """Normally distributed weights of a bfloat16 model, rounded to nearest."""
+    return nearest(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), scheme)
+
+
+def whole(bits: int, group_size: int, symmetric: bool, dtype: torch.dtype = torch.bfloat16) -> Grid:
+    """An integer grid."""
+    return Grid(bits, group_size, dtype, symmetric)
