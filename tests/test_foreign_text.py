@@ -85,6 +85,15 @@ def test_reports_and_verdicts_on_a_terminal(text: str) -> None:
     assert_harmless(drawn(verdict_table(judge(report, GateSpec()), thresholds=text)))
 
 
+@pytest.mark.parametrize("other", ["x" * 30_000, "\x1b" * 900, "\n" * 5000])
+def test_a_long_word_on_other_inputs_is_cut(other: str) -> None:
+    report = report_of("int4")
+    odd = replace(report, candidates=[replace(run, other_inputs=other, notes=(other,)) for run in report.candidates])
+    for page in (to_markdown(odd, judge(odd, GateSpec())), to_step_summary(judge(odd, GateSpec()))):
+        assert max(map(len, page.splitlines())) < 10_000
+        assert_harmless(page)
+
+
 class Tags(HTMLParser):
     """The tags of a page."""
 

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from vlmquant.errors import EXIT_GATE_FAILED, EXIT_GATE_INCONCLUSIVE, EXIT_OK, UsageError, shown
+from vlmquant.errors import EXIT_GATE_FAILED, EXIT_GATE_INCONCLUSIVE, EXIT_OK, LINE_CHARACTERS, UsageError, shown
 from vlmquant.evaluation.bleu import STATISTICS, sacrebleu_score
 from vlmquant.evaluation.metrics import image_clusters, is_caption, statistics
 from vlmquant.evaluation.records import Run, SampleScore
@@ -95,8 +95,10 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 def _with_inputs(candidate: Run, verdict: Verdict) -> Verdict:
     """The verdict, with a word where the candidate was not given what the reference was."""
-    other = candidate.other_inputs
-    return verdict if other is None else replace(verdict, reason=f"{verdict.reason}; {other}")
+    if candidate.other_inputs is None:
+        return verdict
+    other = shown(candidate.other_inputs, limit=LINE_CHARACTERS)
+    return replace(verdict, reason=f"{verdict.reason}; {other}")
 
 
 def _judge_one(reference: Run, candidate: Run, name: str, margin: float, *, alpha: float, seed: int) -> Verdict:

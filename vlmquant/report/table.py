@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from vlmquant.errors import shown, visible
+from vlmquant.errors import LINE_CHARACTERS, shown, visible
 from vlmquant.evaluation.metrics import EVERYTHING
 from vlmquant.evaluation.records import Costs, Estimate, Run
 from vlmquant.report.data import Report
@@ -91,7 +91,7 @@ def terminal_table(report: Report) -> Table:
 def remarks(report: Report) -> list[tuple[str, str]]:
     """Label and text: what of each run is not as its model or the settings ask for; other inputs come first."""
     return [
-        (run.label, text)
+        (run.label, shown(text, limit=LINE_CHARACTERS))
         for run in report.runs
         for text in (*([run.other_inputs] if run.other_inputs else []), *run.notes)
     ]
