@@ -250,7 +250,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(tiny_llava: Path, spec: str,
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{scheme: w4a16, method: int8}", "method int8 makes 8-bit weights"),
+        ("{scheme: w4a16, method: int8}", "method int8 makes 8-bit integers"),
         ("{scheme: w4a16, method: bitsandbytes}", "w4a16-g128 does not go with method bitsandbytes"),
     ],
 )

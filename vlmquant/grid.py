@@ -126,9 +126,7 @@ class Grid:
         """The grid of weights (out, in) that share a global scale, where the grid has one."""
         if self.scale_dtype != E4M3:
             return self
-        largest = max(float(weight.abs().amax()) for weight in weights)
-        divisor = float(torch.tensor(largest).reciprocal() * (LARGEST[8] * LARGEST[4]))
-        return replace(self, global_scale=divisor if isfinite(divisor) else 1.0)
+        return replace(self, global_scale=nvfp4_divisor(max(float(weight.abs().amax()) for weight in weights)))
 
     def over_blocks(self, values: Tensor, *, largest: bool) -> Tensor:
         """(rows, groups) -> the same shape: the largest, or the sum, over the rows that share a scale."""
@@ -170,6 +168,8 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor | None
     grid: Grid
+    input_divisor: float | None = None
+    """Where inputs are rounded to NVFP4 as well: the global scale of theirs."""
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -224,6 +224,15 @@ def split_rows(weight: QuantizedWeight, counts: Iterable[int]) -> list[Quantized
         parts.append(weight.rows(start, count))
         start += count
     return parts
+
+
+def nvfp4_divisor(largest: float) -> float:
+    """The global scale that maps the largest magnitude to the largest product of an E2M1 and an E4M3 number.
+
+    A float32 number; 1 where it would be none (all zeros), as compressed-tensors has it.
+    """
+    divisor = float(torch.tensor(largest).reciprocal() * (LARGEST[8] * LARGEST[4]))
+    return divisor if isfinite(divisor) else 1.0
 
 
 def mid_code(bits: int) -> int:

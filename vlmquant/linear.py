@@ -78,12 +78,12 @@ class PackedRows(nn.Module):
 
     def to_weight(self) -> QuantizedWeight:
         weight: QuantizedWeight = LAYOUTS[self.layout].release(self.held, self.form)
-        return weight
+        return replace(weight, input_divisor=self.form.input_divisor)
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])
         if self.form.inputs != "none" and not self.form.dynamic_int8:  # INT8 layouts round by themselves
-            flat = round_inputs(flat, self.form.inputs)
+            flat = round_inputs(flat, self.form.inputs, self.form.input_divisor)
         outputs: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
         return outputs.view(*inputs.shape[:-1], self.form.shape[0])
 

@@ -48,7 +48,7 @@ from vlmquant.report.manifest import recipe_of
 from vlmquant.report.markdown import to_markdown
 from vlmquant.scratch import unnamed_file
 from vlmquant.shards import dtype_name
-from vlmquant.stream import NEEDS_DATA, BlockResult, BlockStream, rehearse
+from vlmquant.stream import BlockResult, BlockStream, rehearse
 
 BOOTSTRAP_RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
@@ -139,7 +139,7 @@ def quantize(
     batches: list[BatchMaker] = []
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
     manifest: dict[str, Any] = {"settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()}}
-    if any(line.method in NEEDS_DATA for line in plan.lines if line.action == "quantize"):
+    if any(line.needs_data for line in plan.lines):
         chosen = (
             recipe.calibration
             if calibration is None
@@ -488,7 +488,7 @@ def _without_images(samples: Sequence[Sample], components: ComponentMap, plan: P
         info.component
         for info in components.blocks
         for line in (plan.line(f"{linear.name}.weight") for linear in info.linears)
-        if line.action == "quantize" and line.method in NEEDS_DATA
+        if line.needs_data
     }
     if unreached := sorted(waiting & SEEING):
         raise InputError(

@@ -9,6 +9,7 @@ from math import gcd, prod
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from vlmquant.components import COMPONENTS, OTHER, BlockInfo, ComponentMap, LinearInfo, ParameterInfo
@@ -32,6 +33,10 @@ LARGEST_KEPT_STACK = 0.05
 HALF = torch.bfloat16
 """What 16 bits are for a model that has no 16-bit dtype of its own."""
 DATA_FREE = "rtn"
+CALIBRATED = frozenset({"search", "int8", "gptq", "awq"})
+"""Methods that look at a layer's inputs."""
+CALIBRATED_INPUTS = frozenset({"nvfp4"})
+"""Roundings of inputs with a scale that calibration finds."""
 """The method for weights outside the blocks: no calibration inputs are collected there."""
 
 
@@ -62,6 +67,12 @@ class PlanLine:
     @property
     def weights(self) -> int:
         return prod(self.shape)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether codes, or the scale of the inputs, are found by calibration."""
+        rounded = isinstance(self.scheme, Scheme) and self.scheme.activations in CALIBRATED_INPUTS
+        return self.action == "quantize" and (self.method in CALIBRATED or rounded)
 
 
 @dataclass(frozen=True)
@@ -358,9 +369,16 @@ def _check_spec(component: str, spec: ComponentSpec) -> None:
                 f"components.{component}: scheme {label} does not go with method {method}; nf4 and bnb-int8 go with "
                 "bitsandbytes, and with nothing else"
             )
-        if method == "int8" and isinstance(scheme, Scheme) and scheme.bits != 8:
+        outside = component not in ("vision_encoder", "language")
+        if outside and isinstance(scheme, Scheme) and scheme.activations in CALIBRATED_INPUTS:
             raise PlanError(
-                f"components.{component}: method int8 makes 8-bit weights, not {scheme.label}; use rtn, gptq or awq"
+                f"components.{component}: scheme {scheme.label} needs calibration, which only layers of the vision "
+                "encoder and the language model get; use nvfp4a16 or fp16 there"
+            )
+        if method == "int8" and isinstance(scheme, Scheme) and (scheme.type, scheme.bits) != ("int", 8):
+            raise PlanError(
+                f"components.{component}: method int8 makes 8-bit integers, not {scheme.label}; use rtn, search, gptq "
+                "or awq"
             )
 
 
@@ -526,10 +544,9 @@ def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) ->
     whose = "inputs are" if inputs == linear.in_features else "as the common divisor of the experts' inputs is"
     why = f"{inputs} {whose} no multiple of group size {scheme.group_size}"
     for step in recipe.fallback.when_indivisible:
-        if step == "group_size" and smaller is not None and scheme.type == "int":
-            fitting = scheme.model_copy(update={"group_size": smaller})
+        if step == "group_size" and smaller is not None and (fitting := _with_group_size(scheme, smaller)):
             return _Choice(fitting, choice.method, f"{why}, so the group size is {smaller}", fallback=True)
-        if step in SHORT_SCHEMES and SHORT_SCHEMES[step].type == scheme.type:
+        if step in SHORT_SCHEMES and SHORT_SCHEMES[step].floats == scheme.floats:
             method = choice.method if choice.method == DATA_FREE else "int8"
             return _Choice(SHORT_SCHEMES[step], method, f"{why}, so it becomes {step}", fallback=True)
         if step == KEEP:
@@ -540,6 +557,14 @@ def _fit(choice: _Choice, linear: LinearInfo, recipe: Recipe, *, inputs: int) ->
         f"{scheme.group_size} does not divide{'' if inputs == linear.in_features else f' ({why})'}; {advice}, "
         f"list the layer under keep, or allow a fallback"
     )
+
+
+def _with_group_size(scheme: Scheme, size: int) -> Scheme | None:
+    """The scheme with other groups, if there is such a one."""
+    try:
+        return Scheme.model_validate(scheme.model_dump() | {"group_size": size})
+    except ValidationError:
+        return None
 
 
 def _smaller_group(inputs: int, group_size: int) -> int | None:

@@ -23,7 +23,7 @@ WORD = 100
 PLAIN_KINDS = frozenset({"map", "seq", "str", "int", "float", "bool", "null"})
 """YAML's own kinds of values that a recipe may hold."""
 
-Method = Literal["rtn", "int8", "gptq", "awq", "bitsandbytes"]
+Method = Literal["rtn", "search", "int8", "gptq", "awq", "bitsandbytes"]
 METHODS: tuple[str, ...] = get_args(Method)
 ComponentName = Literal["vision_encoder", "projector", "embedding", "language", "lm_head"]
 COMPONENTS: tuple[str, ...] = get_args(ComponentName)
@@ -50,7 +50,7 @@ def _whole(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-Activations = Literal["none", "dynamic-int8", "dynamic-fp8", "dynamic-fp8-g128"]
+Activations = Literal["none", "dynamic-int8", "dynamic-fp8", "dynamic-fp8-g128", "nvfp4"]
 
 
 class Scheme(Data):
@@ -70,7 +70,8 @@ class Scheme(Data):
     """What scales are stored in: the model's dtype; FP8 below one float32 scale of the weight (NVFP4); powers of two
     (MXFP4)."""
     activations: Activations = "none"
-    """What inputs are rounded to at run time, with a scale of its own for every token, or every 128 inputs of one."""
+    """What inputs are rounded to at run time, with a scale of its own for every token, every 128 inputs of one (g128),
+    or every 16 (nvfp4: below one scale for all, which calibration finds)."""
 
     @model_validator(mode="after")
     def _supported(self) -> "Scheme":
@@ -89,9 +90,14 @@ class Scheme(Data):
             raise ValueError("integer weights need group_rows: 1 and scales: model")
         elif self.activations == "dynamic-fp8" and (self.bits, self.group_size, self.symmetric) != (4, 128, True):
             raise ValueError("dynamic-fp8 activations need bits: 4, group_size: 128, symmetric: true")
-        elif self.activations == "dynamic-fp8-g128":
-            raise ValueError("dynamic-fp8-g128 activations need FP8 weights in blocks of 128 x 128")
+        elif self.activations in ("dynamic-fp8-g128", "nvfp4"):
+            raise ValueError(f"{self.activations} activations need weights of schemes fp8-block or nvfp4")
         return self
+
+    @property
+    def floats(self) -> bool:
+        """Whether it needs hardware with floating point of 8 or 4 bits."""
+        return self.type == "float" or self.activations.startswith("dynamic-fp8")
 
     @property
     def label(self) -> str:
@@ -106,7 +112,7 @@ class Scheme(Data):
 FLOAT_FORMS: dict[tuple[str, int, int | None, int, str], Activations] = {
     ("float", 8, None, 1, "model"): "dynamic-fp8",
     ("float", 8, 128, 128, "model"): "dynamic-fp8-g128",
-    ("float", 4, 16, 1, "e4m3"): "none",
+    ("float", 4, 16, 1, "e4m3"): "nvfp4",
     ("float", 4, 32, 1, "e8m0"): "none",
 }
 """Type, bits, group size, rows and scales of the floating point weights that files hold and engines run -> what inputs
@@ -127,6 +133,7 @@ SHORT_SCHEMES: dict[str, Scheme] = {
     "fp8-dynamic": Scheme(type="float", bits=8, group_size=None, activations="dynamic-fp8"),
     "fp8-block": Scheme(type="float", bits=8, group_rows=128, activations="dynamic-fp8-g128"),
     "nvfp4a16": Scheme(type="float", bits=4, group_size=16, scales="e4m3"),
+    "nvfp4": Scheme(type="float", bits=4, group_size=16, scales="e4m3", activations="nvfp4"),
     "mxfp4a16": Scheme(type="float", bits=4, group_size=32, scales="e8m0"),
 }
 KEEP: Literal["fp16"] = "fp16"
@@ -148,6 +155,13 @@ def _named_scheme(value: Any) -> Any:
 
 
 SchemeOrName = Annotated[Scheme | Literal["fp16", "nf4", "bnb-int8"], BeforeValidator(_named_scheme)]
+
+
+class RtnOptions(Data):
+    """Rounding to nearest."""
+
+    scale_search: Literal["minmax", "mse"] = "minmax"
+    """What a group's scale minimises: nothing (extremes), or sum of d^2. Neither needs data."""
 
 
 class GptqOptions(Data):
@@ -217,6 +231,7 @@ class ComponentSpec(Data):
     keep: tuple[str, ...] = ()
     """Globs on module names inside the component that stay 16 bit."""
     overrides: tuple[Override, ...] = ()
+    rtn: RtnOptions = RtnOptions()
     gptq: GptqOptions = GptqOptions()
     awq: AwqOptions = AwqOptions()
 

@@ -10,7 +10,7 @@ block runs once. Only the block at hand has weights; the others stay on the meta
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
 from vlmquant.families import Fold
-from vlmquant.grid import Grid, QuantizedWeight, grid_of
+from vlmquant.grid import Grid, QuantizedWeight, grid_of, nvfp4_divisor
 from vlmquant.kernels.reference import round_inputs
-from vlmquant.planning import Plan, PlanLine
+from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
 from vlmquant.shards import some
 
@@ -38,7 +38,6 @@ TOKENS_PER_INPUT = 2
 
 With fewer, others' tokens help; with more, they harm (benchmarks/results/moe.md)."""
 
-NEEDS_DATA = frozenset({"int8", "gptq", "awq"})
 """Methods that look at a layer's inputs."""
 
 
@@ -243,7 +242,9 @@ class Stage:
         """Put the codes in the weights' place: from here on the block computes with them."""
         if quantized.keys() != self.linears.keys():
             raise AssertionError(f"stage {list(self.linears)} got weights for {list(quantized)}")
+        divisor = self._input_divisor() if self.scheme.activations in CALIBRATED_INPUTS else None
         for local, weight in quantized.items():
+            weight = replace(weight, input_divisor=divisor)
             effective = weight.dequantize()
             if self._channel_scales is not None:
                 effective /= self._channel_scales
@@ -255,6 +256,19 @@ class Stage:
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
             self.block.put(local, weight, error=error)
         self._inputs = []
+
+    def _input_divisor(self) -> float:
+        """The global scale of the inputs, as the weights meet them."""
+        largest = 0.0
+        for rows, _ in self._rows():
+            met = rows if self._channel_scales is None else rows / self._channel_scales
+            largest = max(largest, met.abs().max().item() if len(met) else 0.0)
+        if not largest or not math.isfinite(largest):
+            raise SentinelError(
+                f"{self.block.info.name}: {', '.join(self.linears)} received no input but {largest:g} during "
+                "calibration, so NVFP4 has no scale for their inputs; use nvfp4a16 there, or samples that reach them"
+            )
+        return nvfp4_divisor(largest)
 
     def _relative_error(self, error: Tensor, weight: Tensor) -> float:
         if not self._inputs:
@@ -315,9 +329,7 @@ class Block:
         if self.restored:
             return
         if not self._walks:
-            idle = self.stream.runs_passes and any(
-                self._line(linear).method in NEEDS_DATA for linear in self.info.linears
-            )
+            idle = self.stream.runs_passes and any(self._line(linear).needs_data for linear in self.info.linears)
             if idle:
                 self.notes.append(f"{self.info.name}: never ran during calibration: rounded to nearest")
             for group in self._groups():
@@ -581,7 +593,10 @@ class Block:
                 self._check_shared(local, leader, inputs)
             if local in self._divisors:
                 inputs = (inputs.float() / self._divisors[local]).to(inputs.dtype)
-        return _linear(self._line(self._by_local[local]), module, inputs)
+        weight = self.quantized.get(self._weight_name(local))
+        if weight is None:  # kept, or a rehearsal
+            return _linear(None, module, inputs)
+        return _linear(self._line(self._by_local[local]), module, inputs, weight.input_divisor)
 
     def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
         """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
@@ -606,9 +621,10 @@ def _end_pass(*args: Any, **kwargs: Any) -> Any:
     raise GreenletExit
 
 
-def _linear(line: PlanLine, module: nn.Linear, inputs: Tensor) -> Tensor:
-    if isinstance(line.scheme, Scheme):
-        inputs = round_inputs(inputs, line.scheme.activations)
+def _linear(line: PlanLine | None, module: nn.Linear, inputs: Tensor, divisor: float | None = None) -> Tensor:
+    """The product; inputs are rounded as the scheme of the line says, if there is one."""
+    if line is not None and isinstance(line.scheme, Scheme):
+        inputs = round_inputs(inputs, line.scheme.activations, divisor)
     # Some models' code casts to the dtype of their config on the way.
     return nn.functional.linear(inputs.to(module.weight.dtype), module.weight, module.bias)
 
@@ -711,7 +727,7 @@ class BlockStream:
 
     def _needs_data(self, info: BlockInfo) -> bool:
         lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]
-        return any(line.action == "quantize" and line.method in NEEDS_DATA for line in lines)
+        return any(line.needs_data for line in lines)
 
     def _walk(self, waiting: set[str]) -> Iterator[Block]:
         """Run the calibration passes until no block that needs them is left."""

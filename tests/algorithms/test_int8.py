@@ -7,7 +7,7 @@ from compressed_tensors.quantization.lifecycle.forward import quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from tests import grids
-from vlmquant.algorithms import int8, rtn
+from vlmquant.algorithms import rtn, search
 from vlmquant.recipe import SHORT_SCHEMES
 
 W8A8 = SHORT_SCHEMES["w8a8-dynamic"]
@@ -23,7 +23,7 @@ def test_minmax_grid_equals_compressed_tensors(make_weight) -> None:
 
 def test_codes_are_those_of_compressed_tensors_on_the_same_scales(make_stage, make_inputs, make_weight) -> None:
     stage = make_stage({"fc1": make_weight(24, 96)}, W8A8, make_inputs(256, 96))
-    ours = int8.quantize_stage(stage)["fc1"]
+    ours = search.quantize_stage(stage)["fc1"]
     theirs = quantize(stage.weights["fc1"], ours.scales, torch.zeros_like(ours.scales), ARGS, dtype=torch.int8)
     assert torch.equal(ours.codes.int() - 128, theirs.int())
     assert ours.zeros is None
@@ -40,7 +40,7 @@ def test_search_never_loses_to_minmax(make_stage, make_inputs, make_weight) -> N
     def loss(quantized) -> float:
         return ((quantized.dequantize() - weight).abs().pow(3) @ stage.mean_square()).sum().item()
 
-    searched = loss(int8.quantize_stage(stage)["fc1"])
+    searched = loss(search.quantize_stage(stage)["fc1"])
     plain = loss(rtn.quantize_weight(weight, stage.grid))
     assert searched < 0.9 * plain
 
@@ -50,5 +50,5 @@ def test_inputs_are_measured_once(make_stage, make_inputs, make_weight, monkeypa
     measured = stage.mean_square()
     calls = []
     monkeypatch.setattr(stage, "mean_square", lambda: calls.append(1) or measured)
-    int8.quantize_stage(stage)
+    search.quantize_stage(stage)
     assert len(calls) == 1

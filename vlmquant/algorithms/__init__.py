@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from vlmquant.algorithms import awq, gptq, int8, rtn
+from vlmquant.algorithms import awq, gptq, rtn, search
 from vlmquant.grid import QuantizedWeight
 from vlmquant.stream import Stage
 
@@ -10,7 +10,8 @@ Algorithm = Callable[[Stage], dict[str, QuantizedWeight]]
 
 ALGORITHMS: dict[str, Algorithm] = {
     "rtn": rtn.quantize_stage,
-    "int8": int8.quantize_stage,
+    "search": search.quantize_stage,
+    "int8": search.quantize_stage,
     "gptq": gptq.quantize_stage,
     "awq": awq.quantize_stage,
 }

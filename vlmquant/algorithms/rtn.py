@@ -1,17 +1,23 @@
-"""Round to nearest on each group's min-max grid: needs no data, and is the baseline of every other method."""
+"""Round to nearest on each group's min-max grid: needs no data, and is the baseline of every other method.
+
+`scale_search: mse` searches the range of each group for the least error of its weights; that needs none either.
+"""
 
 from torch import Tensor
 
-from vlmquant.grid import Grid, QuantizedWeight, minmax_grid, quantize_nearest
+from vlmquant.algorithms.scales import search_scales
+from vlmquant.grid import Grid, QuantizedWeight, quantize_nearest
+from vlmquant.recipe import RtnOptions
 from vlmquant.stream import Stage
 
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize each linear of the stage alone; the stage's inputs are not looked at."""
-    grid = stage.grid.fitted(*stage.weights.values())
-    return {name: quantize_weight(weight, grid) for name, weight in stage.weights.items()}
+    grid, options = stage.grid.fitted(*stage.weights.values()), stage.options.rtn
+    return {name: quantize_weight(weight, grid, options) for name, weight in stage.weights.items()}
 
 
-def quantize_weight(weight: Tensor, grid: Grid) -> QuantizedWeight:
-    """weight (out, in) float32 -> nearest codes on the min-max grid of each group."""
-    return quantize_nearest(weight, *minmax_grid(weight, grid), grid)
+def quantize_weight(weight: Tensor, grid: Grid, options: RtnOptions | None = None) -> QuantizedWeight:
+    """weight (out, in) float32 -> nearest codes on the grid of each group; options: None for the recipe's defaults."""
+    search = (options or RtnOptions()).scale_search
+    return quantize_nearest(weight, *search_scales(weight, None, grid, search=search), grid)

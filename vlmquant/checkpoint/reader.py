@@ -116,9 +116,7 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
             if (entry.dtype, entry.shape) != (dtype, tuple(part)):
                 found = f"{entry.dtype} {list(entry.shape)}"
                 yield f"{path}: tensor {shown(name)} is {found}, its scheme needs {dtype} {list(part)}"
-            elif name.endswith("_scale"):
-                scales = shards.read(name)
-                if bad := int(scales.numel() - (scales.isfinite() & (scales > 0)).sum()):
-                    yield f"{entry.file}: tensor {name} has {bad} scales that are not finite numbers above 0"
+            elif name.endswith("_scale") and (bad := compressed_tensors.bad_scales(shards.read(name))):
+                yield f"{entry.file}: tensor {name} has {bad} scales that are not finite numbers above 0"
     yield from (f"{path}: tensor {shown(name)} is missing" for name in sorted(expected - entries.keys()))
     yield from (f"{path}: tensor {shown(name)} is in no plan" for name in sorted(entries.keys() - expected))

@@ -65,6 +65,8 @@ def encoded_shapes(
             tensors["weight_zero_point"] = (torch.int32, (packed_columns(rows, scheme.bits), groups))
     if stored == NVFP4:
         tensors["weight_global_scale"] = (torch.float32, (1,))
+    if scheme.activations == "nvfp4":
+        tensors["input_global_scale"] = (torch.float32, (1,))
     return {f"{disk_module}.{leaf}": what for leaf, what in sorted(tensors.items())}
 
 
@@ -86,7 +88,17 @@ def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[st
             tensors["weight_zero_point"] = pack_codes(weight.zeros.T, grid.bits).T.contiguous()
     if grid.global_scale is not None:
         tensors["weight_global_scale"] = torch.tensor([grid.global_scale], dtype=torch.float32)
+    if weight.input_divisor is not None:
+        tensors["input_global_scale"] = torch.tensor([weight.input_divisor], dtype=torch.float32)
     return {f"{disk_module}.{leaf}": tensor.contiguous() for leaf, tensor in sorted(tensors.items())}
+
+
+def bad_scales(stored: Tensor) -> int:
+    """How many of a weight's scales are no finite numbers above 0. Bytes are exponents of two (E8M0), 255 is NaN."""
+    if stored.dtype == torch.uint8:
+        return int((stored == 255).sum())
+    values = stored.float()
+    return int(values.numel() - (values.isfinite() & (values > 0)).sum())
 
 
 def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
@@ -99,6 +111,12 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
         return CheckpointError(
             f"{disk_module or 'weight'}: {leaf} {what}; the checkpoint is damaged, so quantize again"
         )
+
+    def number(leaf: str) -> float:
+        value = tensor(leaf).flatten()
+        if len(value) != 1 or bad_scales(value):
+            raise refuse(leaf, "is no positive number")
+        return float(value)
 
     stored, scales = storage_format(scheme), tensor("weight_scale")
     if stored == INT8:
@@ -123,20 +141,19 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
             "weight_scale", f"has shape {list(scales.shape)}, which does not fit a weight of {rows} x {columns}"
         )
     if stored == NVFP4:
-        divisor = tensor("weight_global_scale").float().flatten()
-        if len(divisor) != 1 or not (divisor.isfinite().all() and (divisor > 0).all()):
-            raise refuse("weight_global_scale", "is no positive number")
-        grid = replace(grid, global_scale=float(divisor))
-    scales = grid.load_scales(scales.view(E8M0) if stored == MXFP4 else scales)
-    if not (scales.isfinite().all() and (scales > 0).all()):
+        grid = replace(grid, global_scale=number("weight_global_scale"))
+    if bad_scales(scales):
         raise refuse("weight_scale", "holds values that are not positive numbers")
+    scales = grid.load_scales(scales.view(E8M0) if stored == MXFP4 else scales)
     zeros = None
     if not scheme.symmetric:
         packed = tensor("weight_zero_point")
         if packed.shape != (packed_columns(rows, scheme.bits), scales.shape[1]):
             raise refuse("weight_zero_point", f"has shape {list(packed.shape)}, which does not fit {rows} rows")
         zeros = unpack_codes(packed.T, scheme.bits, rows).T.contiguous()
-    return QuantizedWeight(codes, scales.repeat_interleave(grid.group_rows, dim=0)[:rows], zeros, grid)
+    scales = scales.repeat_interleave(grid.group_rows, dim=0)[:rows]
+    divisor = number("input_global_scale") if scheme.activations == "nvfp4" else None
+    return QuantizedWeight(codes, scales, zeros, grid, divisor)
 
 
 # --- quantization_config ---
@@ -246,6 +263,15 @@ INPUTS: dict[str, dict[str, Any] | None] = {
         "strategy": "group",
         "group_size": 128,
         "dynamic": True,
+    },
+    "nvfp4": {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "dynamic": "local",
+        "scale_dtype": "torch.float8_e4m3fn",
     },
 }
 """What a group says of its inputs, by a scheme's `activations`."""

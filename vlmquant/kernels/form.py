@@ -17,7 +17,8 @@ class Form:
     shape: tuple[int, int]
     grid: Grid
     inputs: str = "none"
-    """A name of `reference.INPUTS`."""
+    """What `reference.round_inputs` makes of them."""
+    input_divisor: float | None = None
     activation: str = ""
     """What the kernel puts its outputs through, a name of `reference.ACTIVATIONS`: int8_cuda only."""
 
@@ -35,7 +36,7 @@ class Place:
 
 
 def form_of(weight: QuantizedWeight, inputs: str = "none") -> Form:
-    return Form(weight.shape, weight.grid, inputs)
+    return Form(weight.shape, weight.grid, inputs, weight.input_divisor)
 
 
 def rows_at_once(columns: int) -> int:

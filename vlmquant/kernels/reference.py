@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import E4M3, LARGEST, QuantizedWeight, split_groups
+from vlmquant.grid import E4M3, LARGEST, Grid, QuantizedWeight, minmax_grid, quantize_nearest, split_groups
 
 ACTIVATION_STEPS = 127.5
 """Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
 ACTIVATION_FLOOR = 1e-12
 """Smallest activation scale; a token of zeros gets it, and its codes are exact zeros."""
+NVFP4_GROUP = 16
 FP8_GROUP = 128
 """Features of a token that share a scale, where weights are FP8 in blocks."""
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -54,23 +55,36 @@ def round_fp8_groups(inputs: Tensor) -> Tensor:
     return round_fp8(groups).flatten(1)[:, : inputs.shape[-1]].reshape(inputs.shape)
 
 
+def round_nvfp4(inputs: Tensor, divisor: float) -> Tensor:
+    """inputs (..., features) -> their nearest values on NVFP4's grid: groups of 16, E4M3 scales below 1 / divisor.
+
+    Scales are chosen anew for every token ("local" in compressed-tensors); same shape and dtype.
+    """
+    grid = Grid(4, NVFP4_GROUP, E4M3, kind="float", global_scale=divisor)
+    rows = inputs.reshape(-1, inputs.shape[-1]).float()
+    return quantize_nearest(rows, *minmax_grid(rows, grid), grid).dequantize(inputs.dtype).view(inputs.shape)
+
+
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda inputs: inputs,
     "dynamic-int8": round_int8,
     "dynamic-fp8": round_fp8,
     "dynamic-fp8-g128": round_fp8_groups,
 }
-"""What inputs are rounded to before they are multiplied, by a scheme's `activations`."""
+"""What inputs are rounded to before they are multiplied, by a scheme's `activations`; nvfp4 wants a divisor beside."""
 
 
-def round_inputs(inputs: Tensor, kind: str) -> Tensor:
-    """inputs (..., features), rounded as a name of INPUTS says; same shape and dtype."""
+def round_inputs(inputs: Tensor, kind: str, divisor: float | None = None) -> Tensor:
+    """inputs (..., features), rounded as a scheme's `activations` says; same shape and dtype."""
+    if kind == "nvfp4":
+        assert divisor is not None
+        return round_nvfp4(inputs, divisor)
     return INPUTS[kind](inputs)
 
 
 def linear(inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, rounded: str = "none") -> Tensor:
     """inputs (..., in) -> (..., out) of the same dtype: round the inputs, dequantize, multiply."""
-    inputs = round_inputs(inputs, rounded)
+    inputs = round_inputs(inputs, rounded, weight.input_divisor)
     return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
 
 

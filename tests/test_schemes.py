@@ -1,0 +1,196 @@
+"""Schemes beyond plain integers on the whole road: quantize, verify, load, and load in stock transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from tests.small_set import write_small_set
+from tests.tiny_vlm import image_inputs
+from vlmquant.checkpoint import verify_checkpoint
+from vlmquant.errors import PlanError, SentinelError
+from vlmquant.linear import QuantLinear
+from vlmquant.loading import load_model
+from vlmquant.pipeline import plan_model, quantize
+from vlmquant.recipe import parse_recipe
+
+NAMES = ("fp8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16", "w4afp8", "w2a16", "w6a16")
+RECIPE = """
+version: 1
+name: {name}
+components:
+  vision_encoder: {{scheme: fp8-dynamic}}
+  projector: {{scheme: {outside}, keep: ["*linear_1"]}}
+  language: {{scheme: {name}, method: {method}}}
+"""
+STOCK = """
+import json, sys, torch
+from transformers import AutoModelForImageTextToText
+torch.set_num_threads(1)
+found = {}
+for folder in sys.argv[1:]:
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(1, 9)[None]).logits
+    found[folder] = {"info": {key: len(value) for key, value in info.items() if value}, "logits": logits.flatten().tolist()}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """made(scheme, method) -> a checkpoint, written once."""
+    folder = tmp_path_factory.mktemp("schemes")
+    calibration = write_small_set(folder / "set")
+
+    def make(name: str, method: str = "gptq") -> Path:
+        out = folder / f"{name}-{method}"
+        if not out.exists():
+            outside = "nvfp4a16" if name == "nvfp4" else name
+            recipe = parse_recipe(RECIPE.format(name=name, method=method, outside=outside), name="x.yaml")
+            done = quantize(tiny_llava, recipe, out, calibration=calibration)
+            sizes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+            assert 0 <= sizes - done.plan.bytes_after < 100_000  # headers
+        return out
+
+    return make
+
+
+# Inputs as an engine rounds them, written out anew
+
+
+def fp8(values: Tensor) -> Tensor:
+    scale = values.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 448
+    return (values / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def fp8_groups(values: Tensor) -> Tensor:
+    return torch.cat([fp8(part) for part in values.split(128, -1)], -1)
+
+
+def nvfp4(values: Tensor, divisor: Tensor) -> Tensor:
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    parts = []
+    for part in values.split(16, -1):
+        local = (divisor * part.abs().amax(-1, keepdim=True) / 6).to(torch.float8_e4m3fn).float()
+        scale = torch.where(local == 0, 0.125, local) / divisor
+        ratio = (part / scale).abs()
+        near = levels[(ratio[..., None] - levels).abs().argmin(-1)]  # ties go down: they are rare in random inputs
+        parts.append(near * part.sign() * scale)
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_model_computes_what_its_codes_say(name: str, made: Callable[..., Path], tiny_llava: Path) -> None:
+    out = made(name)
+    assert verify_checkpoint(out) == []
+    packed = load_model(out, dtype=torch.float32)
+    dense = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval()
+    quantized = {one: module for one, module in packed.named_modules() if isinstance(module, QuantLinear)}
+    assert len(quantized) == len(list(out.glob("*.safetensors"))) * len(quantized) > 20
+    with safe_open(out / "model.safetensors", "pt") as shard:
+        for one, module in quantized.items():
+            linear = dense.get_submodule(one)
+            linear.weight.data = module.dequantize()
+            kind = module.scheme.activations
+            rounding = {"none": None, "dynamic-fp8": fp8, "dynamic-fp8-g128": fp8_groups}.get(kind)
+            if kind == "nvfp4":
+                disk = one.replace("model.language_model.", "language_model.model.")
+                divisor = shard.get_tensor(f"{disk}.input_global_scale")
+                rounding = lambda values, divisor=divisor: nvfp4(values, divisor)  # noqa: E731
+            if rounding:
+                linear.register_forward_pre_hook(lambda _, args, rounding=rounding: (rounding(args[0]),))
+    inputs = image_inputs("llava")
+    with torch.no_grad():
+        found, expected = packed(**inputs).logits, dense(**inputs).logits
+    assert (found - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_stock_transformers_loads_every_scheme(made: Callable[..., Path]) -> None:
+    folders = {name: made(name) for name in NAMES}
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, *map(str, folders.values())],
+        env=os.environ | {"VLMQUANT_DISABLE_HF_PATCH": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    for name, folder in folders.items():
+        assert found[str(folder)]["info"] == {}, name
+        model = load_model(folder, dtype=torch.bfloat16)
+        with torch.no_grad():
+            ours = model(input_ids=torch.arange(1, 9)[None]).logits.float().flatten()
+        theirs = torch.tensor(found[str(folder)]["logits"])
+        assert (ours - theirs).norm() < 0.06 * ours.norm(), name  # bfloat16, and FP8 of inputs that differ by a step
+
+
+@pytest.mark.parametrize("method", ["rtn", "search", "awq"])
+@pytest.mark.parametrize("name", ["fp8-dynamic", "nvfp4", "mxfp4a16"])
+def test_every_method_works_on_every_kind_of_grid(name: str, method: str, made: Callable[..., Path]) -> None:
+    out = made(name, method)
+    assert verify_checkpoint(out) == []
+    assert load_model(out) is not None
+
+
+def test_fused_linears_share_their_global_scales(made: Callable[..., Path]) -> None:
+    with safe_open(made("nvfp4") / "model.safetensors", "pt") as shard:
+        for leaf in ("weight_global_scale", "input_global_scale"):
+            for group in (
+                ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                ["mlp.gate_proj", "mlp.up_proj"],
+            ):
+                names = [f"language_model.model.layers.0.{one}.{leaf}" for one in group]
+                assert len({shard.get_tensor(name).item() for name in names}) == 1
+
+
+def test_what_needs_calibration_is_refused_where_there_is_none(tiny_llava: Path) -> None:
+    recipe = parse_recipe("version: 1\nname: x\ncomponents: {projector: nvfp4}\n", name="x.yaml")
+    with pytest.raises(PlanError, match="use nvfp4a16 or fp16 there"):
+        plan_model(tiny_llava, recipe)
+
+
+def test_inputs_that_are_all_zeros_have_no_scale(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmquant.stream import Stage
+
+    rows = Stage._rows
+    monkeypatch.setattr(Stage, "_rows", lambda self: ((one * 0, count) for one, count in rows(self)))
+    recipe = parse_recipe("version: 1\nname: x\ncomponents: {language: nvfp4}\n", name="x.yaml")
+    with pytest.raises(SentinelError, match="NVFP4 has no scale for their inputs"):
+        quantize(tiny_llava, recipe, tmp_path / "out", calibration=write_small_set(tmp_path / "set"))
+
+
+def test_a_run_in_floats_resumes_to_the_same_bytes(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlmquant.algorithms import ALGORITHMS, gptq
+
+    calibration = write_small_set(tmp_path / "set")
+    recipe = parse_recipe(RECIPE.format(name="nvfp4", method="gptq", outside="mxfp4a16"), name="x.yaml")
+    quantize(tiny_llava, recipe, tmp_path / "whole", calibration=calibration)
+    calls = []
+
+    def stopping(stage: object) -> object:
+        calls.append(stage)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return gptq.quantize_stage(stage)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(ALGORITHMS, "gptq", stopping)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_llava, recipe, tmp_path / "parts", calibration=calibration)
+    monkeypatch.undo()
+    quantize(tiny_llava, recipe, tmp_path / "parts", calibration=calibration, resume=True)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == two
