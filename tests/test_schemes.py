@@ -40,7 +40,8 @@ for folder in sys.argv[1:]:
     model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     with torch.no_grad():
         logits = model(input_ids=torch.arange(1, 9)[None]).logits
-    found[folder] = {"info": {key: len(value) for key, value in info.items() if value}, "logits": logits.flatten().tolist()}
+    wrong = {key: len(value) for key, value in info.items() if value}
+    found[folder] = {"info": wrong, "logits": logits.flatten().tolist()}
 print(json.dumps(found))
 """
 
@@ -131,7 +132,9 @@ def test_stock_transformers_loads_every_scheme(made: Callable[..., Path]) -> Non
         with torch.no_grad():
             ours = model(input_ids=torch.arange(1, 9)[None]).logits.float().flatten()
         theirs = torch.tensor(found[str(folder)]["logits"])
-        assert (ours - theirs).norm() < 0.06 * ours.norm(), name  # bfloat16, and FP8 of inputs that differ by a step
+        # bfloat16; and where inputs are rounded, theirs are by scales in bfloat16, and a step of FP8 is 6 %
+        allowed = 0.02 if name.endswith("a16") else 0.15
+        assert (ours - theirs).norm() < allowed * ours.norm(), name
 
 
 @pytest.mark.parametrize("method", ["rtn", "search", "awq"])
