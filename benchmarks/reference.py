@@ -33,7 +33,12 @@ RESULTS = HERE / "results"
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
 TEST_STRATA = "caption=80,vqa=60,object=60"
 RECIPES = [*sorted(path.stem for path in shipped("recipes").glob("*.yaml")), str(HERE / "int8-vision.yaml")]
-PAIRS = (("gptq-w4", "rtn-w4"), ("awq-w4", "rtn-w4"), ("w3", "rtn-w3"), ("awq-w3", "rtn-w3"), ("mixed", "gptq-w4")) + (
+PAIRS = (
+    ("gptq-w4", "rtn-w4"),
+    ("awq-w4", "rtn-w4"),
+    ("w3", "rtn-w3"),
+    ("awq-w3", "rtn-w3"),
+    ("mixed", "gptq-w4"),
     ("nvfp4a16-gptq", "int4-g32-gptq"),
     ("nvfp4a16-gptq", "nvfp4a16-rtn"),
     ("nvfp4a16-search", "nvfp4a16-rtn"),
