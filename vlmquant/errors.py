@@ -80,7 +80,8 @@ MESSAGE_CHARACTERS = 4000
 def shown(text: object, *, limit: int = SHOWN_CHARACTERS) -> str:
     """Strangers' text (a name in a file, a value) as part of one line: what is not printable escaped, and cut short."""
     full = str(text)
-    return visible(full[:limit]) + ("..." if len(full) > limit else "")
+    escaped = visible(full[:limit])
+    return escaped[:limit] + ("..." if max(len(full), len(escaped)) > limit else "")
 
 
 def visible(text: str) -> str:
