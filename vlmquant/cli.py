@@ -13,6 +13,7 @@ import typer
 from vlmquant import streams
 from vlmquant.errors import (
     EXIT_DOES_NOT_FIT,
+    EXIT_ERROR,
     EXIT_OK,
     InputError,
     UsageError,
@@ -154,17 +155,25 @@ def plan(
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Show what becomes of every weight, and the bytes before and after. Reads no weights."""
-    from vlmquant.pipeline import plan_model
-    from vlmquant.tables import plan_lines_table, plan_table
+    """Show what becomes of every weight, and the bytes before and after. Reads no weights.
 
-    _, planned = plan_model(model, load_wanted(recipe, family), trust_remote_code=trust_remote_code)
+    Where the recipe has a target, also whether its engine takes the result: exit 1 if it does not.
+    """
+    from vlmquant.pipeline import check_target, plan_model
+    from vlmquant.tables import engine_table, plan_lines_table, plan_table
+
+    wanted = load_wanted(recipe, family)
+    components, planned = plan_model(model, wanted, trust_remote_code=trust_remote_code)
+    contract = check_target(components, planned, wanted)
     if as_json:
-        emit(planned.to_json())
-        return
-    if every_weight:
-        show(plan_lines_table(planned))
-    show(plan_table(planned))
+        emit(planned.to_json() | ({} if contract is None else {"target": contract.to_json()}))
+    else:
+        if every_weight:
+            show(plan_lines_table(planned))
+        show(plan_table(planned))
+        if contract is not None:
+            show(engine_table(contract))
+    raise typer.Exit(EXIT_OK if contract is None or contract.fits else EXIT_ERROR)
 
 
 @app.command()
@@ -515,6 +524,30 @@ def verify(
         for line in problems or [f"{model}: every file is as it was written"]:
             say(line)
     raise typer.Exit(1 if problems else EXIT_OK)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a quantized model, vlmquant's or anybody's.")],
+    engine: Annotated[str, typer.Option("--engine", help="vllm, sglang or transformers.")],
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Compute capability of the card, such as sm_90, or cpu.")
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", min=1, max=1024, help="Ranks of tensor parallelism.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Hold a checkpoint against what a serving engine takes: exit 0 it fits, 1 it does not. Reads no weights."""
+    from vlmquant.components import locate_model
+    from vlmquant.engines import check_checkpoint
+    from vlmquant.recipe import parse_target
+    from vlmquant.tables import engine_table
+
+    contract = check_checkpoint(locate_model(model), parse_target(engine, gpu=gpu, tp=tp))
+    if as_json:
+        emit(contract.to_json())
+    else:
+        show(engine_table(contract))
+    raise typer.Exit(EXIT_OK if contract.fits else EXIT_ERROR)
 
 
 @app.command()

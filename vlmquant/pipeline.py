@@ -26,7 +26,8 @@ from vlmquant.calibration.sets import SampleSet, image_hashes, load_set
 from vlmquant.checkpoint import AlreadyFinishedError, CheckpointWriter, Inputs, check_output, read_manifest
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.components import ComponentMap, locate_model, resolve_components
-from vlmquant.errors import DoesNotFitError, InputError, UsageError, first_line, shown
+from vlmquant.engines import Contract, check_plan
+from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError, first_line, shown
 from vlmquant.evaluation.environment import peak_resident_bytes
 from vlmquant.evaluation.inputs import check_first
 from vlmquant.evaluation.logprobs import LogProbs
@@ -131,6 +132,8 @@ def quantize(
     _check_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     components, plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
+    if (contract := check_target(components, plan, recipe)) is not None and not contract.fits:
+        raise _refused(contract)
     check_output(Path(out), components.model_dir, resume=resume, force=force)
     inputs = Inputs(components)
     errors: dict[str, float] = {}
@@ -284,6 +287,20 @@ def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = F
     if recipe.output.format == compressed_tensors.METHOD:
         compressed_tensors.quantization_config(plan, components)
     return components, plan
+
+
+def check_target(components: ComponentMap, plan: Plan, recipe: Recipe) -> Contract | None:
+    """What the recipe's target makes of the plan; None where it names none, or the format is no engine's."""
+    if recipe.target is None or recipe.output.format != compressed_tensors.METHOD:
+        return None
+    return check_plan(components, plan, recipe.target)
+
+
+def _refused(contract: Contract) -> PlanError:
+    target = contract.target
+    place = ", ".join([f"{target.engine} {contract.version}", *([target.gpu] if target.gpu else []), f"tp {target.tp}"])
+    told = "\n".join(map(str, contract.refusals))
+    return PlanError(f"the recipe's target {place} does not take this:\n{told}")
 
 
 def _check_device(device: str) -> None:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmquant import reading
-from vlmquant.errors import LINE_CHARACTERS, RecipeError, shown
+from vlmquant.errors import LINE_CHARACTERS, RecipeError, UsageError, shown
 
 RECIPE_MAX_BYTES = 1_000_000
 ERRORS_TOLD = 20
@@ -326,6 +326,16 @@ class GateSpec(Data):
         return {name: value for name, value in self if name != "alpha" and value is not None}
 
 
+class TargetSpec(Data):
+    """Where the result is to be served: what is written is held against what that engine takes, before any work."""
+
+    engine: Literal["vllm", "sglang", "transformers"]
+    gpu: Annotated[str, Field(pattern=r"^(sm_[0-9]{2,3}[a-z]?|cpu)$")] | None = None
+    """Compute capability such as sm_90 (H100), sm_89 (L4, RTX 40), sm_80 (A100), sm_75 (T4), sm_100 (B200); or cpu."""
+    tp: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Ranks of tensor parallelism."""
+
+
 class FamilySpec(Data):
     """Where the parts of a model are that vlmquant does not know, or guesses wrong: names of modules or parameters."""
 
@@ -351,6 +361,7 @@ class Recipe(Data):
     calibration: CalibrationSpec = CalibrationSpec()
     output: OutputSpec = OutputSpec()
     gate: GateSpec = GateSpec()
+    target: TargetSpec | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -397,6 +408,14 @@ def load_family(path: Path) -> FamilySpec:
 
 def _read_text(path: Path) -> str:
     return reading.read_text(path, error=RecipeError, max_bytes=RECIPE_MAX_BYTES)
+
+
+def parse_target(engine: str, *, gpu: str | None, tp: int) -> TargetSpec:
+    """A target of a command line. UsageError for an engine or a card that we do not know."""
+    try:
+        return TargetSpec.model_validate({"engine": engine, "gpu": gpu, "tp": tp})
+    except ValidationError as error:
+        raise UsageError(f"target: {reading.told(error)}; give --engine vllm, and --gpu sm_90 or cpu") from error
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:

@@ -9,6 +9,7 @@ from rich.text import Text
 from vlmquant.calibration.build import SourceUse
 from vlmquant.calibration.sampling import Stratum
 from vlmquant.components import COMPONENTS, ComponentMap
+from vlmquant.engines import Contract
 from vlmquant.errors import LINE_CHARACTERS, shown
 from vlmquant.planning import Plan, has_folds
 from vlmquant.report.data import Verdict, overall
@@ -219,6 +220,32 @@ def plan_table(plan: Plan) -> Table:
     table = make_table("Plan", columns, rows, left=2)
     if plan.fallbacks or plan.notes:
         _add_caption(table, (*plan.fallbacks, *plan.notes))
+    return table
+
+
+def engine_table(contract: Contract) -> Table:
+    """What an engine does not take of a checkpoint and what to change; without any, what runs it."""
+    told = f"{contract.target.engine} {contract.version}"
+    if contract.findings:
+        rows = [
+            (
+                "refused" if one.refused else "note",
+                one.rule,
+                one.places or "the checkpoint",
+                one.what,
+                one.change,
+                one.source,
+            )
+            for one in contract.findings
+        ]
+        table = make_table(
+            f"Engine contract: {told}", ("", "rule", "layers", "what", "what to change", "source"), rows, left=6
+        )
+    else:
+        served = [(row.part, row.stored, row.kernel, str(row.layers)) for row in contract.served]
+        table = make_table(f"Engine contract: {told}", ("part", "stored", "kernel", "layers"), served, left=3)
+    if contract.unchecked:
+        _add_caption(table, [f"not checked: {one}" for one in contract.unchecked])
     return table
 
 
