@@ -14,6 +14,7 @@ ROOMS = [
     "doctor",
     "tables",
     "pipeline",
+    "publish",
     "gate",
     "report",
     "evaluation",

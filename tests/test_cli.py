@@ -56,7 +56,19 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("inspect", "plan", "calibrate", "quantize", "eval", "compare", "gate", "verify", "demo"):
+    for command in (
+        "inspect",
+        "plan",
+        "calibrate",
+        "quantize",
+        "eval",
+        "compare",
+        "gate",
+        "verify",
+        "check",
+        "push",
+        "demo",
+    ):
         assert command in done.stdout
 
 
@@ -99,9 +111,14 @@ def test_quantize_verify_eval_gate(run: Run, tiny_llava: Path, small_set: Path, 
     assert run("verify", out_dir)[0] == 0
     data = write_small_set(tmp_path / "data", offset=50)
     words = ("eval", out_dir, "--reference", tiny_llava, "--data", data, "-o", report, "--no-generate")
-    code, out, err = run(*words, "--html", tmp_path / "report.html")
+    code, out, err = run(*words, "--html", tmp_path / "report.html", "--card")
     assert code == 0, err
     assert "perplexity" in out
+    card = (out_dir / "README.md").read_text()
+    assert "Calibrated on " in card
+    assert f"vlmquant quantize model --recipe mixed --calibration {small_set.name} --out OUT" in card
+    assert "## What it cost" in card
+    assert run("verify", out_dir)[0] == 0
     assert "<html" in (tmp_path / "report.html").read_text()
     code, out, _ = run("gate", report, "--junit", tmp_path / "junit.xml")
     assert code == 4

@@ -367,6 +367,17 @@ def quantize(
         resume=resume,
         force=force,
         trust_remote_code=trust_remote_code,
+        command=quantize_command(
+            {
+                "--recipe": recipe,
+                "--calibration": calibration,
+                "--samples": samples,
+                "--device": None if device == "cpu" else device,
+                "--dtype": None if dtype == "auto" else dtype,
+                "--family": family,
+                "--trust-remote-code": trust_remote_code,
+            }
+        ),
     )
     if as_json:
         emit(done.to_json())
@@ -378,6 +389,19 @@ def quantize(
         f"{done.path}: written in {done.seconds:.0f} s ({done.user_cpu_seconds:.0f} s of user CPU time), "
         f"peak memory {done.peak_bytes / 2**20:.0f} MiB, computed in {done.compute_dtype}"
     )
+
+
+def quantize_command(options: dict[str, Any]) -> list[str]:
+    """The words of a `quantize` that makes the same again; of folders on this machine, the names alone."""
+    from vlmquant.pipeline import MODEL
+
+    words = ["vlmquant", "quantize", MODEL]
+    for name, value in options.items():
+        if value is True:
+            words.append(name)
+        elif value:
+            words += [name, Path(value).name]
+    return words
 
 
 @app.command("eval")
@@ -395,10 +419,18 @@ def evaluate(
     other_inputs: OtherInputs = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also put the table and the gate's verdict into the model's card, README.md.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
-    compare(
+    from vlmquant.checkpoint.card import check_card
+    from vlmquant.pipeline import put_into_card
+
+    if card:
+        check_card(model)
+    report = compare(
         reference,
         [model],
         data,
@@ -414,6 +446,10 @@ def evaluate(
         threads,
         as_json,
     )
+    if card:
+        put_into_card(report, model)
+        if not as_json:
+            say(f"wrote {model / 'README.md'}")
 
 
 @app.command()
@@ -432,7 +468,7 @@ def compare(
     dtype: Dtype = "auto",
     threads: Threads = None,
     as_json: Json = False,
-) -> None:
+) -> Any:
     """Several quantized models against the original, in one table."""
     from vlmquant import pipeline
     from vlmquant.evaluation.settings import Settings
@@ -461,12 +497,13 @@ def compare(
     if as_json:
         files, notes = [str(path) for path in written], [f"{label}: {text}" for label, text in remarks(report)]
         emit({"rows": compare_rows(report), "notes": notes, "files": files})
-        return
+        return report
     show(terminal_table(report))
     for label, text in remarks(report):
         say(f"note: {label}: {text}")
     for path in written:
         say(f"wrote {path}")
+    return report
 
 
 @app.command()
@@ -548,6 +585,31 @@ def check(
     else:
         show(engine_table(contract))
     raise typer.Exit(EXIT_OK if contract.fits else EXIT_ERROR)
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="A directory that vlmquant wrote.")],
+    repository: Annotated[str, typer.Argument(help="Where it goes on the hub, such as org/name; made if not there.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, list what would be sent, and send nothing.")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="A repository that is made is private.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put a checkpoint on the hub: verified first, and refused if its gate failed."""
+    from vlmquant import publish
+    from vlmquant.tables import upload_table
+
+    upload = publish.prepare(model, repository, private=private)
+    address = None if dry_run else publish.push(upload)
+    if as_json:
+        emit(upload.to_json() | {"address": address})
+        return
+    show(upload_table(upload))
+    for note in upload.notes:
+        say(f"note: {note}")
+    say(f"{repository}: nothing was sent" if address is None else f"{repository}: sent, {address}")
 
 
 @app.command()

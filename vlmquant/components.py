@@ -41,9 +41,10 @@ CONFIG_SECONDS, CONFIG_BYTES = 60.0, 4 << 30
 BUILD_SECONDS, BUILD_BYTES = 600.0, 8 << 30
 """What transformers may take for a config, and for a model without weights. The largest, mixtures with 60,000 linears,
 take a minute and a gigabyte."""
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-"""Files of a hub repository that a model in safetensors format consists of."""
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w][\w./-]*))?")
+"""org/name, or org/name@revision: a branch, a tag or a commit."""
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*")
+"""Files of a hub repository that a model in safetensors format consists of, its card and licence among them."""
 EXPERT_NAME = re.compile(r"\.\d+\.(gate|up|down)_proj\.(weight|bias)$")
 """The end of an expert's parameter name in the model."""
 RECOMPUTED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
@@ -316,7 +317,10 @@ def _is_sentinel(value: Tensor) -> bool:
 
 
 def locate_model(name_or_path: str | Path) -> Path:
-    """The directory of a model: a path as it is, or a hub repository's local copy, downloaded if not cached."""
+    """The directory of a model: a path as it is, or a hub repository's local copy, downloaded if not cached.
+
+    org/name@revision is the repository at that branch, tag or commit.
+    """
     try:
         path = Path(name_or_path).expanduser()
         there, folder = path.exists(), path.is_dir()
@@ -329,13 +333,16 @@ def locate_model(name_or_path: str | Path) -> Path:
         return path
     if there:
         raise InputError(f"{path}: is a file; give the directory of a model")
-    if not HUB_ID.fullmatch(str(name_or_path)):
-        raise InputError(f"{shown(path)}: no such directory; give a model's directory or a hub id such as org/name")
+    if (hub := HUB_ID.fullmatch(str(name_or_path))) is None:
+        raise InputError(
+            f"{shown(path)}: no such directory; give a model's directory or a hub id such as org/name or "
+            "org/name@revision"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(hub[1], revision=hub[2], allow_patterns=list(HUB_PATTERNS)))
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{name_or_path}: no such directory, and as a hub id neither cached nor reachable (offline?); "

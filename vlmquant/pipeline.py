@@ -24,6 +24,7 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sampling import Selection, choose_samples
 from vlmquant.calibration.sets import SampleSet, image_hashes, load_set
 from vlmquant.checkpoint import AlreadyFinishedError, CheckpointWriter, Inputs, check_output, read_manifest
+from vlmquant.checkpoint.card import base_name, base_revision, record_evaluation
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.components import ComponentMap, locate_model, resolve_components
 from vlmquant.engines import Contract, check_plan
@@ -43,10 +44,10 @@ from vlmquant.planning import Plan, as_written, make_plan
 from vlmquant.progress import bar, stderr
 from vlmquant.reading import check
 from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
-from vlmquant.report.data import Report, build_report, check_report_paths, write_json, write_text
+from vlmquant.report.data import Report, build_report, check_report_paths, overall, write_json, write_text
 from vlmquant.report.html import to_html
 from vlmquant.report.manifest import recipe_of
-from vlmquant.report.markdown import to_markdown
+from vlmquant.report.markdown import card_section, to_markdown
 from vlmquant.scratch import unnamed_file
 from vlmquant.shards import dtype_name
 from vlmquant.stream import BlockResult, BlockStream, rehearse
@@ -120,11 +121,13 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
+    command: Sequence[str] = (),
 ) -> Quantized:
     """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
 
     calibration: a set's name or folder instead of the recipe's.
     dtype: of the forward passes; None is float32, unless bfloat16 is measured to be far faster here.
+    command: what card and manifest call the command that makes the same again, in another place.
     Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
@@ -141,7 +144,10 @@ def quantize(
     selection = None
     batches: list[BatchMaker] = []
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
-    manifest: dict[str, Any] = {"settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()}}
+    manifest: dict[str, Any] = {
+        "command": _repeatable(command, components.model_dir),
+        "settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()},
+    }
     if any(line.needs_data for line in plan.lines):
         chosen = (
             recipe.calibration
@@ -303,6 +309,17 @@ def _refused(contract: Contract) -> PlanError:
     return PlanError(f"the recipe's target {place} does not take this:\n{told}")
 
 
+MODEL = "MODEL"
+"""Stands in a command for the model."""
+
+
+def _repeatable(command: Sequence[str], model_dir: Path) -> list[str]:
+    """A command with the model as others can have it: by its id and commit on the hub, or by its bare name."""
+    revision = base_revision(model_dir)
+    name = base_name(model_dir) + (f"@{revision}" if revision else "")
+    return [name if word == MODEL else word for word in command]
+
+
 def _check_device(device: str) -> None:
     """UsageError for a device that torch does not know, cannot reach, or that does not compute, such as meta."""
     try:
@@ -445,6 +462,17 @@ def write_report(
         write_text(html, to_html(report, verdicts, load_set(data).samples, thresholds=recorded_gate_name(report)))
         written.append(html)
     return written
+
+
+def put_into_card(report: Report, model_dir: Path) -> None:
+    """Write what was measured into the card of a checkpoint, and the gate's verdict into its manifest as well.
+
+    CheckpointError where the card is not as we wrote it.
+    """
+    spec = recipe_gate(report)
+    verdicts = judge(report, spec) if spec is not None and spec.thresholds() else []
+    evaluation = {"gate": overall(verdicts) if verdicts else None, "created": report.created, "hashes": report.hashes}
+    record_evaluation(model_dir, evaluation, card_section(report, verdicts, thresholds=recorded_gate_name(report)))
 
 
 def recipe_gate(report: Report) -> GateSpec | None:

@@ -12,6 +12,7 @@ from vlmquant.components import COMPONENTS, ComponentMap
 from vlmquant.engines import Contract
 from vlmquant.errors import LINE_CHARACTERS, shown
 from vlmquant.planning import Plan, has_folds
+from vlmquant.publish import Upload
 from vlmquant.report.data import Verdict, overall
 from vlmquant.report.numbers import threshold_text, threshold_title
 from vlmquant.shards import dtype_name
@@ -247,6 +248,12 @@ def engine_table(contract: Contract) -> Table:
     if contract.unchecked:
         _add_caption(table, [f"not checked: {one}" for one in contract.unchecked])
     return table
+
+
+def upload_table(upload: Upload) -> Table:
+    """The files that go to the hub, and their sizes."""
+    rows = [*((name, megabytes(size)) for name, size in upload.files), ("all", megabytes(upload.total_bytes))]
+    return make_table(f"{upload.checkpoint} to {upload.repository}", ("file", "size"), rows)
 
 
 def plan_lines_table(plan: Plan) -> Table:

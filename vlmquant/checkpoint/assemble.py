@@ -8,20 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 import vlmquant
-from vlmquant.checkpoint.companions import BASE_CARD_NAME, CARD_NAME, Companions
+from vlmquant.checkpoint.card import base_name, base_revision, card
+from vlmquant.checkpoint.companions import CARD_NAME, Companions
 from vlmquant.checkpoint.files import TensorSpec, copy_file, sha256_of, write_safetensors, write_text
 from vlmquant.checkpoint.journal import Unit
-from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, sealed
-from vlmquant.components import CONFIG_NAME, ComponentMap, auto_class, read_config
-from vlmquant.errors import CheckpointError, InputError, shown
+from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, digest_of_text, manifest_text, sealed
+from vlmquant.components import CONFIG_NAME, ComponentMap, read_config
+from vlmquant.errors import CheckpointError
 from vlmquant.formats import compressed_tensors
 from vlmquant.fp8 import without_quantization
 from vlmquant.planning import Plan, PlanLine
-from vlmquant.reading import parse_yaml, read_text
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, dtype_name
 
@@ -33,8 +32,6 @@ TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config"
 INDEXED = "model-{:05d}-of-{:05d}.safetensors"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of shards."""
-FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
-"""Of a card of the hub: YAML between two lines of dashes."""
 
 
 def write_weights(
@@ -180,7 +177,8 @@ def write_rest(
     for name, file in companions.copied.items():
         (target / name).parent.mkdir(exist_ok=True)
         copy_file(file, target / name)
-    write_text(target / CARD_NAME, card(components, recipe, plan, companions))
+    text = card(components, recipe, plan, companions, manifest)
+    write_text(target / CARD_NAME, text)
     files = {
         file.relative_to(target).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(target.rglob("*"))
@@ -189,6 +187,7 @@ def write_rest(
     content = {
         "format_version": MANIFEST_VERSION,
         "base_model": base_name(components.model_dir),
+        "base_revision": base_revision(components.model_dir),
         "versions": {
             "vlmquant": vlmquant.__version__,
             **{name: version(name) for name in ("torch", "transformers", "compressed-tensors", "safetensors")},
@@ -198,96 +197,9 @@ def write_rest(
         **manifest,
         "not_copied": sorted(components.ignored) + list(companions.left),
         "files": files,
+        "card_sha256": digest_of_text(text),
         "disk_names": {parameter.name: parameter.disk for parameter in components.parameters},
         "copied": copied_tensors(components, plan, changed=changed),
         "plan": plan.to_json(),
     }
-    write_text(target / MANIFEST_NAME, _readable_json(sealed(content)))
-
-
-def _readable_json(content: Mapping[str, Any]) -> str:
-    """JSON with one line for each item of a list, and each key of the two outermost levels."""
-
-    def lines(value: Any, depth: int) -> str:
-        indent = " " * depth
-        if depth < 3 and isinstance(value, Mapping) and value:
-            items = [f"{indent}{json.dumps(key)}: {lines(item, depth + 1)}" for key, item in value.items()]
-            return "{\n" + ",\n".join(items) + f"\n{indent[1:]}}}"
-        if depth < 4 and isinstance(value, list) and value:
-            return "[\n" + ",\n".join(indent + lines(item, 4) for item in value) + f"\n{indent[1:]}]"
-        return json.dumps(value, allow_nan=False, ensure_ascii=False)
-
-    return lines(content, 1) + "\n"
-
-
-def base_name(model_dir: Path) -> str:
-    """The model's name: its hub id where the directory is one of the hub's cache, else the directory's name."""
-    path = model_dir.resolve()
-    if path.parent.name == "snapshots":
-        return shown(path.parent.parent.name.removeprefix("models--").replace("--", "/"))
-    return shown(path.name)
-
-
-def card(components: ComponentMap, recipe: Recipe, plan: Plan, companions: Companions) -> str:
-    """The model card, in Markdown with the hub's front matter."""
-    base, auto = base_name(components.model_dir), auto_class(components.config).__name__
-    front = {"base_model": base, "library_name": "transformers", **_licence(companions)}
-    front["tags"] = ["vlmquant", recipe.output.format]
-    rows = [
-        f"| {component} | {_schemes(plan, component)} | {totals.bytes_before / 1e6:,.1f} "
-        f"| {totals.bytes_after / 1e6:,.1f} | {totals.bits_per_weight:.2f} |"
-        for component, totals in plan.by_component().items()
-    ]
-    original = f"\nThe original model's card is in [{BASE_CARD_NAME}]({BASE_CARD_NAME}).\n"
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
-
-# {base}, quantized with the recipe {recipe.name}
-
-| component | weights | MB before | MB after | bits per weight |
-|---|---|---:|---:|---:|
-{chr(10).join(rows)}
-| all | | {plan.bytes_before / 1e6:,.1f} | {plan.bytes_after / 1e6:,.1f} | {plan.bits_per_weight:.2f} |
-
-Load it with transformers:
-
-```python
-import vlmquant  # keeps the weights packed
-from transformers import {auto}
-
-model = {auto}.from_pretrained("path/to/this/directory")
-```
-
-The recipe, what became of every weight, each layer's error and the checksums of all files are in `{MANIFEST_NAME}`;
-`vlmquant verify` checks them.
-{original if BASE_CARD_NAME in companions.copied else ""}"""
-
-
-def _schemes(plan: Plan, component: str) -> str:
-    """Such as "w4a16-g128 (gptq) ×96, fp16 ×3": how many weight matrices get which scheme, most first."""
-    counts: dict[str, int] = {}
-    for line in plan.lines:
-        if line.component == component and (line.action == "quantize" or len(line.shape) > 1):
-            label = f"{line.scheme_label} ({line.method})" if line.action == "quantize" else line.scheme_label
-            counts[label] = counts.get(label, 0) + 1
-    return ", ".join(f"{label} ×{count}" for label, count in sorted(counts.items(), key=lambda item: -item[1]))
-
-
-def _licence(companions: Companions) -> dict[str, Any]:
-    """What the original card's front matter says of licence, languages and task; nothing where it cannot be read."""
-    if BASE_CARD_NAME not in companions.copied:
-        return {}
-    card = companions.copied[BASE_CARD_NAME]
-    try:
-        front = FRONT_MATTER.match(read_text(card))
-        told = parse_yaml(front[1], where=str(card)) if front else None
-    except InputError:
-        return {}
-    kept = ("license", "license_name", "license_link", "language", "pipeline_tag")
-    return {key: told[key] for key in kept if _is_plain(told.get(key))} if isinstance(told, dict) else {}
-
-
-def _is_plain(value: Any) -> bool:
-    """A word, or a list of words."""
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    write_text(target / MANIFEST_NAME, manifest_text(sealed(content)))

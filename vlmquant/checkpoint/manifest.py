@@ -78,6 +78,13 @@ class Calibration(_Data):
     """Hashes of the decoded pixels, which no evaluation may use."""
 
 
+class Evaluation(_Data):
+    """What `eval --card` measured last."""
+
+    gate: Literal["pass", "fail", "inconclusive"] | None
+    """None where no thresholds are known."""
+
+
 class Manifest(_Data):
     """The types of what is read from a manifest; what it holds beyond that is for people."""
 
@@ -94,6 +101,13 @@ class Manifest(_Data):
     """Digest of all that a resumed run must share with this one."""
     manifest_sha256: str
     calibration: Calibration | None = None
+    base_revision: str | None = None
+    """The commit of the model on the hub."""
+    command: tuple[str, ...] = ()
+    """Makes the same again, in another place."""
+    card_sha256: str = ""
+    """Of the card without what was measured."""
+    evaluation: Evaluation | None = None
     errors: dict[str, float] = {}
     """Relative output error by weight name."""
     notes: tuple[str, ...] = ()
@@ -161,3 +175,22 @@ def seal_problem(path: Path, manifest: Mapping[str, Any]) -> str | None:
 def digest_of(content: Mapping[str, Any]) -> str:
     """sha256 of plain data, however it is laid out as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_of_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def manifest_text(content: Mapping[str, Any]) -> str:
+    """The manifest as its file has it: a line for each item of a list, and each key of the two outermost levels."""
+
+    def lines(value: Any, depth: int) -> str:
+        indent = " " * depth
+        if depth < 3 and isinstance(value, Mapping) and value:
+            items = [f"{indent}{json.dumps(key)}: {lines(item, depth + 1)}" for key, item in value.items()]
+            return "{\n" + ",\n".join(items) + f"\n{indent[1:]}}}"
+        if depth < 4 and isinstance(value, list) and value:
+            return "[\n" + ",\n".join(indent + lines(item, 4) for item in value) + f"\n{indent[1:]}]"
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+
+    return lines(content, 1) + "\n"

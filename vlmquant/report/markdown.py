@@ -47,6 +47,22 @@ def to_markdown(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
+def card_section(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds: str = "") -> str:
+    """What a model card says of a report: the gate, the table, and on what it was measured."""
+    sets = ", ".join(f"{name}: sha256 {digest}" for name, digest in report.hashes.items())
+    parts = [
+        ["## What it cost"],
+        verdict_lines(verdicts, thresholds=thresholds) if verdicts else [],
+        markdown_table(report),
+        [
+            f"Measured on {len(report.reference.samples)} samples ({markdown_text(sets)}) on {report.created}; 95 % "
+            "bootstrap intervals over images in brackets. KL and flips: against the original."
+        ],
+        [f"- {markdown_text(label)}: {markdown_text(text)}" for label, text in remarks(report)],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
 def verdict_lines(verdicts: Sequence[Verdict], *, thresholds: str = "") -> list[str]:
     """The gate's outcome in bold, a table of its verdicts, and where their thresholds are from."""
     body = []
