@@ -20,7 +20,7 @@ from vlmquant.engines.names import vllm_name
 from vlmquant.engines.table import FORMS, KERNELS, REFUSALS, VERSIONS
 from vlmquant.errors import InputError, PlanError
 from vlmquant.pipeline import check_target, plan_model, quantize
-from vlmquant.recipe import TargetSpec, load_recipe, parse_recipe, parse_target, shipped
+from vlmquant.recipe import SHORT_SCHEMES, TargetSpec, load_recipe, parse_recipe, parse_target, shipped
 
 CODES = {"BF16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1, "U8": 1, "F8_E4M3": 1}
 INT8_INPUTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -334,10 +334,7 @@ def test_other_peoples_formats_are_read(tmp_path: Path) -> None:
     assert "29,568 inputs / 2" in refusals(check(write(tmp_path / "awq", awq, shapes), "vllm", "sm_80", 2))["groups"]
     fp8 = QWEN | {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
     shapes = {f"{DOWN}.weight": ("F8_E4M3", (256, 256)), f"{DOWN}.weight_scale_inv": ("F32", (2, 2))}
-    assert (
-        check(write(tmp_path / "fp8", fp8, shapes), "vllm", "sm_90").served[0].stored
-        == "fp8 float8 block, inputs float8"
-    )
+    assert check(write(tmp_path / "fp8", fp8, shapes), "vllm", "sm_90").served[0].stored == "fp8-block"
     with pytest.raises(InputError, match="has no quantization_config"):
         check(write(tmp_path / "plain", QWEN, dense(DOWN, 4, 4)), "vllm")
 
@@ -392,7 +389,7 @@ MIXED = """
 version: 1
 name: mixed
 components:
-  vision_encoder: {scheme: w8a8-dynamic, method: int8}
+  vision_encoder: {scheme: w8a8-dynamic, method: rtn}
   embedding: %s
   language: {scheme: %s, method: rtn}
 target: {engine: %s, gpu: %s, tp: %d}
@@ -414,7 +411,7 @@ def test_a_plan_for_vllm_fits_and_names_the_kernels(kind: str, tiny: Callable[..
     contract = planned(tiny(kind))
     assert contract.findings == ()
     assert {(row.part, row.stored, row.kernel) for row in contract.served} == {
-        ("vision_encoder", "int8 channel, inputs int8", "CUTLASS or Triton"),
+        ("vision_encoder", "int8 channel with int8 inputs", "CUTLASS or Triton"),
         ("language", "int4 g128", "Machete"),
     }
     assert contract.unchecked == ()
@@ -493,8 +490,28 @@ def test_rows_of_the_table_name_forms_and_engines_that_exist() -> None:
     assert {row.form for row in KERNELS} >= forms - {"bitsandbytes"}
 
 
-@pytest.mark.parametrize("file", sorted(shipped("recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_shipped_recipe_with_a_target_names_it_in_its_first_line(file: Path) -> None:
-    target = load_recipe(file).target
-    if target is not None:
-        assert target.gpu is not None
+@pytest.mark.parametrize("name", [name for name in sorted(SHORT_SCHEMES) if name != "w8"])
+def test_every_scheme_of_ours_has_a_name_in_the_table_and_an_engine(name: str, tiny_llava: Path) -> None:
+    contract = planned(tiny_llava, name)
+    assert contract.fits
+    assert {(row.part, row.layers) for row in contract.served} == {("vision_encoder", 12), ("language", 14)}
+
+
+def targets() -> list[str]:
+    return [file.stem for file in sorted(shipped("recipes").glob("*.yaml")) if load_recipe(file).target is not None]
+
+
+@pytest.mark.parametrize("name", targets())
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_shipped_recipe_for_a_target_fits_it(name: str, kind: str, tiny: Callable[..., Path]) -> None:
+    recipe = load_recipe(name)
+    components, plan = plan_model(tiny(kind), recipe)
+    contract = check_target(components, plan, recipe)
+    assert contract is not None
+    assert contract.findings == ()
+    assert contract.unchecked == ()
+    assert {row.part for row in contract.served} == {"vision_encoder", "language"}
+
+
+def test_there_is_a_recipe_for_each_kind_of_card() -> None:
+    assert set(targets()) == {"hopper-fp8", "blackwell-nvfp4", "ampere-int4", "turing-int8", "cpu-int4"}

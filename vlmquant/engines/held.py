@@ -71,10 +71,12 @@ class Stored:
 
     @property
     def label(self) -> str:
-        """For people, such as int4 g128 asym or float8 channel, inputs float8."""
+        """For people, such as int4 g128 asym, int8 channel with int8 inputs or nvfp4a16."""
+        if self.type == "float" and self.form is not None:
+            return self.form
         kind = "" if self.method == "compressed-tensors" else f"{shown(self.method)} "
         size = f"g{self.group_size}" if self.group_size and self.strategy != "block" else shown(self.strategy)
-        inputs = f", inputs {shown(self.inputs.type)}{self.inputs.bits}" if self.inputs else ""
+        inputs = f" with {shown(self.inputs.type)}{self.inputs.bits} inputs" if self.inputs else ""
         return f"{kind}{shown(self.type)}{self.bits} {size}{'' if self.symmetric else ' asym'}{inputs}"
 
 
