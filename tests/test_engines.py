@@ -293,6 +293,7 @@ def test_the_kernels_of_integers_below_16_bit_inputs(tmp_path: Path) -> None:
     assert three.fits
     assert ["Humming" in note.what for note in three.findings] == [True]
     assert "bits" in refusals(check(tmp_path / "three", "sglang", "sm_80"))["scheme"]
+    assert check(one("words", 3, columns=72, group_size=24), "vllm", "sm_80").fits, "7 words hold 72 codes, and 74"
     assert check(one("odd", 4, rows=200), "vllm", "sm_80").findings == (), "Marlin pads"
     assert "no multiple of 64" in refusals(check(tmp_path / "odd", "sglang", "sm_80"))["shape"]
     assert "no multiple of 32" in refusals(check(tmp_path / "odd", "vllm", "cpu"))["shape"]
