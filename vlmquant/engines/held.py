@@ -315,7 +315,8 @@ def _could_be(how: Stored, leaves: set[str], shapes: Shapes, name: str) -> bool:
         scales = shapes.get(f"{name}.weight_scale")
         if how.type == "float" or not how.group_size or scales is None:
             return True
-        return scales[1][-1] == -(-_columns(columns, how.bits) // how.group_size)
+        least, most = _columns(columns - 1, how.bits) + 1, _columns(columns, how.bits)
+        return -(-least // how.group_size) <= scales[1][-1] <= -(-most // how.group_size)
     if "weight" not in leaves or "pack" in (how.format or ""):
         return False
     return (shapes[f"{name}.weight"][0] in FP8) == (how.type == "float")
