@@ -130,7 +130,10 @@ def test_short_schemes_say_what_they_are() -> None:
         "w7a16": "w7a16-g128",
         "w8a16": "w8a16",
         "w8": "w8a16",
-        **{name: name for name in ("w8a8-dynamic", "w4afp8", "fp8-dynamic", "fp8-block", "nvfp4a16", "mxfp4a16")},
+        **{
+            name: name
+            for name in ("w8a8-dynamic", "w4afp8", "fp8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16")
+        },
     }
     assert Scheme(type="float", bits=8, group_size=None).label == "fp8a16"
     assert Scheme(bits=4, group_size=64, symmetric=False).label == "w4a16-g64-asym"
