@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests import grids
 from vlmquant.components import ComponentMap, resolve_components
-from vlmquant.formats import compressed_tensors
+from vlmquant.formats import FORMATS
 from vlmquant.grid import QuantizedWeight
 from vlmquant.planning import Plan, make_plan
 from vlmquant.recipe import Scheme, parse_recipe
@@ -25,14 +25,17 @@ PROTECTED = (
 )
 
 
-def plan_for(model_dir: Path, components: str) -> tuple[ComponentMap, Plan]:
+def plan_for(model_dir: Path, components: str, format: str = "compressed-tensors") -> tuple[ComponentMap, Plan]:
     found = resolve_components(model_dir)
-    return found, make_plan(found, parse_recipe(f"name: test\ncomponents: {components}\n", name="test"))
+    recipe = f"name: test\ncomponents: {components}\noutput: {{format: {format}}}\n"
+    return found, make_plan(found, parse_recipe(recipe, name="test"))
 
 
-def write_packed(model_dir: Path, out: Path, components: str) -> dict[str, QuantizedWeight]:
+def write_packed(
+    model_dir: Path, out: Path, components: str, format: str = "compressed-tensors"
+) -> dict[str, QuantizedWeight]:
     """Round every planned weight to nearest and write the checkpoint; returns the codes by parameter name."""
-    found, plan = plan_for(model_dir, components)
+    found, plan = plan_for(model_dir, components, format)
     shutil.copytree(model_dir, out)
     tensors: dict[str, Tensor] = {}
     codes: dict[str, QuantizedWeight] = {}
@@ -41,12 +44,12 @@ def write_packed(model_dir: Path, out: Path, components: str) -> dict[str, Quant
         if isinstance(line.scheme, Scheme):
             codes[parameter.name] = grids.nearest(value, line.scheme, found.dtype)
             module = parameter.disk.removesuffix(".weight")
-            tensors |= compressed_tensors.encode(module, codes[parameter.name], line.scheme)
+            tensors |= FORMATS[format].encode(module, codes[parameter.name], line.scheme)
         else:
             tensors[parameter.disk] = value
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text())
-    config["quantization_config"] = compressed_tensors.quantization_config(plan, found)
+    config["quantization_config"] = FORMATS[format].quantization_config(plan, found)
     (out / "config.json").write_text(json.dumps(config))
     return codes
 

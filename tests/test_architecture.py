@@ -15,6 +15,7 @@ ROOMS = [
     "tables",
     "pipeline",
     "publish",
+    "export",
     "gate",
     "report",
     "evaluation",

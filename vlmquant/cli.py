@@ -548,17 +548,54 @@ def gate(
 
 
 @app.command()
-def verify(
-    model: Annotated[Path, typer.Argument(help="A directory that vlmquant wrote.")], as_json: Json = False
+def export(
+    model: Annotated[str, typer.Argument(help="Quantized checkpoint, of vlmquant or another program.")],
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="compressed-tensors, gptq, gptq_v2 or awq: what engines are to read.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new checkpoint.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    round_scales: Annotated[
+        bool, typer.Option("--round-scales", help="Take the nearest float16 for scales that have no equal there.")
+    ] = False,
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
 ) -> None:
-    """Check a checkpoint against its manifest: checksums, index, shapes, scales."""
-    from vlmquant.checkpoint import verify_checkpoint
+    """Write a quantized checkpoint in another integer format, with the same codes; refuse what it cannot hold."""
+    from vlmquant.export import export as write
 
-    problems = verify_checkpoint(model)
+    done = write(model, format, out, force=force, round_scales=round_scales, trust_remote_code=trust_remote_code)
     if as_json:
-        emit({"path": str(model), "problems": problems})
+        emit(done.to_json())
+        return
+    for note in done.notes:
+        say(f"note: {note}")
+    say(f"{done.path}: {done.plan.bytes_after:,} bytes of {done.format}, from {done.source_format}")
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path, typer.Argument(help="A directory that vlmquant wrote, or a quantized checkpoint of others.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint against its manifest: checksums, index, shapes, scales.
+
+    One of another program has no manifest; its weights are checked against its config and model.
+    """
+    from vlmquant.checkpoint import check_coded, verify_checkpoint
+    from vlmquant.checkpoint.coded import is_foreign
+
+    foreign = is_foreign(model)
+    problems = list(check_coded(model)) if foreign else verify_checkpoint(model)
+    if as_json:
+        emit({"path": str(model), "manifest": not foreign, "problems": problems})
     else:
-        for line in problems or [f"{model}: every file is as it was written"]:
+        sound = "every file is as it was written"
+        if foreign:
+            sound = "weights, config and model belong together; no manifest says whether files are as they were written"
+        for line in problems or [f"{model}: {sound}"]:
             say(line)
     raise typer.Exit(1 if problems else EXIT_OK)
 

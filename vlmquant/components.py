@@ -6,7 +6,7 @@ encoder, language model or embedding cannot be found. What is neither of these, 
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmquant.conversion import Lazy, Matched, Stored, cast, left_aside, match
 from vlmquant.errors import InputError, first_line, shown
-from vlmquant.experts import Form, holds_experts, parts_of, take_apart
+from vlmquant.experts import Form, holds_experts, match_apart, parts_of, take_apart
 from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, Fold, shared_inputs
 from vlmquant.fp8 import Logical, Source, find_source, forget_quantization, logical_tensors
 from vlmquant.guess import guess_family
@@ -355,16 +355,21 @@ def locate_model(name_or_path: str | Path) -> Path:
 
 
 def resolve_components(
-    model_dir: Path, *, trust_remote_code: bool = False, family: Family | None = None
+    model_dir: Path,
+    *,
+    trust_remote_code: bool = False,
+    family: Family | None = None,
+    logical: Callable[[Shards, torch.dtype], Logical] | None = None,
 ) -> ComponentMap:
     """Place every tensor of a model. Reads its config and the shards' headers, and no weights.
 
     family: where the parts are, for a model that is neither in the table nor guessed right.
+    logical: for a model that is quantized in a way of which nothing is known here, its tensors as if it were not.
     Raises InputError for a model that is incomplete, damaged, already quantized (in another format than FP8, which is
     read) or has no part that can be quantized.
     """
     content = read_config(model_dir)
-    source = find_source(content, model_dir / CONFIG_NAME)
+    source = None if logical else find_source(content, model_dir / CONFIG_NAME)
     if "auto_map" in content and not trust_remote_code:
         raise InputError(
             f"{model_dir / CONFIG_NAME}: auto_map asks to run code that comes with the model; read it, then pass "
@@ -375,8 +380,12 @@ def resolve_components(
     dtype = model_dtype(config, shards)
     model = build(config, dtype, trust_remote_code=trust_remote_code, untie=False)
     stored = {name: Lazy.of(Stored(name), entry.shape, entry.dtype) for name, entry in shards.entries.items()}
-    logical = logical_tensors(shards, source, dtype) if source else Logical(stored, {}, ())
-    matched, ignored, travelling = _match_names(model, logical.tensors, model_dir)
+    tensors = Logical(stored, {}, ())
+    if logical:
+        tensors = logical(shards, dtype)
+    elif source:
+        tensors = logical_tensors(shards, source, dtype)
+    matched, ignored, travelling = _match_names(model, tensors.tensors, model_dir, match_apart if logical else match)
     linears = {name for name, _ in _quantizable(model)}
     family = _family_of(config, model, model_dir, family)
     experts = take_apart(model)
@@ -411,7 +420,7 @@ def resolve_components(
         ParameterInfo(name, OTHER, tuple(value.shape), value.dtype, name, value.nbytes, value, loaded=False)
         for name, value in travelling.items()
     )
-    parameters = _with_scales(parameters, logical, shards)
+    parameters = _with_scales(parameters, tensors, shards)
     _check_disk_names(parameters, model_dir)
     in_blocks = {linear.name: linear for block in blocks for linear in block.linears}
     infos = tuple(
@@ -429,7 +438,7 @@ def resolve_components(
         linears=infos,
         blocks=blocks,
         tied=tied,
-        ignored=ignored + logical.dropped,
+        ignored=ignored + tensors.dropped,
         experts=experts,
         modules={name: type(module) for name, module in model.named_modules()},
         part_types={
@@ -564,12 +573,16 @@ def _why_not_built(config: Any, error: Exception) -> str:
 
 
 def model_dtype(config: Any, shards: Shards) -> torch.dtype:
-    """The config's dtype, or else the one that most weight bytes on disk have, FP8 and its scales apart."""
+    """The config's dtype, or else the one that most weight bytes on disk have, codes, FP8 and its scales apart."""
     if isinstance(config.dtype, torch.dtype) and config.dtype.itemsize > 1:
         return config.dtype
     sizes: Counter[torch.dtype] = Counter()
     for entry in shards.entries.values():
-        if entry.dtype.itemsize > 1 and not entry.name.endswith(("_scale", "_scale_inv")):
+        if (
+            entry.dtype.is_floating_point
+            and entry.dtype.itemsize > 1
+            and not entry.name.endswith(("_scale", "_scale_inv"))
+        ):
             sizes[entry.dtype] += entry.nbytes
     return sizes.most_common(1)[0][0] if sizes else torch.bfloat16
 
@@ -605,11 +618,14 @@ def outline(model: nn.Module) -> list[str]:
 
 
 def _match_names(
-    model: nn.Module, stored: dict[str, Lazy], model_dir: Path
+    model: nn.Module,
+    stored: dict[str, Lazy],
+    model_dir: Path,
+    how: Callable[[nn.Module, Mapping[str, Lazy]], Matched],
 ) -> tuple[Matched, tuple[str, ...], dict[str, Lazy]]:
     """Which tensors stand for which parameters; what transformers computes anew; what it leaves aside by design."""
     try:
-        matched = match(model, stored)
+        matched = how(model, stored)
     except InputError as error:
         raise InputError(f"{model_dir}: {error}") from error
     ignored, travelling, unexpected = [], {}, []

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlmquant.conversion import Lazy, Matched, match
 from vlmquant.errors import first_line
 
 T = TypeVar("T", bound=Tensor)
@@ -293,6 +294,17 @@ def take_apart(model: nn.Module, *, check: bool = True, only: Collection[str] | 
             model.set_submodule(name, made[first])
             forms[name] = form
     return forms
+
+
+def match_apart(model: nn.Module, stored: Mapping[str, Lazy]) -> Matched:
+    """As `match`; and where single experts lie on disk, of a model that stacks them, by the names of `take_apart`."""
+    matched = match(model, stored)
+    if not matched.unexpected or not any(form_of(module) for module in model.modules()):
+        return matched
+    apart = deepcopy(model)
+    take_apart(apart, check=False)
+    more = match(apart, {name: stored[name] for name in matched.unexpected})
+    return replace(matched, values={**matched.values, **more.values}, unexpected=more.unexpected)
 
 
 def parts_of(values: Mapping[str, T], forms: Mapping[str, Form]) -> dict[str, T]:

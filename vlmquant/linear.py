@@ -241,6 +241,32 @@ class QuantLinear(_Packed):
         return outputs
 
 
+class PermutedLinear(QuantLinear):
+    """A QuantLinear whose groups are of inputs that do not lie side by side (GPTQ's desc_act): column j of its codes is
+    for input order[j]. It puts the inputs into that order; its weight is shown in the model's."""
+
+    order: Tensor
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        scheme: "Scheme",
+        bias: Tensor | None,
+        order: Tensor,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(weight, scheme, bias, dtype=dtype)
+        self.register_buffer("order", order, persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs[..., self.order])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(out, in), the inputs in the model's order."""
+        return super().dequantize(dtype)[:, self.order.argsort()]
+
+
 def can_share(linears: Sequence[QuantLinear]) -> bool:
     """Whether weights that get the same inputs can be multiplied as one: the same but for their rows."""
     kinds = {

@@ -6,9 +6,11 @@ transformers' own loader for compressed-tensors makes 16-bit weights of everythi
 
 import contextlib
 import ctypes
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from vlmquant.components import (
@@ -32,27 +35,29 @@ from vlmquant.components import (
 )
 from vlmquant.conversion import Lazy, Stored, left_aside, match
 from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line, shown
-from vlmquant.experts import Form, form_of, parts_of, take_apart
+from vlmquant.experts import Form, form_of, match_apart, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
-from vlmquant.formats import bitsandbytes
-from vlmquant.formats.compressed_tensors import (
-    METHOD,
-    decode,
-    encode,
-    encoded_shapes,
-    parse_config,
-    regex_matches,
-    schemes_of,
-)
+from vlmquant.formats import FORMATS, bitsandbytes
+from vlmquant.formats.coding import PACKED_METHODS, Coding, Leaves, find_coding
+from vlmquant.formats.compressed_tensors import METHOD, parse_config, regex_matches
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
-from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
+from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.linear import (
+    FollowingActivation,
+    PermutedLinear,
+    QuantEmbedding,
+    QuantLinear,
+    SharedRows,
+    can_share,
+    share,
+)
 from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
 
 MOST_WEIGHTS_PER_BYTE = 3
 """Of 3 bits, 2.5 go into a byte."""
-READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
+READABLE_METHODS = (*PACKED_METHODS, bitsandbytes.METHOD)
 FUSED_ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -67,17 +72,15 @@ WORTH_RETURNING = 1 << 19
 class _Arriving(nn.Module):
     """Takes a linear's or embedding's place while its tensors come from disk, under their names there."""
 
-    def __init__(self, module: nn.Linear | nn.Embedding, scheme: Scheme) -> None:
+    def __init__(self, module: nn.Linear | nn.Embedding, scheme: Scheme, coding: Coding, leaves: Leaves) -> None:
         super().__init__()
-        self.scheme, self.embedding = scheme, isinstance(module, nn.Embedding)
+        self.scheme, self.embedding, self.coding = scheme, isinstance(module, nn.Embedding), coding
         self.dtype = module.weight.dtype
         shape = (module.weight.shape[0], module.weight.shape[1])
-        self.leaves = []
-        for name, (dtype, size) in encoded_shapes("", shape, scheme, self.dtype).items():
-            leaf = name.removeprefix(".")
+        self.leaves = list(leaves)
+        for leaf, (dtype, size) in leaves.items():
             value = torch.empty(size, dtype=dtype, device="meta")
             self.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
-            self.leaves.append(leaf)
         self.bias = getattr(module, "bias", None)
         if "weight" not in self.leaves:  # some models' own initialization looks at it
             stand_in = torch.empty(shape, dtype=self.dtype, device="meta")
@@ -90,10 +93,26 @@ class _Arriving(nn.Module):
             # transformers makes up what it did not find on disk, and marks what it found.
             if not getattr(getattr(self, leaf), "_is_hf_initialized", False):
                 raise CheckpointError(f"{name}: tensor {leaf} is missing; the checkpoint is incomplete")
-        weight = decode(name, lambda full: getattr(self, full.rpartition(".")[2]).data, self.scheme)
+        held = {f"{name}.{leaf}": getattr(self, leaf).data for leaf in self.leaves}
+        weight, order = self.coding.decode(name, held.__getitem__, self.scheme)
         if self.embedding:
             return QuantEmbedding(weight, self.scheme, dtype=self.dtype)
+        if self.coding.scheme:
+            weight = _quicker(weight, self.dtype)
+        if order is not None:
+            return PermutedLinear(weight, self.scheme, self.bias, order, dtype=self.dtype)
         return QuantLinear(weight, self.scheme, self.bias, dtype=self.dtype, activation=activation)
+
+
+def _quicker(weight: QuantizedWeight, dtype: torch.dtype) -> QuantizedWeight:
+    """The same weight of a GPTQ or AWQ file as kernels like it best in a model of this dtype: symmetric, and with
+    scales in bfloat16, where nothing is lost by that."""
+    grid, zeros = weight.grid, weight.zeros
+    if zeros is not None and bool((zeros == mid_code(grid.bits)).all()):
+        grid, zeros = replace(grid, symmetric=True), None
+    if dtype != grid.scale_dtype and torch.equal(weight.scales.bfloat16().float(), weight.scales):
+        grid = replace(grid, scale_dtype=torch.bfloat16)
+    return replace(weight, zeros=zeros, grid=grid)
 
 
 class _Spared:
@@ -184,27 +203,35 @@ class _ModuleRenaming(WeightRenaming):  # type: ignore[misc]
         return _ModuleRenaming.of({new: old for old, new in self.table.items()})
 
 
-def _expert_names(model: nn.Module, forms: Mapping[str, Form], entries: Mapping[str, TensorEntry]) -> dict[str, str]:
-    """Module of an expert's linear on disk -> in the model, where transformers' converters say so.
+def _names_in(
+    model: nn.Module, stacks: Mapping[str, Form], coded: Mapping[str, tuple[int, int]], *, apart: bool
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Module on disk -> in the model, of those stored as codes: all of them, and the linears of experts among them.
 
-    They are asked about the weights that the codes stand for.
+    transformers' converters are asked about the weights that the codes stand for. apart: find those of single experts,
+    too, that transformers has no converters for.
     """
-    shards, weights = Shards(dict(entries)), {}
-    for name, entry in entries.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "weight_shape":
-            shape = tuple(shards.read(name).tolist())
-        elif leaf == "weight" and f"{module}.weight_scale" in entries:
-            shape = entry.shape
-        else:
-            continue
-        weights[f"{module}.weight"] = Lazy.of(Stored(f"{module}.weight"), shape, torch.float32)
-    found = parts_of(match(model, weights).values, forms)
-    return {
-        value.disk_name.removesuffix(".weight"): name.removesuffix(".weight")
-        for name, value in found.items()
-        if value.disk_name and EXPERT_NAME.search(name)
+    weights = {f"{disk}.weight": Lazy.of(Stored(f"{disk}.weight"), coded[disk], torch.float32) for disk in coded}
+    matched = match_apart(model, weights) if apart else match(model, weights)
+    names = {disk: matched.module_name(disk) for disk in coded}
+    experts = {}
+    for name, value in parts_of(matched.values, stacks).items():
+        disk = (value.disk_name or "").removesuffix(".weight")
+        if disk in coded:
+            names[disk] = name.removesuffix(".weight")
+            if EXPERT_NAME.search(name):
+                experts[disk] = names[disk]
+    return names, experts
+
+
+def _plain_linears(model: nn.Module, entries: Mapping[str, TensorEntry]) -> set[str]:
+    """Modules of the model whose weight lies on disk as it is, in floating point."""
+    plain = {
+        name: Lazy.of(Stored(name), entry.shape, entry.dtype)
+        for name, entry in entries.items()
+        if name.endswith(".weight") and entry.dtype.is_floating_point and entry.dtype.itemsize > 1
     }
+    return {name.removesuffix(".weight") for name in match(model, plain).values}
 
 
 class BoundedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
@@ -225,41 +252,57 @@ def _texts(content: Any) -> Iterator[str]:
             yield from _texts(value)
 
 
-class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
-    """transformers' loader for compressed-tensors, with weights that stay packed."""
+class _Keeping:
+    """What a loader of transformers' does to keep weights packed, whatever their format."""
 
-    def __init__(self, config: Any, **arguments: Any) -> None:
-        super().__init__(config, **arguments)
-        self.groups, self.ignored = parse_config(config.to_dict())
+    coding: Coding
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
-        stacks = {name: form for name, module in model.named_modules() if (form := form_of(module))}
-        first = {name: f"{name}.0.{form.projections[0]}" for name, form in stacks.items()}
-        schemes = self._schemes_of(dict.fromkeys(first.values(), "Linear"))
-        forms = {name: form for name, form in stacks.items() if schemes[first[name]]}
+        coding = self.coding
         entries = {
             entry.name: entry for file in arguments.get("checkpoint_files") or () for entry in read_header(Path(file))
         }
         self.quantized_on_disk = sorted(
-            name.removesuffix(".weight_scale") for name in entries if name.endswith(".weight_scale")
+            name.removesuffix(f".{coding.marker}") for name in entries if name.endswith(f".{coding.marker}")
         )
-        self.expert_names = _expert_names(model, forms, entries) if forms else {}
-        take_apart(model, check=False, only=set(forms))
+        stacks = {name: form for name, module in model.named_modules() if (form := form_of(module))}
+        coded = coding.coded(entries, Shards(entries).read)
+        names: dict[str, str] = {}
+        self.expert_names: dict[str, str] = {}
+        if stacks or coding.odd(entries):
+            names, self.expert_names = _names_in(model, stacks, coded, apart=coding.scheme is not None)
+        homes = {name.rsplit(".", 2)[0] for name in self.expert_names.values()}
+        if coding.scheme is None:  # the config says it, also of experts that are missing on disk
+            first = {name: f"{name}.0.{form.projections[0]}" for name, form in stacks.items()}
+            found = coding.schemes(dict.fromkeys(first.values(), "Linear"), ())
+            homes = {name for name in stacks if found[first[name]]}
+            self.expert_names = {
+                disk: name for disk, name in self.expert_names.items() if name.rsplit(".", 2)[0] in homes
+            }
+        take_apart(model, check=False, only=homes)
         # Not a subclass of Embedding: those scale or mask what they look up.
         modules = {
             name: module
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) or type(module) is nn.Embedding
         }
-        for name, scheme in self._schemes_of({name: type(one).__name__ for name, one in modules.items()}).items():
-            if scheme is not None:
-                model.set_submodule(name, _Arriving(modules[name], scheme))
+        kinds = {name: type(one).__name__ for name, one in modules.items()}
+        schemes = {
+            name: scheme for name, scheme in coding.schemes(kinds, set(names.values())).items() if scheme is not None
+        }
+        if coding.scheme is None and len(schemes) != len(coded):
+            # Classes as targets, and lists of names as an older transformers had them, take in what is not quantized.
+            plain = _plain_linears(model, entries)
+            schemes = {name: scheme for name, scheme in schemes.items() if name not in plain}
+        on_disk = {name: disk for disk, name in names.items()}
+        for name, scheme in schemes.items():
+            module = modules[name]
+            shape = (module.weight.shape[0], module.weight.shape[1])
+            leaves = coding.leaves(shape, scheme, module.weight.dtype, on_disk.get(name), entries)
+            model.set_submodule(name, _Arriving(module, scheme, coding, leaves))
 
     def _convert_model_for_quantization(self, model: nn.Module) -> None:
         """Nothing: transformers takes Llama 4's experts apart, kept ones too, whose weights are stacked on disk."""
-
-    def _schemes_of(self, modules: Mapping[str, str]) -> dict[str, Scheme | None]:
-        return schemes_of(modules, self.groups, self.ignored)
 
     def update_weight_conversions(self, conversions: list[Any], model: nn.Module) -> list[Any]:
         """transformers' own, kept away from experts that stay apart, and one that gives those the model's names."""
@@ -272,11 +315,11 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         renamings.append(_ModuleRenaming.of({old.removesuffix(".weight"): new for old, new in renamed.items()}))
         self.disk_names = {}
         for disk in self.quantized_on_disk:
-            key = f"{disk}.weight_scale"
+            key = f"{disk}.{self.coding.marker}"
             name = rename_source_key(key, renamings, converters, base, state)[0]
             if name not in state and key in state:
                 name = key
-            self.disk_names[name.removesuffix(".weight_scale")] = disk
+            self.disk_names[name.removesuffix(f".{self.coding.marker}")] = disk
         return [*renamings, *converters]
 
     def _names_for_saving(self, model: nn.Module) -> None:
@@ -293,9 +336,10 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for scales: they stay as they are on disk, whatever dtype the model is loaded in."""
-        if any(str(target).endswith("weight_scale") for target in getattr(converter, "target_patterns", ())):
+        scale = FORMATS[self.coding.format].scale_leaf
+        if any(str(target).endswith(scale) for target in getattr(converter, "target_patterns", ())):
             return None
-        result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
+        result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)  # type: ignore[misc]
         return result
 
     def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
@@ -320,13 +364,38 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear | QuantEmbedding):
                 state.pop(f"{name}.packed.bias", None)
-                state |= encode(name, module.to_weight(), module.scheme)
+                state |= FORMATS[self.coding.format].encode(name, module.to_weight(), module.scheme)
             if isinstance(module, QuantLinear) and module.bias is not None:
                 state[f"{name}.bias"] = module.bias.clone()
         return state, {}
 
     @property
     def is_trainable(self) -> bool:
+        return False
+
+
+class PackedQuantizer(_Keeping, CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
+    """transformers' loader for compressed-tensors, with weights that stay packed."""
+
+    def __init__(self, config: Any, **arguments: Any) -> None:
+        super().__init__(config, **arguments)
+        self.coding = find_coding(config.to_dict())
+
+
+class PackedWordsQuantizer(_Keeping, HfQuantizer):  # type: ignore[misc]
+    """The same for GPTQ and AWQ, in place of transformers' own, which need gptqmodel.
+
+    Which modules are quantized is what lies on disk, and not what the config's lists of names say: transformers takes
+    modules_to_not_convert: [visual], as AWQ models of its older versions have it, for none of today's names.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, config: Any, *, coding: Coding, **arguments: Any) -> None:
+        super().__init__(config, **arguments)
+        self.coding = coding
+
+    def is_serializable(self) -> bool:
         return False
 
 
@@ -356,7 +425,8 @@ def _share_inputs(model: nn.Module) -> None:
     for _, _, part in _known_parts(model):
         groups: dict[tuple[str, ...], list[QuantLinear]] = {}
         for name, module in part.named_modules():
-            if isinstance(module, QuantLinear) and not isinstance(module.packed, SharedRows):
+            alone = not isinstance(module, PermutedLinear)
+            if isinstance(module, QuantLinear) and alone and not isinstance(module.packed, SharedRows):
                 groups.setdefault(shared_inputs(name), []).append(module)
         for group in groups.values():
             if can_share(group):
@@ -379,14 +449,18 @@ def install() -> None:
 
 
 @contextlib.contextmanager
-def _installed() -> Iterator[None]:
+def _installed(coding: Coding | None) -> Iterator[None]:
     """Our loader in transformers' table for a moment, whatever the environment says about the rest of the process."""
-    before = AUTO_QUANTIZER_MAPPING[METHOD]
-    AUTO_QUANTIZER_MAPPING[METHOD] = _choose_quantizer
+    method = FORMATS[coding.format].method if coding else METHOD
+    before = AUTO_QUANTIZER_MAPPING[method]
+    if coding is None or coding.scheme is None:
+        AUTO_QUANTIZER_MAPPING[method] = _choose_quantizer
+    else:
+        AUTO_QUANTIZER_MAPPING[method] = functools.partial(PackedWordsQuantizer, coding=coding)
     try:
         yield
     finally:
-        AUTO_QUANTIZER_MAPPING[METHOD] = before
+        AUTO_QUANTIZER_MAPPING[method] = before
 
 
 def load_model(
@@ -406,6 +480,7 @@ def load_model(
     shards, content = open_shards(path), read_config(path)
     source = _fp8_source(path, content)
     quantized_by = None if source else _method_of(path, content)
+    coding = find_coding(content["quantization_config"]) if quantized_by in PACKED_METHODS else None
     config = make_config(path, content, shards, trust_remote_code=False)
     auto = auto_class(config)
     _refuse_larger(config, shards, path)
@@ -420,7 +495,7 @@ def load_model(
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for every product in bfloat16
         arguments["device_map"] = {"": str(device)}
     try:
-        with _installed():
+        with _installed(coding):
             if source:
                 model, info = _from_fp8(auto, config, path, shards, source, dtype, generation)
             else:
@@ -582,9 +657,9 @@ def _method_of(path: Path, content: Mapping[str, Any]) -> str | None:
         raise CheckpointError(
             f"{file}: quant_method {shown(repr(method))} is not one that we load: {', '.join(READABLE_METHODS)}"
         )
-    if method == METHOD:
+    if method in PACKED_METHODS:
         try:
-            parse_config(quantization)
+            find_coding(quantization)
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
     return str(method)

@@ -35,7 +35,7 @@ from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.scoring import score_model
 from vlmquant.evaluation.settings import Settings
 from vlmquant.families import from_spec
-from vlmquant.formats import bitsandbytes, compressed_tensors
+from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.gate import judge
 from vlmquant.grid import QuantizedWeight, grid_of
 from vlmquant.kernels.probe import compute_dtype
@@ -290,16 +290,16 @@ def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = F
     components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code, family=family)
     plan = make_plan(components, recipe)
     components = as_written(components, plan, recipe)
-    if recipe.output.format == compressed_tensors.METHOD:
-        compressed_tensors.quantization_config(plan, components)
+    if recipe.output.format in FORMATS:
+        FORMATS[recipe.output.format].quantization_config(plan, components)
     return components, plan
 
 
 def check_target(components: ComponentMap, plan: Plan, recipe: Recipe) -> Contract | None:
     """What the recipe's target makes of the plan; None where it names none, or the format is no engine's."""
-    if recipe.target is None or recipe.output.format != compressed_tensors.METHOD:
+    if recipe.target is None or recipe.output.format not in FORMATS:
         return None
-    return check_plan(components, plan, recipe.target)
+    return check_plan(components, plan, recipe.target, format=recipe.output.format)
 
 
 def _refused(contract: Contract) -> PlanError:

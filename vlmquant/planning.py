@@ -22,6 +22,8 @@ from vlmquant.shards import dtype_name
 PACKED_WORD_BYTES = 4
 WEIGHT_SHAPE_BYTES = 16
 """The pair of int64 that compressed-tensors stores beside packed codes."""
+WORD_FORMATS = ("gptq", "gptq_v2", "awq")
+"""Formats that pack codes and zero points, always both, in words, with scales in float16."""
 SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64
@@ -185,12 +187,15 @@ def _line_json(line: PlanLine) -> dict[str, Any]:
     }
 
 
-def stored_bytes(shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtype) -> int:
+def stored_bytes(
+    shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtype, *, format: str = "compressed-tensors"
+) -> int:
     """Bytes of a weight (out, in) and all that is stored beside it; for bitsandbytes' schemes an estimate.
 
     compressed-tensors: packed codes in int32 words, scales in `dtype`, the shape as two int64, and zero points packed
     along the rows; int8 weights with int8 activations and FP8 weights are stored unpacked, with their scales only; FP4
     ones two to a byte, scales in a byte each.
+    GPTQ and AWQ: codes and, always, zero points in int32 words, scales in float16; GPTQ also an int32 for each input.
     """
     rows, columns = shape
     if scheme == "nf4":
@@ -198,6 +203,10 @@ def stored_bytes(shape: tuple[int, ...], scheme: Scheme | str, dtype: torch.dtyp
     if isinstance(scheme, str):
         return rows * columns + rows * torch.float32.itemsize
     groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
+    if format in WORD_FORMATS:
+        words = rows * packed_columns(columns, scheme.bits) + groups * packed_columns(rows, scheme.bits)
+        order = 0 if format == "awq" else columns
+        return (words + order) * PACKED_WORD_BYTES + rows * groups * torch.float16.itemsize
     blocks = -(-rows // scheme.group_rows) * groups
     if scheme.type == "float":
         scales = blocks * (dtype.itemsize if scheme.scales == "model" else 1)
@@ -602,7 +611,7 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         choice.reason or f"components.{parameter.component} of the recipe",
         parameter.shape,
         parameter.nbytes,
-        stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe)),
+        stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
     )
 
 

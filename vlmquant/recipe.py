@@ -298,7 +298,8 @@ class CalibrationSpec(Data):
 
 
 class OutputSpec(Data):
-    format: Literal["compressed-tensors", "bitsandbytes"] = "compressed-tensors"
+    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"] = "compressed-tensors"
+    """gptq, gptq_v2 and awq hold the language layers in one scheme (4 bits, gptq also 8) and nothing else quantized."""
     max_shard_size: Annotated[int, Field(ge=1_000_000)] = 4_000_000_000
     """Bytes."""
     kept: Literal["fp16", "fp32"] = "fp16"

@@ -18,7 +18,7 @@ from vlmquant.checkpoint.journal import Unit
 from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, digest_of_text, manifest_text, sealed
 from vlmquant.components import CONFIG_NAME, ComponentMap, read_config
 from vlmquant.errors import CheckpointError
-from vlmquant.formats import compressed_tensors
+from vlmquant.formats import FORMATS, Format
 from vlmquant.fp8 import without_quantization
 from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import Recipe, Scheme
@@ -51,7 +51,7 @@ def write_weights(
                 f"{target}: {parameter.name}: the plan says {line.action}, but {held}; report this bug"
             )
         if unit is not None:
-            group = _specs_in(unit, line, parameter.disk, components)
+            group = _specs_in(unit, line, parameter.disk, components, FORMATS[recipe.output.format])
             reads |= dict.fromkeys((spec.name for spec in group), Shards(unit.entries).read)
         elif parameter.name in copied:
             entries = [components.shards.entries[name] for name in copied[parameter.name] if name not in reads]
@@ -111,13 +111,13 @@ def _place_in(shards: Shards) -> Any:
     return place
 
 
-def _specs_in(unit: Unit, line: PlanLine, disk: str, components: ComponentMap) -> list[TensorSpec]:
+def _specs_in(unit: Unit, line: PlanLine, disk: str, components: ComponentMap, format: Format) -> list[TensorSpec]:
     """What a unit holds for one parameter."""
     names = [disk]
     if isinstance(line.scheme, Scheme):
         rows, columns = line.shape
         module = disk.removesuffix(".weight")
-        names = list(compressed_tensors.encoded_shapes(module, (rows, columns), line.scheme, components.dtype))
+        names = list(format.encoded_shapes(module, (rows, columns), line.scheme, components.dtype))
     return [TensorSpec(name, unit.entries[name].dtype, unit.entries[name].shape) for name in names]
 
 

@@ -15,7 +15,7 @@ from vlmquant.checkpoint.manifest import MANIFEST_NAME, digest_of_text, manifest
 from vlmquant.components import ComponentMap, auto_class
 from vlmquant.errors import CheckpointError, InputError, shown
 from vlmquant.formats import compressed_tensors
-from vlmquant.planning import Plan
+from vlmquant.planning import WORD_FORMATS, Plan
 from vlmquant.reading import parse_yaml, read_text
 from vlmquant.recipe import Recipe
 
@@ -51,7 +51,9 @@ def card(
     manifest: Mapping[str, Any] | None = None,
 ) -> str:
     """The model card, in Markdown with the hub's front matter. manifest: of the calibration and the command."""
-    base, revision = base_name(components.model_dir), base_revision(components.model_dir)
+    told = {"base_model": base_name(components.model_dir), "base_revision": base_revision(components.model_dir)}
+    told |= manifest or {}
+    base, revision = told["base_model"], told["base_revision"]
     front: dict[str, Any] = {"base_model": base, "base_model_relation": "quantized"}
     if revision is not None:
         front["base_model_revision"] = revision
@@ -121,6 +123,16 @@ def _command(words: Any) -> str:
 
 
 def _loading(auto: str, recipe: Recipe) -> str:
+    if recipe.output.format in WORD_FORMATS:
+        return """Load it with vlmquant, which keeps the weights packed:
+
+```python
+import vlmquant
+
+model = vlmquant.load("path/to/this/directory")
+```
+
+transformers itself loads it where gptqmodel (and for GPTQ optimum) is installed."""
     target = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained("
     text = f"""Load it with transformers:
 

@@ -20,9 +20,11 @@ FOLDERS = ("additional_chat_templates",)
 """Subdirectories that transformers reads."""
 NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|h5|msgpack|onnx|gguf|npz|py|tmp)|.*\.index\.json"
+    r"|(hf_)?quant(ize)?_config\.json"
     rf"|{re.escape(CONFIG_NAME)}|{re.escape(MANIFEST_NAME)}|{re.escape(BASE_CARD_NAME)}"
 )
-"""Names of weights in whatever format, their indexes, code, hidden files, and what is written here."""
+"""Names of weights in whatever format, their indexes, what other programs say of how they are quantized, code, hidden
+files, and what is written here."""
 PICKLES = ("spk_dict.pt",)
 """The voices of Qwen's Omni models, which transformers asks for when it loads them."""
 CODE = re.compile(r"[^.].*\.py")
@@ -67,6 +69,12 @@ def find_companions(components: ComponentMap) -> Companions:
             copied[BASE_CARD_NAME if name == CARD_NAME else name] = file
         else:
             left.append(name)
+    if (model_dir / MANIFEST_NAME).is_file():  # a checkpoint of ours: its card is written anew, the base's is kept
+        copied.pop(BASE_CARD_NAME, None)
+        base = model_dir / BASE_CARD_NAME
+        if _is_regular(base, model_dir) and base.stat().st_size <= MAX_BYTES:
+            copied[BASE_CARD_NAME] = base
+            read.append(base)
     return Companions(copied, tuple(read), tuple(left))
 
 

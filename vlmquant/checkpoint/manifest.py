@@ -96,6 +96,8 @@ class Manifest(_Data):
     copied: dict[str, tuple[str, ...]]
     """Names on disk of what was copied, by the parameter that it makes."""
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    scale_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of scales in compressed-tensors that came from another format; None for the model's dtype."""
     recipe: Annotated[dict[str, Any], AfterValidator(_is_recipe)]
     fingerprint: str
     """Digest of all that a resumed run must share with this one."""

@@ -12,7 +12,7 @@ from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, parse_
 from vlmquant.checkpoint.ownership import unlisted
 from vlmquant.components import CONFIG_NAME
 from vlmquant.errors import InputError, shown
-from vlmquant.formats import compressed_tensors
+from vlmquant.formats import FORMATS, compressed_tensors, name_of
 from vlmquant.reading import is_inside, read_json
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, Shards, open_shards
@@ -69,10 +69,10 @@ def _format_problems(path: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     except InputError as error:
         yield str(error)
         return
-    method = found.get("quant_method") if isinstance(found, dict) else None
+    method = name_of(found)
     if method != written:
         yield f"{path / CONFIG_NAME}: its quant_method is {shown(method)}, but the recipe's output format is {written}"
-    ours = written == compressed_tensors.METHOD
+    ours = written in FORMATS
     for line in manifest["plan"]["lines"]:
         if line["action"] == "quantize" and ours != isinstance(line["scheme"], dict):
             yield f"{path / MANIFEST_NAME}: plan: {shown(line['name'])} has a scheme that {written} does not store"
@@ -89,6 +89,9 @@ def _index_problems(path: Path, shards: Shards) -> Iterator[str]:
 
 def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[str]:
     entries = shards.entries
+    written = Recipe.model_validate(manifest["recipe"]).output.format
+    form = FORMATS.get(written, FORMATS[compressed_tensors.METHOD])
+    scale_dtype = getattr(torch, manifest.get("scale_dtype") or manifest["dtype"])
     expected: set[str] = set()
     for line in manifest["plan"]["lines"]:
         disk = manifest["disk_names"][line["name"]]
@@ -102,11 +105,8 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
             if disk in entries and entries[disk].shape != shape:
                 yield f"{path}: tensor {shown(disk)} has shape {list(entries[disk].shape)}, planned {list(shape)}"
             continue
-        parts = compressed_tensors.encoded_shapes(
-            disk.removesuffix(".weight"),
-            shape,
-            Scheme.model_validate(line["scheme"]),
-            getattr(torch, manifest["dtype"]),
+        parts = form.encoded_shapes(
+            disk.removesuffix(".weight"), shape, Scheme.model_validate(line["scheme"]), scale_dtype
         )
         expected |= parts.keys()
         for name, (dtype, part) in parts.items():
@@ -116,7 +116,7 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
             if (entry.dtype, entry.shape) != (dtype, tuple(part)):
                 found = f"{entry.dtype} {list(entry.shape)}"
                 yield f"{path}: tensor {shown(name)} is {found}, its scheme needs {dtype} {list(part)}"
-            elif name.endswith("_scale") and (bad := compressed_tensors.bad_scales(shards.read(name))):
+            elif name.endswith(("_scale", ".scales")) and (bad := compressed_tensors.bad_scales(shards.read(name))):
                 yield f"{entry.file}: tensor {name} has {bad} scales that are not finite numbers above 0"
     yield from (f"{path}: tensor {shown(name)} is missing" for name in sorted(expected - entries.keys()))
     yield from (f"{path}: tensor {shown(name)} is in no plan" for name in sorted(entries.keys() - expected))

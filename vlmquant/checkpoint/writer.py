@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vlmquant import signals
@@ -23,7 +24,7 @@ from vlmquant.checkpoint.place import check_output, is_taken, lock_of, refuse_ir
 from vlmquant.checkpoint.work import OUTPUT_NAME, REPLACED_NAME, Work
 from vlmquant.components import ComponentMap
 from vlmquant.errors import CheckpointError, DoesNotFitError, SentinelError, UsageError
-from vlmquant.formats import compressed_tensors
+from vlmquant.formats import FORMATS, Format
 from vlmquant.grid import QuantizedWeight
 from vlmquant.planning import Plan
 from vlmquant.progress import stderr
@@ -42,6 +43,8 @@ class CheckpointWriter:
     inputs: those files, and others that must stay as they are until the end.
     resume: go on from what an earlier run left in OUT.partial; AlreadyFinishedError where OUT is its result already.
     force: replace an existing checkpoint, and start anew where an unfinished run is not to be resumed.
+    resumable: whether finished units are kept when the run fails. scale_dtype: of scales, where the format leaves a
+    choice; None for the model's.
 
     Raises UsageError for a place that cannot or must not be written to, and DoesNotFitError for a disk that is too
     small, before anything is written; PlanError where the format cannot express the plan.
@@ -60,10 +63,13 @@ class CheckpointWriter:
         resume: bool,
         force: bool,
         inputs: Inputs | None = None,
+        resumable: bool = True,
+        scale_dtype: torch.dtype | None = None,
     ) -> None:
         check_output(out, components.model_dir, resume=resume, force=force)
         self.out, self.components, self.recipe, self.plan = out, components, recipe, plan
-        self._resume, self._force = resume, force
+        self._resume, self._force, self._resumable = resume, force, resumable
+        self._scale_dtype = scale_dtype or components.dtype
         self._settings = fingerprint
         self._fingerprint: dict[str, str] = {}
         self._inputs = inputs or Inputs(components)
@@ -77,8 +83,9 @@ class CheckpointWriter:
         self._journal = Journal(self._work.path)
         self._opened = False
         self._quantization_config: dict[str, Any] | None = None
-        if recipe.output.format == compressed_tensors.METHOD:
-            self._quantization_config = compressed_tensors.quantization_config(plan, components)
+        self._format = FORMATS.get(recipe.output.format)
+        if self._format is not None:
+            self._quantization_config = self._format.quantization_config(plan, components)
 
     def __enter__(self) -> "CheckpointWriter":
         with disk_errors(self.out):
@@ -127,9 +134,10 @@ class CheckpointWriter:
                 remove(self.partial, lambda _: True, last=MANIFEST_NAME)  # no strangers: it was looked through
         else:
             if done and not self._force:
+                resuming = "go on from it with --resume, or " if self._resumable else ""
                 raise UsageError(
                     f"{work}: an unfinished run is there, with {done} of {self._count_all()} blocks done; "
-                    "go on from it with --resume, or start anew with --force"
+                    f"{resuming}start anew with --force"
                 )
             self._work.clear()
             work.mkdir(exist_ok=True)
@@ -159,8 +167,8 @@ class CheckpointWriter:
         for weight in unit.quantized:
             line = self.plan.line(weight)
             rows, columns = line.shape
-            expected |= compressed_tensors.encoded_shapes(
-                self._module_on_disk(weight), (rows, columns), self._scheme(weight), self.components.dtype
+            expected |= self._codec.encoded_shapes(
+                self._module_on_disk(weight), (rows, columns), self._scheme(weight), self._scale_dtype
             )
         return expected == {key: (entry.dtype, entry.shape) for key, entry in unit.entries.items()}
 
@@ -199,7 +207,7 @@ class CheckpointWriter:
         for name, weight in quantized.items():
             if not bool((weight.scales.isfinite() & (weight.scales > 0)).all()):
                 raise SentinelError(f"{name}: a scale is not a finite number above 0; please report this as a bug")
-            tensors |= compressed_tensors.encode(self._module_on_disk(name), weight, self._scheme(name))
+            tensors |= self._codec.encode(self._module_on_disk(name), weight, self._scheme(name))
         for name, value in changed.items():
             if not bool(value.isfinite().all()):
                 raise SentinelError(
@@ -230,11 +238,15 @@ class CheckpointWriter:
             return None
         read = Shards(unit.entries).read
         quantized = {
-            name: compressed_tensors.decode(self._module_on_disk(name), read, self._scheme(name))
-            for name in unit.quantized
+            name: self._codec.decode(self._module_on_disk(name), read, self._scheme(name))[0] for name in unit.quantized
         }
         changed = {name: read(self.components.parameter(name).disk) for name in unit.changed}
         return quantized, changed, unit.record
+
+    @property
+    def _codec(self) -> Format:
+        assert self._format is not None, f"{self.recipe.output.format} writes its own weights"
+        return self._format
 
     def _module_on_disk(self, name: str) -> str:
         return self.components.parameter(name).disk.removesuffix(".weight")
@@ -248,7 +260,7 @@ class CheckpointWriter:
         """Put the checkpoint together and in place; return its path.
 
         manifest: what the caller adds to vlmquant.json (calibration, errors, notes ...). Where it is the same, two runs
-        write the same bytes. A format other than compressed-tensors has put its weights and config into `partial`.
+        write the same bytes. A format that is not in FORMATS has put its weights and config into `partial`.
         """
         with disk_errors(self.partial):
             if self._quantization_config is not None:
@@ -307,7 +319,8 @@ class CheckpointWriter:
 
     def _leave(self) -> int:
         """Let go of the lock, and of the work directory unless it holds finished units to resume from: their number."""
-        kept = 0 if self._finished else max(len(self._journal.units), count_units(self._work.path))
+        gone = self._finished or not self._resumable
+        kept = 0 if gone else max(len(self._journal.units), count_units(self._work.path))
         if not kept and self._opened:
             self._work.clear()
         self._lock.release()

@@ -14,7 +14,7 @@ from vlmquant.components import CONFIG_NAME, ComponentMap, read_config
 from vlmquant.engines.names import vllm_name
 from vlmquant.engines.table import COLUMN, EMBEDDING, EXPERTS, FORMS, HEAD, LANGUAGE, ROW, VISION, Form
 from vlmquant.errors import InputError, shown
-from vlmquant.formats import compressed_tensors
+from vlmquant.formats import FORMATS, compressed_tensors
 from vlmquant.planning import Plan
 from vlmquant.reading import check
 from vlmquant.recipe import Scheme
@@ -177,11 +177,10 @@ def open_checkpoint(path: Path) -> Held:
     return _held(content, shapes, shards.read, where)
 
 
-def of_plan(components: ComponentMap, plan: Plan) -> Held:
-    """What `quantize` would write by a plan, from names and shapes alone."""
-    content = read_config(components.model_dir) | {
-        "quantization_config": compressed_tensors.quantization_config(plan, components)
-    }
+def of_plan(components: ComponentMap, plan: Plan, format: str) -> Held:
+    """What `quantize` would write by a plan in a format of FORMATS, from names and shapes alone."""
+    form = FORMATS[format]
+    content = read_config(components.model_dir) | {"quantization_config": form.quantization_config(plan, components)}
     if components.untied:
         content["tie_word_embeddings"] = False
     disk = {one.name: one.disk for one in components.parameters}
@@ -191,7 +190,7 @@ def of_plan(components: ComponentMap, plan: Plan) -> Held:
         if line.action == "quantize" and isinstance(line.scheme, Scheme):
             module, (rows, columns) = disk[line.name].removesuffix(".weight"), line.shape
             sizes[module] = (rows, columns)
-            shapes |= compressed_tensors.encoded_shapes(module, (rows, columns), line.scheme, components.dtype)
+            shapes |= form.encoded_shapes(module, (rows, columns), line.scheme, components.dtype)
         else:
             shapes[disk[line.name]] = (line.stored or components.dtype, line.shape)
     return _held(content, shapes, None, str(components.model_dir), sizes=sizes, dtype=dtype_name(components.dtype))

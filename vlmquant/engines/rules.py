@@ -132,9 +132,9 @@ def check_checkpoint(path: Path, target: TargetSpec) -> Contract:
     return check_held(holding.open_checkpoint(path), target)
 
 
-def check_plan(components: ComponentMap, plan: Plan, target: TargetSpec) -> Contract:
-    """The same of what a plan would write, before any work."""
-    return check_held(holding.of_plan(components, plan), target)
+def check_plan(components: ComponentMap, plan: Plan, target: TargetSpec, *, format: str = METHOD) -> Contract:
+    """The same of what a plan would write in a format, before any work."""
+    return check_held(holding.of_plan(components, plan, format), target)
 
 
 @dataclass(frozen=True)
