@@ -29,6 +29,7 @@ ROOMS = [
     "kernels",
     "planning",
     "calibration",
+    "kvcache",
     "components",
     "fp8",
     "guess",

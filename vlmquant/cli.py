@@ -553,6 +553,8 @@ def verify(
 ) -> None:
     """Check a checkpoint against its manifest: checksums, index, shapes, scales."""
     from vlmquant.checkpoint import verify_checkpoint
+    from vlmquant.checkpoint.reader import CacheScaleProblem
+    from vlmquant.errors import EXIT_CACHE_SCALE, EXIT_ERROR
 
     problems = verify_checkpoint(model)
     if as_json:
@@ -560,7 +562,8 @@ def verify(
     else:
         for line in problems or [f"{model}: every file is as it was written"]:
             say(line)
-    raise typer.Exit(1 if problems else EXIT_OK)
+    code = EXIT_CACHE_SCALE if any(isinstance(line, CacheScaleProblem) for line in problems) else EXIT_ERROR
+    raise typer.Exit(code if problems else EXIT_OK)
 
 
 @app.command()

@@ -40,16 +40,20 @@ from vlmquant.formats.compressed_tensors import (
     decode,
     encode,
     encoded_shapes,
+    parse_cache,
     parse_config,
     regex_matches,
     schemes_of,
 )
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
+from vlmquant.kvcache import LEAVES, check_loaded, loaded_attentions
 from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
 from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
 
+CACHE_LEAVES = tuple(f".{leaf}" for leaf in LEAVES.values())
+"""The ends of the names of the KV cache's scales."""
 MOST_WEIGHTS_PER_BYTE = 3
 """Of 3 bits, 2.5 go into a byte."""
 READABLE_METHODS = (METHOD, bitsandbytes.METHOD)
@@ -231,6 +235,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
     def __init__(self, config: Any, **arguments: Any) -> None:
         super().__init__(config, **arguments)
         self.groups, self.ignored = parse_config(config.to_dict())
+        self.cache_strategy = parse_cache(config.to_dict())
+        self.cached: list[str] = []
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
         stacks = {name: form for name, module in model.named_modules() if (form := form_of(module))}
@@ -245,6 +251,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         )
         self.expert_names = _expert_names(model, forms, entries) if forms else {}
         take_apart(model, check=False, only=set(forms))
+        if self.cache_strategy is not None:
+            self._await_cache_scales(model, entries)
         # Not a subclass of Embedding: those scale or mask what they look up.
         modules = {
             name: module
@@ -254,6 +262,23 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
         for name, scheme in self._schemes_of({name: type(one).__name__ for name, one in modules.items()}).items():
             if scheme is not None:
                 model.set_submodule(name, _Arriving(modules[name], scheme))
+
+    def _await_cache_scales(self, model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+        """Give the attention modules places for their scales."""
+        on_disk = {entry.shape: entry.dtype for name, entry in entries.items() if name.endswith(CACHE_LEAVES)}
+        row = FAMILIES.get(model.config.model_type)
+        inside = f"{row.language}." if row else ""
+        for name, attention in loaded_attentions(model).items():
+            if not name.startswith(inside):
+                continue
+            shape: tuple[int, ...] = (1,) if self.cache_strategy == "tensor" else (attention.heads, 1, 1)
+            if shape == (1,) and () in on_disk:
+                shape = ()
+            module = model.get_submodule(name)
+            for leaf in CACHE_LEAVES:
+                scale = torch.empty(shape, dtype=next(iter(on_disk.values()), None), device="meta")
+                module.register_buffer(leaf.removeprefix("."), scale)
+            self.cached.append(name)
 
     def _convert_model_for_quantization(self, model: nn.Module) -> None:
         """Nothing: transformers takes Llama 4's experts apart, kept ones too, whose weights are stacked on disk."""
@@ -293,7 +318,10 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for scales: they stay as they are on disk, whatever dtype the model is loaded in."""
-        if any(str(target).endswith("weight_scale") for target in getattr(converter, "target_patterns", ())):
+        if any(
+            str(target).endswith(("weight_scale", *CACHE_LEAVES))
+            for target in getattr(converter, "target_patterns", ())
+        ):
             return None
         result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return result
@@ -310,6 +338,12 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
                 function = model.get_submodule(follower)
                 model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
             freed = _give_back(freed + model.get_submodule(name).packed_bytes)  # type: ignore[operator, arg-type]
+        for name in self.cached:
+            module = model.get_submodule(name)
+            for leaf, scale in list(module._buffers.items()):
+                if f".{leaf}" in CACHE_LEAVES and not getattr(scale, "_is_hf_initialized", False):
+                    module._buffers[leaf] = None  # made up, as it was not on disk
+            check_loaded(name, module)
         _share_inputs(model)
         self._names_for_saving(model)
         return model
