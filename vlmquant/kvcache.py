@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from vlmquant.components import ComponentMap
+from vlmquant.conversion import Lazy, Stored, match
 from vlmquant.errors import CacheScaleError, PlanError
 from vlmquant.recipe import KvCacheSpec
 from vlmquant.shards import dtype_name
@@ -28,7 +29,7 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 """448."""
 ARGUMENTS = ("cache", "past_key_values", "past_key_value")
-"""What attention calls its cache: transformers 5.24 renamed it, which is why compressed-tensors 0.20 makes no scales."""
+"""What attention calls its cache: transformers 5.24 renamed it, so that compressed-tensors 0.20 makes no scales."""
 LEAVES = {"keys": "k_scale", "values": "v_scale"}
 BITS_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -153,6 +154,8 @@ def describe(name: str, module: nn.Module) -> CachedAttention | None:
     size = getattr(module, "head_dim", None)
     if "cross" in f"{kind} {name.rpartition('.')[2]}".lower():
         raise _refusal(name, kind, "which attends to images and caches their keys")
+    if getattr(module, "is_kv_shared_layer", False):
+        raise _refusal(name, kind, "which reads the keys and values that another layer cached")
     if not projections or not isinstance(size, int):
         latent = bool(_children(module, ("kv_b_proj", "kv_a_proj_with_mqa")))
         what = "which caches a latent instead of keys and values" if latent else "whose keys and values we do not find"
@@ -172,7 +175,8 @@ def _width(module: nn.Module) -> int | None:
 
 def _refusal(name: str, kind: str, what: str) -> PlanError:
     return PlanError(
-        f"kv_cache: {name} is a {kind}, {what}; no scale that is known to us fits it, so leave kv_cache out of the recipe"
+        f"kv_cache: {name} is a {kind}, {what}; there is no format for its scales that is known to us, so leave "
+        "kv_cache out of the recipe"
     )
 
 
@@ -211,10 +215,36 @@ def plan_cache(components: ComponentMap, spec: KvCacheSpec, dtype: torch.dtype) 
             "made for decoders alone, so leave kv_cache out of the recipe"
         )
     blocks = [block.name for block in components.blocks if block.component == "language"]
-    attentions = find_attentions(components.skeleton(), blocks)
+    model = components.skeleton()
+    attentions = find_attentions(model, blocks)
     if not attentions:
         raise PlanError("kv_cache: no language layer of this model caches keys and values; leave it out of the recipe")
-    return CachePlan(spec.strategy, attentions, {name: _on_disk(name, components) for name in attentions}, dtype)
+    plan = CachePlan(spec.strategy, attentions, {name: _on_disk(name, components) for name in attentions}, dtype)
+    for name, attention in attentions.items():
+        add_places(model.get_submodule(name), plan.shape(attention), dtype)
+    found = names_in_model(model, {disk: (shape, dtype) for disk, shape in plan.shapes().items()})
+    for name in attentions:
+        for leaf in LEAVES.values():
+            if found.get(f"{plan.disk[name]}.{leaf}") != f"{name}.{leaf}":
+                raise _unnamed(name)
+    return plan
+
+
+def add_places(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Give an attention module buffers for its scales, on meta."""
+    for leaf in LEAVES.values():
+        module.register_buffer(leaf, torch.empty(shape, dtype=dtype, device="meta"))
+
+
+def drop_places(module: nn.Module) -> None:
+    for leaf in LEAVES.values():
+        delattr(module, leaf)
+
+
+def names_in_model(model: nn.Module, scales: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, str]:
+    """Names of scales on disk -> of the buffers that transformers loads them into, where there are such."""
+    lazy = {disk: Lazy.of(Stored(disk), shape, dtype) for disk, (shape, dtype) in scales.items()}
+    return {value.disk_name: name for name, value in match(model, lazy).values.items() if value.disk_name}
 
 
 def _on_disk(attention: str, components: ComponentMap) -> str:
@@ -224,7 +254,11 @@ def _on_disk(attention: str, components: ComponentMap) -> str:
             local = parameter.name.removeprefix(attention)
             if parameter.disk.endswith(local):
                 return parameter.disk.removesuffix(local)
-    raise PlanError(
+    raise _unnamed(attention)
+
+
+def _unnamed(attention: str) -> PlanError:
+    return PlanError(
         f"kv_cache: {attention} has no name of its own on disk, where its scales would have to stand beside its "
         "weights; leave kv_cache out of the recipe"
     )
@@ -253,7 +287,7 @@ def intercept(module: nn.Module, change: Change) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        cache = bound.arguments.get(argument)
+        cache: Any = bound.arguments.get(argument)
         if cache is None:
             cache = bound.arguments[argument] = _no_cache(module)
         update = cache.update

@@ -31,7 +31,7 @@ from vlmquant.components import (
     read_config,
 )
 from vlmquant.conversion import Lazy, Stored, left_aside, match
-from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line, shown
+from vlmquant.errors import CacheScaleError, CheckpointError, InputError, VlmquantError, first_line, shown
 from vlmquant.experts import Form, form_of, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
 from vlmquant.formats import bitsandbytes
@@ -46,7 +46,7 @@ from vlmquant.formats.compressed_tensors import (
     schemes_of,
 )
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
-from vlmquant.kvcache import LEAVES, check_loaded, loaded_attentions
+from vlmquant.kvcache import LEAVES, add_places, check_loaded, drop_places, loaded_attentions, names_in_model
 from vlmquant.linear import FollowingActivation, QuantEmbedding, QuantLinear, SharedRows, can_share, share
 from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
@@ -263,22 +263,26 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
             if scheme is not None:
                 model.set_submodule(name, _Arriving(modules[name], scheme))
 
-    def _await_cache_scales(self, model: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
-        """Give the attention modules places for their scales."""
-        on_disk = {entry.shape: entry.dtype for name, entry in entries.items() if name.endswith(CACHE_LEAVES)}
-        row = FAMILIES.get(model.config.model_type)
-        inside = f"{row.language}." if row else ""
-        for name, attention in loaded_attentions(model).items():
-            if not name.startswith(inside):
-                continue
-            shape: tuple[int, ...] = (1,) if self.cache_strategy == "tensor" else (attention.heads, 1, 1)
-            if shape == (1,) and () in on_disk:
-                shape = ()
-            module = model.get_submodule(name)
-            for leaf in CACHE_LEAVES:
-                scale = torch.empty(shape, dtype=next(iter(on_disk.values()), None), device="meta")
-                module.register_buffer(leaf.removeprefix("."), scale)
-            self.cached.append(name)
+    def _await_cache_scales(self, model: Any, entries: Mapping[str, TensorEntry]) -> None:
+        """Give the attention modules places for their scales: those of every list of layers that has some on disk."""
+        on_disk = {name: entry for name, entry in entries.items() if name.endswith(CACHE_LEAVES)}
+        if not on_disk:
+            raise CacheScaleError(
+                "quantization_config has a kv_cache_scheme, but every k_scale and v_scale is missing; an engine would "
+                "take 1.0, so quantize the model again"
+            )
+        first = next(iter(on_disk.values()))
+        attentions = loaded_attentions(model)
+        for name, attention in attentions.items():
+            shape = (attention.heads, 1, 1) if self.cache_strategy == "head" else (1,) if first.shape else ()
+            add_places(model.get_submodule(name), shape, first.dtype)
+        found = names_in_model(model, {name: (entry.shape, entry.dtype) for name, entry in on_disk.items()})
+        lists = {_list_around(name) for name in found.values()}
+        for name in attentions:
+            if _list_around(name) in lists:
+                self.cached.append(name)
+            else:
+                drop_places(model.get_submodule(name))
 
     def _convert_model_for_quantization(self, model: nn.Module) -> None:
         """Nothing: transformers takes Llama 4's experts apart, kept ones too, whose weights are stacked on disk."""
@@ -340,8 +344,8 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
             freed = _give_back(freed + model.get_submodule(name).packed_bytes)  # type: ignore[operator, arg-type]
         for name in self.cached:
             module = model.get_submodule(name)
-            for leaf, scale in list(module._buffers.items()):
-                if f".{leaf}" in CACHE_LEAVES and not getattr(scale, "_is_hf_initialized", False):
+            for leaf in LEAVES.values():
+                if not getattr(module._buffers[leaf], "_is_hf_initialized", False):
                     module._buffers[leaf] = None  # made up, as it was not on disk
             check_loaded(name, module)
         _share_inputs(model)
@@ -362,6 +366,13 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _list_around(name: str) -> str:
+    """The list of layers that a module is in: its name up to the last number."""
+    parts = name.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[:last])
 
 
 def _known_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:

@@ -204,8 +204,9 @@ def quantize_blocks(
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
-    Returns errors, notes, tokens per expert and cached maxima of all blocks together; codes are with the writer. Where memory runs
-    out, the calibration passes begin anew with single samples, for the blocks that are left; then DoesNotFitError.
+    Returns errors, notes, tokens per expert and cached maxima of all blocks together; codes are with the writer. Where
+    memory runs out, the calibration passes begin anew with single samples, for the blocks that are left; then
+    DoesNotFitError.
     """
     size = batch_size(writer)
     try:

@@ -293,8 +293,8 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan
     if cache:
         before, after = cache.token_bytes
         yield (
-            f"KV cache: {len(cache.attentions)} layers in FP8 with a scale for each {cache.each}: {after:,} bytes per token instead of {before:,} in "
-            f"{dtype_name(cache.dtype)}"
+            f"KV cache: {len(cache.attentions)} layers in FP8 with a scale for each {cache.each}: {after:,} bytes per "
+            f"token instead of {before:,} in {dtype_name(cache.dtype)}"
         )
     narrowed = [
         line

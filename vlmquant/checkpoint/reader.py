@@ -89,7 +89,7 @@ def _index_problems(path: Path, shards: Shards) -> Iterator[str]:
 
 
 class CacheScaleProblem(str):
-    """A line about a scale of the KV cache, by which an engine would read it wrong: `verify` has an exit code for it."""
+    """A line about a scale by which an engine would read its KV cache wrong: `verify` has an exit code for it."""
 
 
 def cache_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -566,16 +566,13 @@ def parse_cache(config: Mapping[str, Any]) -> str | None:
     found = read.kv_cache_scheme
     if found is None:
         return None
-    ours = {theirs: strategy for strategy, theirs in CACHE_STRATEGIES.items()}
-    wanted = CACHE_SCHEME | {"strategy": found.strategy or "tensor"}
-    if found.model_dump(include=set(wanted)) | {"strategy": wanted["strategy"]} != wanted or (
-        wanted["strategy"] not in ours
-    ):
+    theirs = found.strategy or CACHE_STRATEGIES["tensor"]
+    strategy = next((ours for ours, name in CACHE_STRATEGIES.items() if name == theirs), None)
+    if strategy is None or found.model_dump(include=set(CACHE_SCHEME)) != CACHE_SCHEME:
         raise CheckpointError(
-            "quantization_config: its kv_cache_scheme is not one of ours: FP8 with fixed scales, one for each tensor or "
-            "head"
+            "quantization_config: its kv_cache_scheme is not one of ours: FP8 with fixed scales, for tensors or heads"
         )
-    return ours[wanted["strategy"]]
+    return strategy
 
 
 def _scheme_of(name: str, group: _Group) -> Scheme:
