@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kv_cache.py MODEL --calibration SET --test SET [--work DIR]
 
-On the model itself: the recipe `mixed` alone, with `kv_cache` per tensor and per head, and kept weights with both.
+On the model itself: the recipe `mixed` with a scale for each head, with one for each layer, and without the cache.
 Then on the same model with large keys: every k_proj of the language model is multiplied by 256 and every q_proj divided
-by it, both exact in bfloat16, so that it computes the same with keys far beyond 448. Quantized weights are the same
-with and without the cache, so the difference of two KLs, sample by sample, is the cache's. Writes
-benchmarks/results/kv_cache.{json,md} and prints the table.
+by it, both exact in bfloat16, so that it computes the same with keys far beyond 448; its weights are kept. A recipe's
+codes are the same with and without `kv_cache` (tests/test_kv_cache.py), so each is quantized once, by head, and the
+other caches are written from the maxima in its manifest; the difference of two KLs, sample by sample, is the cache's.
+Writes benchmarks/results/kv_cache.{json,md} and prints the table.
 """
 
 import argparse
@@ -25,18 +26,17 @@ from vlmquant.checkpoint import read_manifest
 from vlmquant.cli import parse_counts
 from vlmquant.evaluation.metrics import EVERYTHING, kl_difference
 from vlmquant.evaluation.settings import Settings
-from vlmquant.kvcache import LEAVES
+from vlmquant.kvcache import FP8_MAX, LEAVES, rounded_up
 from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate, quantize
 from vlmquant.recipe import Components, KvCacheSpec, Recipe, load_recipe
 from vlmquant.report.data import Report
 
 RESULTS = Path(__file__).parent / "results" / "kv_cache"
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
-TEST_STRATA = "caption=80,vqa=60,object=60"
+TEST_STRATA = "caption=60,vqa=30,object=30"
 FACTOR = 256.0
 """A power of two, so that the model with large keys is the same model."""
 PROJECTION = re.compile(r"language_model\..*\.self_attn\.(q|k)_proj\.(weight|bias)$")
-STRATEGIES = ("tensor", "head")
 
 
 def enlarge_keys(model: Path, out: Path, factor: float) -> None:
@@ -50,14 +50,35 @@ def enlarge_keys(model: Path, out: Path, factor: float) -> None:
         save_file(tensors, file, {"format": "pt"})
 
 
-def with_scale_one(checkpoint: Path, out: Path) -> None:
-    """Write the checkpoint as an engine reads one without scales: with 1 for each of them."""
+def with_cache(checkpoint: Path, out: Path, cache: str) -> Path:
+    """Write a checkpoint, made with a scale for each head, with another cache.
+
+    cache: tensor, for a scale for each layer; "one" as an engine reads it that finds none; none.
+    """
+    if out.is_dir():
+        return out
+    maxima = read_manifest(checkpoint)["kv_cache"]["maxima"]
     shutil.copytree(checkpoint, out)
     (out / "vlmquant.json").unlink()  # it is no longer what that file says
+    config = json.loads((out / "config.json").read_text())
+    scheme = config["quantization_config"]["kv_cache_scheme"] | {"strategy": "tensor"}
+    config["quantization_config"]["kv_cache_scheme"] = None if cache == "none" else scheme
+    (out / "config.json").write_text(json.dumps(config))
     for file in out.glob("*.safetensors"):
         tensors = load_file(file)
-        ones = {name: torch.ones_like(one) for name, one in tensors.items() if name.endswith(tuple(LEAVES.values()))}
-        save_file(tensors | ones, file, {"format": "pt"})
+        for layer in maxima.values():
+            for kind, leaf in LEAVES.items():
+                name = f"{layer['disk']}.{leaf}"
+                if name not in tensors:
+                    continue
+                scale = tensors.pop(name)
+                if cache == "tensor":
+                    whole = torch.tensor([max(layer[kind])], dtype=torch.float64)
+                    tensors[name] = rounded_up(whole / FP8_MAX, scale.dtype)
+                elif cache == "one":
+                    tensors[name] = torch.ones(1, dtype=scale.dtype)
+        save_file(tensors, file, {"format": "pt"})
+    return out
 
 
 def main() -> None:
@@ -74,32 +95,34 @@ def main() -> None:
     drawn = {"set": str(arguments.calibration), "strata": parse_counts(arguments.calibration_strata)}
     strata = parse_counts(arguments.strata)
 
-    def made(model: Path, recipe: Recipe, strategy: str | None, name: str) -> Path:
-        cache = KvCacheSpec(dtype="fp8", strategy=strategy) if strategy else None  # type: ignore[arg-type]
+    def by_head(model: Path, recipe: Recipe, name: str) -> Path:
         calibration = recipe.calibration.model_copy(update=drawn)
+        cache = KvCacheSpec(dtype="fp8", strategy="head")
         recipe = recipe.model_copy(update={"name": name, "kv_cache": cache, "calibration": calibration})
         out: Path = arguments.work / name
         if not (out / "vlmquant.json").is_file():
-            quantize(model, recipe, out, force=True, dtype=torch.float32)
+            quantize(model, recipe, out, resume=True, dtype=torch.float32)
         return out
 
-    mixed, kept = load_recipe("mixed"), Recipe(name="kept", components=Components())
-    own = [made(arguments.model, mixed, None, "mixed")]
-    for recipe in (mixed, kept):
-        own += [made(arguments.model, recipe, one, f"{recipe.name}-kv-{one}") for one in STRATEGIES]
     large = arguments.work / "large-keys"
     if not large.is_dir():
         enlarge_keys(arguments.model, large, FACTOR)
-    enlarged = [made(large, kept, one, f"large-keys-kv-{one}") for one in STRATEGIES]
-    ones = []
-    for checkpoint in (own[3], enlarged[0]):
-        ones.append(checkpoint.with_name(checkpoint.name.replace("tensor", "scale-1")))
-        if not ones[-1].is_dir():
-            with_scale_one(checkpoint, ones[-1])
-    settings = Settings(dtype="float32", generate=False, speed_prompts=1, speed_tokens=2)
+    mixed = by_head(arguments.model, load_recipe("mixed"), "mixed-kv-head")
+    kept = by_head(large, Recipe(name="kept", components=Components()), "large-keys-kv-head")
+    own = [
+        with_cache(mixed, arguments.work / "mixed", "none"),
+        with_cache(mixed, arguments.work / "mixed-kv-tensor", "tensor"),
+        mixed,
+    ]
+    enlarged = [
+        with_cache(kept, arguments.work / "large-keys-kv-tensor", "tensor"),
+        kept,
+        with_cache(kept, arguments.work / "large-keys-kv-scale-1", "one"),
+    ]
+    settings = Settings(dtype="float32", generate=False, references_per_caption=1, speed_prompts=1, speed_tokens=2)
     reports = [
         evaluate(reference, models, arguments.test, strata=strata, settings=settings)
-        for reference, models in ((arguments.model, [*own, ones[0]]), (large, [*enlarged, ones[1]]))
+        for reference, models in ((arguments.model, own), (large, enlarged))
     ]
     result = {
         **provenance(),
@@ -107,7 +130,7 @@ def main() -> None:
         "test_strata": strata,
         "factor": FACTOR,
         "rows": [row for report in reports for row in rows(report)],
-        "caches": [cache_of(path) for path in (*own[1:], *enlarged)],
+        "caches": [cache_of(path) for path in (mixed, kept)],
     }
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     text = "\n".join(markdown(result)) + "\n"

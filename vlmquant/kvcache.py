@@ -142,7 +142,7 @@ def _cachers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _keeps_state(module: nn.Module) -> bool:
     """Whether a module keeps a state of fixed size and no keys: linear attention, Mamba, short convolutions."""
-    return "conv" in type(module).__name__.lower() or any(isinstance(child, nn.Conv1d) for child in module.children())
+    return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
 def describe(name: str, module: nn.Module) -> CachedAttention | None:

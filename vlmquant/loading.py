@@ -322,10 +322,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]  # tr
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """None for scales: they stay as they are on disk, whatever dtype the model is loaded in."""
-        if any(
-            str(target).endswith(("weight_scale", *CACHE_LEAVES))
-            for target in getattr(converter, "target_patterns", ())
-        ):
+        if any(str(target).endswith("weight_scale") for target in getattr(converter, "target_patterns", ())):
             return None
         result: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
         return result
