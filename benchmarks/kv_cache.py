@@ -140,7 +140,7 @@ def main() -> None:
 
 def rows(report: Report) -> list[dict[str, Any]]:
     """KL, its increase over the same weights without the cache, perplexity and flips of every model of a report."""
-    runs = {run.label: run for run in report.runs}
+    runs = {run.label: run for run in report.candidates}
     found = []
     for run, summary in zip(report.runs, report.summaries, strict=True):
         metrics = {name: estimate(value) for name, value in summary[EVERYTHING].items()}
