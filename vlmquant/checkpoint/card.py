@@ -118,8 +118,8 @@ def _cache(plan: Plan) -> str:
     if plan.cache is None:
         return ""
     return (
-        f"It holds scales for an FP8 KV cache (`kv_cache_scheme`, one for each {plan.cache.each}) from the same samples; "
-        "engines that read them use such a cache by themselves."
+        f"It holds scales for an FP8 KV cache (`kv_cache_scheme`, one for each {plan.cache.each}) from the same "
+        "samples; engines that read them use such a cache by themselves."
     )
 
 
