@@ -118,7 +118,8 @@ def test_to_the_meta_device_and_back_keeps_shapes() -> None:
 def deepcopied(weights: list[QuantizedWeight]) -> list[QuantizedWeight]:
     """In storages of their own."""
     copies = [[None if one is None else one.clone() for one in (w.codes, w.scales, w.zeros)] for w in weights]
-    return [QuantizedWeight(*copy, weight.grid) for copy, weight in zip(copies, weights, strict=True)]
+    made = zip(copies, weights, strict=True)
+    return [QuantizedWeight(*copy, weight.grid, weight.input_divisor) for copy, weight in made]
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +34,15 @@ from vlmquant.components import (
     read_config,
 )
 from vlmquant.conversion import Lazy, Stored, left_aside, match
-from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line, shown
+from vlmquant.errors import CacheScaleError, CheckpointError, InputError, VlmquantError, first_line, shown
 from vlmquant.experts import Form, form_of, match_apart, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
 from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.formats.coding import PACKED_METHODS, Coding, Leaves, find_coding
-from vlmquant.formats.compressed_tensors import METHOD, parse_config, regex_matches
+from vlmquant.formats.compressed_tensors import METHOD, parse_cache, parse_config, regex_matches
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
 from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kvcache import LEAVES, add_places, check_loaded, drop_places, loaded_attentions, names_in_model
 from vlmquant.linear import (
     FollowingActivation,
     PermutedLinear,
@@ -55,6 +56,8 @@ from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
 
+CACHE_LEAVES = tuple(f".{leaf}" for leaf in LEAVES.values())
+"""The ends of the names of the KV cache's scales."""
 MOST_WEIGHTS_PER_BYTE = 3
 """Of 3 bits, 2.5 go into a byte."""
 READABLE_METHODS = (*PACKED_METHODS, bitsandbytes.METHOD)
@@ -256,6 +259,10 @@ class _Keeping:
     """What a loader of transformers' does to keep weights packed, whatever their format."""
 
     coding: Coding
+    cache_strategy: str | None = None
+    """How the scales of the KV cache are stored, where the config says that there are such."""
+    cached: Sequence[str] = ()
+    """The attention modules that wait for theirs."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
         coding = self.coding
@@ -280,6 +287,8 @@ class _Keeping:
                 disk: name for disk, name in self.expert_names.items() if name.rsplit(".", 2)[0] in homes
             }
         take_apart(model, check=False, only=homes)
+        if self.cache_strategy is not None:
+            self._await_cache_scales(model, entries)
         # Not a subclass of Embedding: those scale or mask what they look up.
         modules = {
             name: module
@@ -300,6 +309,27 @@ class _Keeping:
             shape = (module.weight.shape[0], module.weight.shape[1])
             leaves = coding.leaves(shape, scheme, module.weight.dtype, on_disk.get(name), entries)
             model.set_submodule(name, _Arriving(module, scheme, coding, leaves))
+
+    def _await_cache_scales(self, model: Any, entries: Mapping[str, TensorEntry]) -> None:
+        """Give the attention modules places for their scales: those of every list of layers that has some on disk."""
+        on_disk = {name: entry for name, entry in entries.items() if name.endswith(CACHE_LEAVES)}
+        if not on_disk:
+            raise CacheScaleError(
+                "quantization_config has a kv_cache_scheme, but every k_scale and v_scale is missing; an engine would "
+                "take 1.0, so quantize the model again"
+            )
+        first = next(iter(on_disk.values()))
+        attentions = loaded_attentions(model)
+        for name, attention in attentions.items():
+            shape = (attention.heads, 1, 1) if self.cache_strategy == "head" else (1,) if first.shape else ()
+            add_places(model.get_submodule(name), shape, first.dtype)
+        found = names_in_model(model, {name: (entry.shape, entry.dtype) for name, entry in on_disk.items()})
+        lists = {_list_around(name) for name in found.values()}
+        for name in attentions:
+            if _list_around(name) in lists:
+                self.cached = [*self.cached, name]
+            else:
+                drop_places(model.get_submodule(name))
 
     def _convert_model_for_quantization(self, model: nn.Module) -> None:
         """Nothing: transformers takes Llama 4's experts apart, kept ones too, whose weights are stacked on disk."""
@@ -354,6 +384,12 @@ class _Keeping:
                 function = model.get_submodule(follower)
                 model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
             freed = _give_back(freed + model.get_submodule(name).packed_bytes)  # type: ignore[operator, arg-type]
+        for name in self.cached:
+            module = model.get_submodule(name)
+            for leaf in LEAVES.values():
+                if not getattr(module._buffers[leaf], "_is_hf_initialized", False):
+                    module._buffers[leaf] = None  # made up, as it was not on disk
+            check_loaded(name, module)
         _share_inputs(model)
         self._names_for_saving(model)
         return model
@@ -374,12 +410,20 @@ class _Keeping:
         return False
 
 
+def _list_around(name: str) -> str:
+    """The list of layers that a module is in: its name up to the last number."""
+    parts = name.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[:last])
+
+
 class PackedQuantizer(_Keeping, CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
     """transformers' loader for compressed-tensors, with weights that stay packed."""
 
     def __init__(self, config: Any, **arguments: Any) -> None:
         super().__init__(config, **arguments)
         self.coding = find_coding(config.to_dict())
+        self.cache_strategy = parse_cache(config.to_dict())
 
 
 class PackedWordsQuantizer(_Keeping, HfQuantizer):  # type: ignore[misc]
