@@ -30,6 +30,7 @@ ROOMS = [
     "kernels",
     "planning",
     "calibration",
+    "kvcache",
     "components",
     "fp8",
     "guess",

@@ -586,6 +586,8 @@ def verify(
     """
     from vlmquant.checkpoint import check_coded, verify_checkpoint
     from vlmquant.checkpoint.coded import is_foreign
+    from vlmquant.checkpoint.reader import CacheScaleProblem
+    from vlmquant.errors import EXIT_CACHE_SCALE, EXIT_ERROR
 
     foreign = is_foreign(model)
     problems = list(check_coded(model)) if foreign else verify_checkpoint(model)
@@ -597,7 +599,8 @@ def verify(
             sound = "weights, config and model belong together; no manifest says whether files are as they were written"
         for line in problems or [f"{model}: {sound}"]:
             say(line)
-    raise typer.Exit(1 if problems else EXIT_OK)
+    code = EXIT_CACHE_SCALE if any(isinstance(line, CacheScaleProblem) for line in problems) else EXIT_ERROR
+    raise typer.Exit(code if problems else EXIT_OK)
 
 
 @app.command()

@@ -8,6 +8,7 @@ EXIT_GATE_INCONCLUSIVE = 4
 EXIT_SENTINEL = 5
 EXIT_DOES_NOT_FIT = 6
 EXIT_STARVED_EXPERTS = 7
+EXIT_CACHE_SCALE = 8
 
 
 class VlmquantError(Exception):
@@ -50,6 +51,12 @@ class StarvedExpertsError(SentinelError):
     """Too many experts of a mixture saw too few calibration tokens to be quantized on data."""
 
     exit_code = EXIT_STARVED_EXPERTS
+
+
+class CacheScaleError(SentinelError):
+    """A scale of the KV cache is missing, zero, infinite or saturated."""
+
+    exit_code = EXIT_CACHE_SCALE
 
 
 class DoesNotFitError(VlmquantError):

@@ -34,14 +34,15 @@ from vlmquant.components import (
     read_config,
 )
 from vlmquant.conversion import Lazy, Stored, left_aside, match
-from vlmquant.errors import CheckpointError, InputError, VlmquantError, first_line, shown
+from vlmquant.errors import CacheScaleError, CheckpointError, InputError, VlmquantError, first_line, shown
 from vlmquant.experts import Form, form_of, match_apart, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
 from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.formats.coding import PACKED_METHODS, Coding, Leaves, find_coding
-from vlmquant.formats.compressed_tensors import METHOD, parse_config, regex_matches
+from vlmquant.formats.compressed_tensors import METHOD, parse_cache, parse_config, regex_matches
 from vlmquant.fp8 import Source, find_source, forget_quantization, logical_tensors, quantization_of
 from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kvcache import LEAVES, add_places, check_loaded, drop_places, loaded_attentions, names_in_model
 from vlmquant.linear import (
     FollowingActivation,
     PermutedLinear,
@@ -55,6 +56,8 @@ from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
 
+CACHE_LEAVES = tuple(f".{leaf}" for leaf in LEAVES.values())
+"""The ends of the names of the KV cache's scales."""
 MOST_WEIGHTS_PER_BYTE = 3
 """Of 3 bits, 2.5 go into a byte."""
 READABLE_METHODS = (*PACKED_METHODS, bitsandbytes.METHOD)
@@ -380,6 +383,48 @@ class PackedQuantizer(_Keeping, CompressedTensorsHfQuantizer):  # type: ignore[m
     def __init__(self, config: Any, **arguments: Any) -> None:
         super().__init__(config, **arguments)
         self.coding = find_coding(config.to_dict())
+        self.cache_strategy = parse_cache(config.to_dict())
+        self.cached: list[str] = []
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
+        if self.cache_strategy is not None:
+            self._await_cache_scales(model, arguments.get("checkpoint_files") or ())
+        super()._process_model_before_weight_loading(model, **arguments)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
+        for name in self.cached:
+            module = model.get_submodule(name)
+            for leaf in LEAVES.values():
+                if not getattr(module._buffers[leaf], "_is_hf_initialized", False):
+                    module._buffers[leaf] = None  # made up, as it was not on disk
+            check_loaded(name, module)
+        return super()._process_model_after_weight_loading(model, **arguments)
+
+    def _await_cache_scales(self, model: Any, files: Iterable[str]) -> None:
+        """Give the attention modules places for their scales: those of every list of layers that has some on disk."""
+        on_disk = {
+            entry.name: entry
+            for file in files
+            for entry in read_header(Path(file))
+            if entry.name.endswith(CACHE_LEAVES)
+        }
+        if not on_disk:
+            raise CacheScaleError(
+                "quantization_config has a kv_cache_scheme, but every k_scale and v_scale is missing; an engine would "
+                "take 1.0, so quantize the model again"
+            )
+        first = next(iter(on_disk.values()))
+        attentions = loaded_attentions(model)
+        for name, attention in attentions.items():
+            shape = (attention.heads, 1, 1) if self.cache_strategy == "head" else (1,) if first.shape else ()
+            add_places(model.get_submodule(name), shape, first.dtype)
+        found = names_in_model(model, {name: (entry.shape, entry.dtype) for name, entry in on_disk.items()})
+        lists = {_list_around(name) for name in found.values()}
+        for name in attentions:
+            if _list_around(name) in lists:
+                self.cached.append(name)
+            else:
+                drop_places(model.get_submodule(name))
 
 
 class PackedWordsQuantizer(_Keeping, HfQuantizer):  # type: ignore[misc]
@@ -397,6 +442,13 @@ class PackedWordsQuantizer(_Keeping, HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return False
+
+
+def _list_around(name: str) -> str:
+    """The list of layers that a module is in: its name up to the last number."""
+    parts = name.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[:last])
 
 
 def _known_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import vlmquant
-from vlmquant import signals
+from vlmquant import kvcache, signals
 from vlmquant.algorithms import ALGORITHMS, rtn
 from vlmquant.calibration.encode import Batch, BatchMaker, BatchReport, make_batches
 from vlmquant.calibration.processor import load_processor
@@ -39,6 +39,7 @@ from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.gate import judge
 from vlmquant.grid import QuantizedWeight, grid_of
 from vlmquant.kernels.probe import compute_dtype
+from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan
 from vlmquant.progress import bar, stderr
@@ -148,7 +149,7 @@ def quantize(
         "command": _repeatable(command, components.model_dir),
         "settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()},
     }
-    if any(line.needs_data for line in plan.lines):
+    if plan.cache or any(line.needs_data for line in plan.lines):
         chosen = (
             recipe.calibration
             if calibration is None
@@ -179,6 +180,8 @@ def quantize(
                 if done.expert_tokens:
                     manifest["experts"] = done.expert_tokens
                     notes.append(_expert_note(done.expert_tokens, recipe))
+                if plan.cache:
+                    notes.append(kvcache.note(plan.cache, done.cache))
             writer.finish(manifest | {"errors": errors, "notes": notes})
     except AlreadyFinishedError:
         finished = read_manifest(writer.out)
@@ -201,8 +204,9 @@ def quantize_blocks(
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
-    Returns errors, notes and tokens per expert of all blocks together; codes are with the writer. Where memory runs
-    out, the calibration passes begin anew with single samples, for the blocks that are left; then DoesNotFitError.
+    Returns errors, notes, tokens per expert and cached maxima of all blocks together; codes are with the writer. Where
+    memory runs out, the calibration passes begin anew with single samples, for the blocks that are left; then
+    DoesNotFitError.
     """
     size = batch_size(writer)
     try:
@@ -267,6 +271,7 @@ def _quantize_blocks(
     errors: dict[str, float] = {}
     notes = list(outside.notes)
     expert_tokens: dict[str, list[int]] = {}
+    cache: dict[str, Maxima] = {}
     with bar("quantize", total=len(components.blocks)) as progress:
         for block in stream:
             for stage in block.stages():
@@ -277,8 +282,9 @@ def _quantize_blocks(
             errors |= block.errors
             notes += block.notes
             expert_tokens |= block.expert_tokens
+            cache |= block.cache
             progress.step(f"quantize {block.info.component}")
-    return BlockResult({}, {}, errors, tuple(notes), expert_tokens)
+    return BlockResult({}, {}, errors, tuple(notes), expert_tokens, cache)
 
 
 def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[ComponentMap, Plan]:
@@ -332,6 +338,8 @@ def _check_device(device: str) -> None:
 
 def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, **more: int) -> None:
     record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens, **more}
+    if result.cache:
+        record["cache"] = {name: asdict(maxima) for name, maxima in result.cache.items()}
     writer.add(unit, result.quantized, result.changed, record)
 
 
@@ -340,7 +348,8 @@ def _restore(writer: CheckpointWriter, unit: str | None) -> BlockResult | None:
     if (kept := writer.restored(unit)) is None:
         return None
     quantized, changed, record = kept
-    return BlockResult(quantized, changed, record["errors"], tuple(record["notes"]), record.get("experts", {}))
+    cache = kvcache.from_record(record)
+    return BlockResult(quantized, changed, record["errors"], tuple(record["notes"]), record.get("experts", {}), cache)
 
 
 def _expert_note(tokens: Mapping[str, list[int]], recipe: Recipe) -> str:

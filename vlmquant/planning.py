@@ -15,6 +15,7 @@ from torch import nn
 from vlmquant.components import COMPONENTS, OTHER, BlockInfo, ComponentMap, LinearInfo, ParameterInfo
 from vlmquant.errors import PlanError
 from vlmquant.families import NEVER_QUANTIZED
+from vlmquant.kvcache import CachePlan, plan_cache
 from vlmquant.packing import packed_columns
 from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
 from vlmquant.shards import dtype_name
@@ -118,6 +119,8 @@ class Plan:
     """One sentence for every layer that did not get the scheme the recipe asks for."""
     notes: tuple[str, ...] = field(default=())
     """What else is worth knowing before the work: a guess, what travels along, what a mixture of experts takes."""
+    cache: CachePlan | None = None
+    """How the KV cache is stored; None where the recipe says nothing of it."""
 
     @cached_property
     def _by_name(self) -> dict[str, PlanLine]:
@@ -137,7 +140,7 @@ class Plan:
 
     @property
     def bytes_after(self) -> int:
-        return self.totals.bytes_after
+        return self.totals.bytes_after + (self.cache.nbytes if self.cache else 0)
 
     @property
     def bits_per_weight(self) -> float:
@@ -167,6 +170,7 @@ class Plan:
             },
             "fallbacks": list(self.fallbacks),
             "notes": list(self.notes),
+            **({"kv_cache": self.cache.to_json()} if self.cache else {}),
             "lines": [_line_json(line) for line in self.lines],
         }
 
@@ -260,7 +264,8 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
         _line(parameter, choices.get(parameter.name), components, recipe) for parameter in components.parameters
     )
     fallbacks = tuple(f"{name}: {choice.reason}" for name, choice in choices.items() if choice.fallback)
-    return Plan(lines, fallbacks, tuple(_notes(components, lines)))
+    cache = plan_cache(components, recipe.kv_cache, written_dtype(components, recipe)) if recipe.kv_cache else None
+    return Plan(lines, fallbacks, tuple(_notes(components, lines, cache)), cache)
 
 
 def written_dtype(components: ComponentMap, recipe: Recipe) -> torch.dtype:
@@ -286,13 +291,19 @@ def as_written(components: ComponentMap, plan: Plan, recipe: Recipe) -> Componen
     return components.rounded(kept, written_dtype(components, recipe))
 
 
-def _notes(components: ComponentMap, lines: Sequence[PlanLine]) -> Iterator[str]:
+def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan | None) -> Iterator[str]:
     family, kind = components.family, components.config.model_type
     if components.source:
         written = dtype_name(components.dtype)
         yield (
             f"the source is {components.source.label}: its weights are dequantized when they are read, and what of "
             f"them is kept is written in {written}"
+        )
+    if cache:
+        before, after = cache.token_bytes
+        yield (
+            f"KV cache: {len(cache.attentions)} layers in FP8 with a scale for each {cache.each}: {after:,} bytes per "
+            f"token instead of {before:,} in {dtype_name(cache.dtype)}"
         )
     narrowed = [
         line

@@ -297,6 +297,19 @@ class CalibrationSpec(Data):
     experts: ExpertOptions = ExpertOptions()
 
 
+def _short_kv_cache(value: Any) -> Any:
+    return {"dtype": value} if isinstance(value, str) else value
+
+
+class KvCacheSpec(Data):
+    """How an engine is to store the keys and values of the language model's attention."""
+
+    dtype: Literal["fp8"]
+    """fp8: float8_e4m3fn, by scales from the calibration set."""
+    strategy: Literal["tensor", "head"] = "tensor"
+    """tensor: one scale for a layer's keys and one for its values; head: one for each head."""
+
+
 class OutputSpec(Data):
     format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"] = "compressed-tensors"
     """gptq, gptq_v2 and awq hold the language layers in one scheme (4 bits, gptq also 8) and nothing else quantized."""
@@ -360,6 +373,8 @@ class Recipe(Data):
     """For a model whose parts are not where vlmquant looks for them."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
+    kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None
+    """Null: the engine's default."""
     output: OutputSpec = OutputSpec()
     gate: GateSpec = GateSpec()
     target: TargetSpec | None = None
@@ -371,6 +386,10 @@ class Recipe(Data):
             raise ValueError("nf4 and bnb-int8 need output: {format: bitsandbytes} and no other scheme beside them")
         if self.output.format == "bitsandbytes" and True not in uses:
             raise ValueError("output format bitsandbytes needs a component with scheme nf4 or bnb-int8")
+        if self.output.format == "bitsandbytes" and self.kv_cache:
+            raise ValueError(
+                "output format bitsandbytes has no place for the scales of kv_cache; leave one of them out"
+            )
         return self
 
     def specs(self) -> Iterator[tuple[str, ComponentSpec]]:

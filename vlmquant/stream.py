@@ -26,6 +26,7 @@ from vlmquant.experts import Experts
 from vlmquant.families import Fold
 from vlmquant.grid import Grid, QuantizedWeight, grid_of, nvfp4_divisor
 from vlmquant.kernels.reference import round_inputs
+from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
 from vlmquant.shards import some
@@ -54,6 +55,8 @@ class BlockResult:
     notes: tuple[str, ...] = ()
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
     """For each module of experts, how many calibration tokens were routed to each of them."""
+    cache: dict[str, Maxima] = field(default_factory=dict)
+    """What attention modules put into the KV cache, where the plan quantizes it."""
 
 
 @dataclass(frozen=True)
@@ -319,10 +322,28 @@ class Block:
         self.expert_tokens = dict(restored.expert_tokens) if restored else {}
         self._shown: dict[str, list[float | None]] = {}
         """For each module of experts and each expert: the share of others' tokens that it is shown, None for none."""
+        self._restored_cache = dict(restored.cache) if restored else {}
+        self._cached: dict[str, tuple[Tensor, Tensor]] = {}
+        """Absolute maxima of K and V for each head, so far."""
 
     @property
     def result(self) -> BlockResult:
-        return BlockResult(self.quantized, self.changed, self.errors, tuple(self.notes), self.expert_tokens)
+        return BlockResult(self.quantized, self.changed, self.errors, tuple(self.notes), self.expert_tokens, self.cache)
+
+    @property
+    def cache(self) -> dict[str, Maxima]:
+        """What its attention put into the KV cache over all batches, with the final weights."""
+        seen = {name: Maxima(*(tuple(one.tolist()) for one in pair)) for name, pair in self._cached.items()}
+        return self._restored_cache | seen
+
+    def note_cached(self, name: str, keys: Tensor, values: Tensor) -> None:
+        """What an attention module is about to cache in one pass; its linears have their codes by then."""
+        if self.settled:
+            return
+        mask = _walk().token_mask
+        found = absolute_maxima(keys, mask), absolute_maxima(values, mask)
+        before = self._cached.get(name, found)
+        self._cached[name] = (before[0].maximum(found[0]), before[1].maximum(found[1]))
 
     def stages(self) -> Iterator[Stage]:
         """The stages in the order of the forward pass; the caller finishes each before it asks for the next."""
@@ -726,6 +747,8 @@ class BlockStream:
         return own is not None and any(name.startswith(others) for name in seen if not name.startswith(own))
 
     def _needs_data(self, info: BlockInfo) -> bool:
+        if self.plan.cache and self.plan.cache.inside(info.name):
+            return True
         lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]
         return any(line.needs_data for line in lines)
 
@@ -815,6 +838,8 @@ class BlockStream:
                     experts = self.model.get_submodule(home)
                     assert isinstance(experts, Experts)
                     experts.watch = functools.partial(self._watch, home[len(info.name) + 1 :])
+            for attention in self.plan.cache.inside(info.name) if self.plan.cache else ():
+                intercept(self.model.get_submodule(attention.name), self._note_cached(attention.name))
             for linear in info.linears:
                 self._take_over_linear(linear, self._inside_block(linear.local))
         if head := self.components.family.lm_head:
@@ -834,6 +859,14 @@ class BlockStream:
     ) -> Iterator[Tensor | None]:
         assert self._current is not None
         return self._current.watch(module, given, tokens, blend=blend)
+
+    def _note_cached(self, name: str) -> Change:
+        def note(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            assert self._current is not None
+            self._current.note_cached(name, keys, values)
+            return keys, values
+
+        return note
 
     def _inside_block(self, local: str) -> Callable[[nn.Linear, Tensor], Tensor]:
         def forward(module: nn.Linear, inputs: Tensor) -> Tensor:

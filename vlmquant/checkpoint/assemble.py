@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import vlmquant
+from vlmquant import kvcache
 from vlmquant.checkpoint.card import base_name, base_revision, card
 from vlmquant.checkpoint.companions import CARD_NAME, Companions
 from vlmquant.checkpoint.files import TensorSpec, copy_file, sha256_of, write_safetensors, write_text
@@ -35,9 +36,17 @@ SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def write_weights(
-    target: Path, components: ComponentMap, recipe: Recipe, plan: Plan, units: Mapping[str, Unit]
+    target: Path,
+    components: ComponentMap,
+    recipe: Recipe,
+    plan: Plan,
+    units: Mapping[str, Unit],
+    maxima: Mapping[str, kvcache.Maxima],
 ) -> None:
-    """Shards and index: the model's tensors in the order of its files, each replaced by what a unit holds for it."""
+    """Shards and index: the model's tensors in the order of its files, each replaced by what a unit holds for it.
+
+    maxima: what attention put into the KV cache, whose scales come last.
+    """
     done = {name: unit for unit in units.values() for name in (*unit.quantized, *unit.changed)}
     copied = copied_tensors(components, plan, changed={name for unit in units.values() for name in unit.changed})
     reads: dict[str, Callable[[str], Tensor]] = {}  # final tensor name -> how to read it
@@ -61,6 +70,10 @@ def write_weights(
             group = [TensorSpec(parameter.disk, parameter.dtype, parameter.shape)]
             reads[parameter.disk] = partial(_read_parameter, components, parameter.name)
         groups.append(group)
+    if plan.cache:
+        scales = kvcache.make_scales(plan.cache, maxima)
+        groups.append([TensorSpec(name, scale.dtype, tuple(scale.shape)) for name, scale in scales.items()])
+        reads |= dict.fromkeys(scales, scales.__getitem__)
 
     def read(name: str) -> Tensor:
         return reads[name](name)

@@ -65,6 +65,7 @@ def card(
         f"Made from [{base}](https://huggingface.co/{base}) at revision `{revision}`." if revision else "",
         _table(plan),
         _calibration((manifest or {}).get("calibration")),
+        _cache(plan),
         _command((manifest or {}).get("command")),
         _loading(auto_class(components.config).__name__, recipe),
         f"The recipe, what became of every weight, each layer's error and the checksums of all files are in "
@@ -112,6 +113,15 @@ def _calibration(record: Mapping[str, Any] | None) -> str:
     return (
         f"Calibrated on {total} samples of the set {shown(record.get('set'))} ({tasks}), sha256 "
         f"`{shown(record.get('sha256'))}`."
+    )
+
+
+def _cache(plan: Plan) -> str:
+    if plan.cache is None:
+        return ""
+    return (
+        f"It holds scales for an FP8 KV cache (`kv_cache_scheme`, one for each {plan.cache.each}) from the same "
+        "samples; engines that read them use such a cache by themselves."
     )
 
 

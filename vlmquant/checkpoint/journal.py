@@ -36,12 +36,20 @@ class _Begun(BaseModel):
     fingerprint: dict[str, str]
 
 
+class CacheRecord(BaseModel):
+    """Absolute maxima of an attention module's keys and values, for each head."""
+
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+
+
 class _Record(BaseModel):
     """What is read of a unit's record."""
 
     errors: dict[str, float] = {}
     notes: tuple[str, ...] = ()
     experts: dict[str, tuple[int, ...]] = {}
+    cache: dict[str, CacheRecord] = {}
     batch_size: Annotated[int, Field(ge=1)] | None = None
 
 

@@ -78,6 +78,20 @@ class Calibration(_Data):
     """Hashes of the decoded pixels, which no evaluation may use."""
 
 
+class CacheLayer(_Data):
+    """Absolute maxima of what an attention module caches, for each head."""
+
+    disk: str
+    """The module's name on disk."""
+    keys: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+class CacheSummary(_Data):
+    strategy: Literal["tensor", "head"]
+    maxima: dict[str, CacheLayer]
+
+
 class Evaluation(_Data):
     """What `eval --card` measured last."""
 
@@ -115,6 +129,7 @@ class Manifest(_Data):
     notes: tuple[str, ...] = ()
     experts: dict[str, tuple[Count, ...]] = {}
     """Calibration tokens of each expert, by layer."""
+    kv_cache: CacheSummary | None = None
 
     @model_validator(mode="after")
     def _names_every_tensor(self) -> "Manifest":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vlmquant import kvcache
 from vlmquant.checkpoint.files import sha256_of
 from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, parse_manifest, read_manifest, seal_problem
 from vlmquant.checkpoint.ownership import unlisted
@@ -87,6 +88,32 @@ def _index_problems(path: Path, shards: Shards) -> Iterator[str]:
             yield f"{index}: total_size is {shown(total)}, but the tensors have {shards.total_bytes} bytes"
 
 
+class CacheScaleProblem(str):
+    """A line about a scale by which an engine would read its KV cache wrong: `verify` has an exit code for it."""
+
+
+def cache_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The scales of the KV cache that a checkpoint must hold, by their names on disk."""
+    cache = manifest.get("kv_cache") or {"maxima": {}}
+    return {
+        f"{layer['disk']}.{leaf}": (1,) if cache["strategy"] == "tensor" else (len(layer[kind]), 1, 1)
+        for layer in cache["maxima"].values()
+        for kind, leaf in kvcache.LEAVES.items()
+    }
+
+
+def _cache_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[CacheScaleProblem]:
+    for name, shape in cache_shapes(manifest).items():
+        entry = shards.entries.get(name)
+        if entry is None:
+            yield CacheScaleProblem(f"{path}: tensor {shown(name)}, a scale of the KV cache, is missing")
+        elif entry.shape != shape or not entry.dtype.is_floating_point:
+            found = f"{entry.dtype} {list(entry.shape)}"
+            yield CacheScaleProblem(f"{path}: tensor {shown(name)} is {found}, its kv_cache needs {list(shape)}")
+        elif problem := kvcache.scale_problem(shards.read(name)):
+            yield CacheScaleProblem(f"{entry.file}: tensor {name} {problem}")
+
+
 def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[str]:
     entries = shards.entries
     written = Recipe.model_validate(manifest["recipe"]).output.format
@@ -118,5 +145,7 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
                 yield f"{path}: tensor {shown(name)} is {found}, its scheme needs {dtype} {list(part)}"
             elif name.endswith(("_scale", ".scales")) and (bad := compressed_tensors.bad_scales(shards.read(name))):
                 yield f"{entry.file}: tensor {name} has {bad} scales that are not finite numbers above 0"
+    yield from _cache_problems(path, shards, manifest)
     yield from (f"{path}: tensor {shown(name)} is missing" for name in sorted(expected - entries.keys()))
+    expected |= cache_shapes(manifest).keys()
     yield from (f"{path}: tensor {shown(name)} is in no plan" for name in sorted(entries.keys() - expected))

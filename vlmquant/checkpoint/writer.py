@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmquant import signals
+from vlmquant import kvcache, signals
 from vlmquant.checkpoint import assemble
 from vlmquant.checkpoint.files import Lock, disk_errors, sync_directory
 from vlmquant.checkpoint.inputs import Digests, Inputs
@@ -160,6 +160,8 @@ class CheckpointWriter:
         }
         if set(unit.quantized) != planned or not all(map(self._may_change, unit.changed)):
             return False
+        if self.plan.cache and {one.name for one in self.plan.cache.inside(name)} != set(unit.record.get("cache", {})):
+            return False
         expected: dict[str, tuple[Any, tuple[int, ...]]] = {}
         for name in unit.changed:
             disk = self.components.parameter(name).disk
@@ -201,7 +203,7 @@ class CheckpointWriter:
 
         quantized, changed: by parameter name; `changed` are kept weights whose values are no longer the model's.
         record: plain JSON data to be given back by `restored`.
-        Raises SentinelError where a value is not finite or a scale not above 0.
+        Raises SentinelError where a value is not finite or a scale not above 0, CacheScaleError for one of the cache.
         """
         tensors: dict[str, Tensor] = {}
         for name, weight in quantized.items():
@@ -220,6 +222,10 @@ class CheckpointWriter:
                     f"{name}: its output error is {error}; its weights or inputs are too large to be quantized, so "
                     "list it under `keep` in the recipe"
                 )
+        if self.plan.cache and block:
+            maxima = kvcache.from_record(record)
+            kvcache.require_maxima(self.plan.cache, (one.name for one in self.plan.cache.inside(block)), maxima)
+            kvcache.make_scales(self.plan.cache, maxima)
         with disk_errors(self._work.path):
             self._journal.add(
                 block or OUTSIDE, tensors, quantized=tuple(quantized), changed=tuple(changed), record=record
@@ -262,9 +268,14 @@ class CheckpointWriter:
         manifest: what the caller adds to vlmquant.json (calibration, errors, notes ...). Where it is the same, two runs
         write the same bytes. A format that is not in FORMATS has put its weights and config into `partial`.
         """
+        maxima = self._cache_maxima()
+        if self.plan.cache:
+            manifest = manifest | {"kv_cache": kvcache.manifest_record(self.plan.cache, maxima)}
         with disk_errors(self.partial):
             if self._quantization_config is not None:
-                assemble.write_weights(self.partial, self.components, self.recipe, self.plan, self._journal.units)
+                assemble.write_weights(
+                    self.partial, self.components, self.recipe, self.plan, self._journal.units, maxima
+                )
                 assemble.write_config(self.partial, self.components, self._quantization_config)
             changed = {name for unit in self._journal.units.values() for name in unit.changed}
             assemble.write_rest(
@@ -280,6 +291,14 @@ class CheckpointWriter:
             self._put_in_place()
         self._finished = True
         return self.out
+
+    def _cache_maxima(self) -> dict[str, kvcache.Maxima]:
+        """Of all attention modules, from the blocks' records, in the model's order."""
+        if self.plan.cache is None:
+            return {}
+        found = {name: one for record in self.records() for name, one in kvcache.from_record(record).items()}
+        kvcache.require_maxima(self.plan.cache, self.plan.cache.attentions, found)
+        return {name: found[name] for name in self.plan.cache.attentions}
 
     def _put_in_place(self) -> None:
         replaced = self._work.path / REPLACED_NAME

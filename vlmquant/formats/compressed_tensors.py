@@ -33,6 +33,12 @@ PACKED, INT8, FP8, NVFP4, MXFP4 = (
     "mxfp4-pack-quantized",
 )
 MIXED = "mixed-precision"
+DENSE = "dense"
+"""Of a checkpoint whose weights are all kept."""
+CACHE_SCHEME: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+"""kv_cache_scheme, beside its strategy."""
+CACHE_STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
+"""A recipe's word for a strategy -> the library's."""
 INT8_OFFSET = 128
 """Our codes are unsigned; int8 tensors hold code - 128."""
 
@@ -225,16 +231,16 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
                 targets.append(EMBEDDING_CLASS)
             groups[f"group_{len(groups)}"] = _group(scheme, targets)
             formats.append(storage_format(scheme))
-    if not groups:
+    if not groups and not plan.cache:
         raise PlanError("the recipe quantizes nothing in this model; give a component a scheme other than fp16")
     quantized = [name for name in modules if schemes.get(name) is not None]
     ignore = _patterns(members.get(None, []), places.values(), quantized) + _travelling(components, modules)
     config = {
         "quant_method": METHOD,
-        "format": formats[0] if len(set(formats)) == 1 else MIXED,
+        "format": (formats[0] if len(set(formats)) == 1 else MIXED) if formats else DENSE,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": CACHE_SCHEME | {"strategy": CACHE_STRATEGIES[plan.cache.strategy]} if plan.cache else None,
         "config_groups": groups,
         "ignore": ignore,
         "version": VERSION,
@@ -548,7 +554,25 @@ class _Config(BaseModel):
     config_groups: dict[str, _Group]
     ignore: list[str] | None = None
     format: str | None = None
-    kv_cache_scheme: Any = None
+    kv_cache_scheme: _Numbers | None = None
+
+
+def parse_cache(config: Mapping[str, Any]) -> str | None:
+    """The strategy of the KV cache's scales, tensor or head; None without a kv_cache_scheme.
+
+    CheckpointError for a scheme that we do not have.
+    """
+    read: _Config = check(_Config, dict(config), where="quantization_config", error=CheckpointError)
+    found = read.kv_cache_scheme
+    if found is None:
+        return None
+    theirs = found.strategy or CACHE_STRATEGIES["tensor"]
+    strategy = next((ours for ours, name in CACHE_STRATEGIES.items() if name == theirs), None)
+    if strategy is None or found.model_dump(include=set(CACHE_SCHEME)) != CACHE_SCHEME:
+        raise CheckpointError(
+            "quantization_config: its kv_cache_scheme is not one of ours: FP8 with fixed scales, for tensors or heads"
+        )
+    return strategy
 
 
 def _scheme_of(name: str, group: _Group) -> Scheme:
@@ -610,10 +634,8 @@ def parse_config(config: Any) -> tuple[list[tuple[list[str], Scheme]], list[str]
     if method != METHOD:
         raise CheckpointError(f"quantization_config: quant_method is {shown(repr(method))}, not {METHOD!r}")
     read: _Config = check(_Config, dict(config), where="quantization_config", error=CheckpointError)
-    if not read.config_groups or read.kv_cache_scheme:
-        raise CheckpointError(
-            "quantization_config: has no config_groups, or a quantized cache, so it is not one of ours"
-        )
+    if parse_cache(config) is None and not read.config_groups:
+        raise CheckpointError("quantization_config: has no config_groups, so it is not one of ours")
     parsed = []
     for name, group in read.config_groups.items():
         scheme = _scheme_of(name, group)
