@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -259,10 +259,6 @@ class _Keeping:
     """What a loader of transformers' does to keep weights packed, whatever their format."""
 
     coding: Coding
-    cache_strategy: str | None = None
-    """How the scales of the KV cache are stored, where the config says that there are such."""
-    cached: Sequence[str] = ()
-    """The attention modules that wait for theirs."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
         coding = self.coding
@@ -287,8 +283,6 @@ class _Keeping:
                 disk: name for disk, name in self.expert_names.items() if name.rsplit(".", 2)[0] in homes
             }
         take_apart(model, check=False, only=homes)
-        if self.cache_strategy is not None:
-            self._await_cache_scales(model, entries)
         # Not a subclass of Embedding: those scale or mask what they look up.
         modules = {
             name: module
@@ -309,27 +303,6 @@ class _Keeping:
             shape = (module.weight.shape[0], module.weight.shape[1])
             leaves = coding.leaves(shape, scheme, module.weight.dtype, on_disk.get(name), entries)
             model.set_submodule(name, _Arriving(module, scheme, coding, leaves))
-
-    def _await_cache_scales(self, model: Any, entries: Mapping[str, TensorEntry]) -> None:
-        """Give the attention modules places for their scales: those of every list of layers that has some on disk."""
-        on_disk = {name: entry for name, entry in entries.items() if name.endswith(CACHE_LEAVES)}
-        if not on_disk:
-            raise CacheScaleError(
-                "quantization_config has a kv_cache_scheme, but every k_scale and v_scale is missing; an engine would "
-                "take 1.0, so quantize the model again"
-            )
-        first = next(iter(on_disk.values()))
-        attentions = loaded_attentions(model)
-        for name, attention in attentions.items():
-            shape = (attention.heads, 1, 1) if self.cache_strategy == "head" else (1,) if first.shape else ()
-            add_places(model.get_submodule(name), shape, first.dtype)
-        found = names_in_model(model, {name: (entry.shape, entry.dtype) for name, entry in on_disk.items()})
-        lists = {_list_around(name) for name in found.values()}
-        for name in attentions:
-            if _list_around(name) in lists:
-                self.cached = [*self.cached, name]
-            else:
-                drop_places(model.get_submodule(name))
 
     def _convert_model_for_quantization(self, model: nn.Module) -> None:
         """Nothing: transformers takes Llama 4's experts apart, kept ones too, whose weights are stacked on disk."""
@@ -384,12 +357,6 @@ class _Keeping:
                 function = model.get_submodule(follower)
                 model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
             freed = _give_back(freed + model.get_submodule(name).packed_bytes)  # type: ignore[operator, arg-type]
-        for name in self.cached:
-            module = model.get_submodule(name)
-            for leaf in LEAVES.values():
-                if not getattr(module._buffers[leaf], "_is_hf_initialized", False):
-                    module._buffers[leaf] = None  # made up, as it was not on disk
-            check_loaded(name, module)
         _share_inputs(model)
         self._names_for_saving(model)
         return model
@@ -410,13 +377,6 @@ class _Keeping:
         return False
 
 
-def _list_around(name: str) -> str:
-    """The list of layers that a module is in: its name up to the last number."""
-    parts = name.split(".")
-    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
-    return ".".join(parts[:last])
-
-
 class PackedQuantizer(_Keeping, CompressedTensorsHfQuantizer):  # type: ignore[misc]  # transformers is not typed
     """transformers' loader for compressed-tensors, with weights that stay packed."""
 
@@ -424,6 +384,47 @@ class PackedQuantizer(_Keeping, CompressedTensorsHfQuantizer):  # type: ignore[m
         super().__init__(config, **arguments)
         self.coding = find_coding(config.to_dict())
         self.cache_strategy = parse_cache(config.to_dict())
+        self.cached: list[str] = []
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **arguments: Any) -> None:
+        if self.cache_strategy is not None:
+            self._await_cache_scales(model, arguments.get("checkpoint_files") or ())
+        super()._process_model_before_weight_loading(model, **arguments)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **arguments: Any) -> nn.Module:
+        for name in self.cached:
+            module = model.get_submodule(name)
+            for leaf in LEAVES.values():
+                if not getattr(module._buffers[leaf], "_is_hf_initialized", False):
+                    module._buffers[leaf] = None  # made up, as it was not on disk
+            check_loaded(name, module)
+        return super()._process_model_after_weight_loading(model, **arguments)
+
+    def _await_cache_scales(self, model: Any, files: Iterable[str]) -> None:
+        """Give the attention modules places for their scales: those of every list of layers that has some on disk."""
+        on_disk = {
+            entry.name: entry
+            for file in files
+            for entry in read_header(Path(file))
+            if entry.name.endswith(CACHE_LEAVES)
+        }
+        if not on_disk:
+            raise CacheScaleError(
+                "quantization_config has a kv_cache_scheme, but every k_scale and v_scale is missing; an engine would "
+                "take 1.0, so quantize the model again"
+            )
+        first = next(iter(on_disk.values()))
+        attentions = loaded_attentions(model)
+        for name, attention in attentions.items():
+            shape = (attention.heads, 1, 1) if self.cache_strategy == "head" else (1,) if first.shape else ()
+            add_places(model.get_submodule(name), shape, first.dtype)
+        found = names_in_model(model, {name: (entry.shape, entry.dtype) for name, entry in on_disk.items()})
+        lists = {_list_around(name) for name in found.values()}
+        for name in attentions:
+            if _list_around(name) in lists:
+                self.cached.append(name)
+            else:
+                drop_places(model.get_submodule(name))
 
 
 class PackedWordsQuantizer(_Keeping, HfQuantizer):  # type: ignore[misc]
@@ -441,6 +442,13 @@ class PackedWordsQuantizer(_Keeping, HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return False
+
+
+def _list_around(name: str) -> str:
+    """The list of layers that a module is in: its name up to the last number."""
+    parts = name.split(".")
+    last = max((place for place, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return ".".join(parts[:last])
 
 
 def _known_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
