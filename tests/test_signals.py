@@ -51,6 +51,16 @@ def test_without_a_check_it_is_obeyed_on_the_spot() -> None:
     assert (code, out, err) == (143, "", "")
 
 
+def test_an_import_is_ended_without_an_exception(tmp_path: Path) -> None:
+    """C code that calls Python while a module loads may have no way out for an exception: ctypes tells and drops it."""
+    tmp_path.joinpath("slow.py").write_text(
+        "import ctypes, os, signal, time\n"
+        "def wait():\n    os.kill(os.getpid(), signal.SIGTERM)\n    for _ in range(100): time.sleep(0.05)\n"
+        "ctypes.CFUNCTYPE(None)(wait)()\n"
+    )
+    assert run(f"sys.path.insert(0, {str(tmp_path)!r})\nimport slow\nprint('on')") == (143, "", "")
+
+
 def test_a_second_signal_is_obeyed_at_once() -> None:
     program = "signals.PATIENCE = 30\nfor _ in range(2): os.kill(os.getpid(), signal.SIGINT)\nprint('still here')"
     assert run(program) == (130, "", "")

@@ -3,13 +3,15 @@
 A handler that raises wherever it happens to be can be lost: C code drops the exception while it imports or frees
 something. So ours only notes the signal. `check` obeys it, and stands between blocks, stages, batches and files (every
 step of a progress bar asks). Where no such place comes within PATIENCE seconds, or the user asks again, the exception
-is raised on the spot; `held` keeps it out of what must be done as a whole.
+is raised on the spot; `held` keeps it out of what must be done as a whole. Not inside an import: C++ code that calls
+Python while a library loads ends the process with a dump, so there the process ends by itself, as nothing has begun.
 
 While the exception is on its way out it is not raised once more, so that what it ends can clean up. Where somebody
 swallowed it, it is gone, and raised again at the next place, or after PATIENCE. The end of the process says the signal
 in any case: see `__main__`.
 """
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from weakref import ReferenceType, ref
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 PATIENCE = 1.0
 """Seconds between a signal and the first time it is obeyed on the spot, and between the times after that."""
+IMPORTS = "<frozen importlib._bootstrap>"
+"""Where the code stands that runs a module when it is imported."""
 CLEANING_UP = 10.0
 """Seconds after which an exception that still exists is no longer taken to be on its way out: somebody kept it."""
 
@@ -97,8 +101,18 @@ def _note(number: int, frame: FrameType | None) -> None:
 
 
 def _again(number: int, frame: FrameType | None) -> None:
-    if _received is not None and not _holds and not _on_its_way():
-        raise _stopped(_received)
+    if _received is None or _holds or _on_its_way():
+        return
+    if _importing(frame):
+        os._exit(128 + _received)
+    raise _stopped(_received)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether the code that a signal found running is a module that is being imported, or what it calls."""
+    while frame is not None and frame.f_code.co_filename != IMPORTS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _stopped(number: int) -> Stopped:
