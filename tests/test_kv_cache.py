@@ -22,12 +22,13 @@ from vlmquant import cli, kvcache, pipeline
 from vlmquant.calibration.encode import Encoder
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sets import load_set
-from vlmquant.checkpoint import read_manifest, verify_checkpoint
+from vlmquant.checkpoint import check_coded, read_manifest, verify_checkpoint
 from vlmquant.components import resolve_components
 from vlmquant.errors import CacheScaleError, CheckpointError, PlanError, RecipeError
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.scoring import score_here
 from vlmquant.evaluation.settings import Settings
+from vlmquant.export import export
 from vlmquant.formats.compressed_tensors import METHOD, parse_cache, parse_config
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
@@ -366,6 +367,23 @@ def test_a_scale_of_no_use_is_told_by_load_eval_and_verify(
     assert "_scale" in capsys.readouterr().out
 
 
+def test_scales_in_a_file_without_our_manifest_are_checked_and_not_lost(
+    by_tensor: pipeline.Quantized, tmp_path: Path
+) -> None:
+    foreign = Path(shutil.copytree(by_tensor.path, tmp_path / "foreign"))
+    (foreign / "vlmquant.json").unlink()
+    assert list(check_coded(foreign)) == []
+    with pytest.raises(PlanError, match="has scales of a KV cache"):
+        export(foreign, "gptq", tmp_path / "gptq")
+    rewrite(foreign, set_to(f"{LAYER.format(0)}.k_scale", 0.0))
+    (problem,) = check_coded(foreign)
+    assert isinstance(problem, kvcache.CacheScaleProblem)
+    assert problem.endswith("layers.0.self_attn.k_scale is 0 or less")
+    rewrite(foreign, drop_all)
+    (problem,) = check_coded(foreign)
+    assert isinstance(problem, kvcache.CacheScaleProblem)
+
+
 @pytest.mark.parametrize(
     ("projection", "value", "message"),
     [
@@ -464,6 +482,7 @@ def test_the_short_form_is_the_long_one() -> None:
         (GPTQ, "{dtype: fp8, stratgy: head}", r"unknown key 'stratgy', did you mean 'strategy'"),
         (GPTQ, "{strategy: head}", r"kv_cache: key 'dtype' is missing"),
         ("{language: nf4}\noutput: {format: bitsandbytes}", "fp8", r"bitsandbytes has no place for the scales"),
+        (f"{GPTQ}\noutput: {{format: gptq}}", "fp8", r"output format gptq has no place for the scales"),
     ],
 )
 def test_a_wrong_kv_cache_is_named(components: str, cache: str, message: str) -> None:

@@ -586,8 +586,8 @@ def verify(
     """
     from vlmquant.checkpoint import check_coded, verify_checkpoint
     from vlmquant.checkpoint.coded import is_foreign
-    from vlmquant.checkpoint.reader import CacheScaleProblem
     from vlmquant.errors import EXIT_CACHE_SCALE, EXIT_ERROR
+    from vlmquant.kvcache import CacheScaleProblem
 
     foreign = is_foreign(model)
     problems = list(check_coded(model)) if foreign else verify_checkpoint(model)

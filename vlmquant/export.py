@@ -77,6 +77,11 @@ def export(
             f"{coded.path}: {floats[0]} is {coded.schemes[floats[0]].label}, floating point, and no integer format "
             "holds it; quantize the original model by a recipe with that output format"
         )
+    if coded.cache_scales:
+        raise PlanError(
+            f"{coded.path}: has scales of a KV cache ({coded.cache_scales[0]}, ...), which export does not carry over; "
+            "quantize the original model by a recipe with that output format and without kv_cache"
+        )
     check_output(Path(out), components.model_dir, resume=False, force=force)
     manifest = _manifest_of(coded.path)
     plan = _plan(coded, format, manifest)

@@ -384,6 +384,10 @@ def scale_problem(scale: Tensor) -> str | None:
     return None
 
 
+class CacheScaleProblem(str):
+    """A line about a scale by which an engine would read its KV cache wrong: `verify` has an exit code for it."""
+
+
 def _told(values: Tensor) -> str:
     low, high = values.min().item(), values.max().item()
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

@@ -386,9 +386,9 @@ class Recipe(Data):
             raise ValueError("nf4 and bnb-int8 need output: {format: bitsandbytes} and no other scheme beside them")
         if self.output.format == "bitsandbytes" and True not in uses:
             raise ValueError("output format bitsandbytes needs a component with scheme nf4 or bnb-int8")
-        if self.output.format == "bitsandbytes" and self.kv_cache:
+        if self.output.format != "compressed-tensors" and self.kv_cache:
             raise ValueError(
-                "output format bitsandbytes has no place for the scales of kv_cache; leave one of them out"
+                f"output format {self.output.format} has no place for the scales of kv_cache; leave one out"
             )
         return self
 

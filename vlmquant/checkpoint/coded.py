@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlmquant import signals
+from vlmquant import kvcache, signals
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.components import CONFIG_NAME, ComponentMap, read_config, resolve_components
 from vlmquant.conversion import Lazy, Read, Stored
-from vlmquant.errors import CheckpointError, InputError, VlmquantError, shown
-from vlmquant.formats import FORMATS
+from vlmquant.errors import CacheScaleError, CheckpointError, InputError, VlmquantError, shown
+from vlmquant.formats import FORMATS, compressed_tensors
 from vlmquant.formats.coding import PACKED_METHODS, Coding, find_coding
+from vlmquant.formats.compressed_tensors import parse_cache
 from vlmquant.fp8 import Logical
 from vlmquant.grid import QuantizedWeight
 from vlmquant.recipe import Scheme
@@ -44,6 +45,8 @@ class Coded:
     """As of an unquantized model."""
     schemes: dict[str, Scheme]
     """Of every weight that is stored as codes, by the parameter's name."""
+    cache_scales: tuple[str, ...] = ()
+    """Of the KV cache, where the config has a scheme for it: names on disk."""
 
     def module(self, name: str) -> str:
         """What a weight's module is called on disk."""
@@ -83,8 +86,11 @@ def open_coded(path: Path, *, trust_remote_code: bool = False) -> Coded:
     except CheckpointError as error:
         raise CheckpointError(f"{path / CONFIG_NAME}: {error}") from error
 
+    quantized_cache = coding.format == compressed_tensors.METHOD and parse_cache(content["quantization_config"])
+    leaves = tuple(f".{leaf}" for leaf in kvcache.LEAVES.values()) if quantized_cache else ()
+
     def logical(shards: Shards, dtype: torch.dtype) -> Logical:
-        return _logical(shards, coding, dtype)
+        return _logical(shards, coding, dtype, apart=tuple(name for name in shards.entries if name.endswith(leaves)))
 
     components = resolve_components(path, trust_remote_code=trust_remote_code, logical=logical)
     coded = [one.name for one in components.parameters if not one.copyable]
@@ -100,7 +106,10 @@ def open_coded(path: Path, *, trust_remote_code: bool = False) -> Coded:
         schemes[name] = scheme
     if not schemes:
         raise CheckpointError(f"{path}: no weight in it is stored as codes, whatever quantization_config says")
-    return Coded(path, coding, components, schemes)
+    cache_scales = tuple(name for name in components.shards.entries if name.endswith(leaves))
+    if quantized_cache and not cache_scales:
+        raise CacheScaleError(f"{path}: has a kv_cache_scheme and no scales for it, so that engines take 1.0")
+    return Coded(path, coding, components, schemes, cache_scales)
 
 
 def is_foreign(path: Path) -> bool:
@@ -111,8 +120,11 @@ def is_foreign(path: Path) -> bool:
     return isinstance(quantization, dict) and quantization.get("quant_method") in PACKED_METHODS
 
 
-def _logical(shards: Shards, coding: Coding, dtype: torch.dtype) -> Logical:
-    """The tensors as those of an unquantized model: one weight for all that lies on disk of a module's codes."""
+def _logical(shards: Shards, coding: Coding, dtype: torch.dtype, *, apart: tuple[str, ...]) -> Logical:
+    """The tensors as those of an unquantized model: one weight for all that lies on disk of a module's codes.
+
+    apart: tensors that no such model has.
+    """
     entries = shards.entries
     coded = coding.coded(entries, shards.read)
     parts: dict[str, set[str]] = {module: set() for module in coded}
@@ -121,13 +133,17 @@ def _logical(shards: Shards, coding: Coding, dtype: torch.dtype) -> Logical:
         if module in parts and leaf in coding.leaf_names:
             parts[module].add(name)
     taken = {name for names in parts.values() for name in names}
-    tensors = {name: Lazy.of(Stored(name), one.shape, one.dtype) for name, one in entries.items() if name not in taken}
+    tensors = {
+        name: Lazy.of(Stored(name), one.shape, one.dtype)
+        for name, one in entries.items()
+        if name not in taken and name not in apart
+    }
     for module, shape in coded.items():
         name = f"{module}.weight"
         if name in tensors:
             raise InputError(f"{entries[name].file}: {shown(module)} is there both as codes and as a weight")
         tensors[name] = Lazy.of(Codes(name, parts=frozenset(parts[module])), shape, dtype)
-    return Logical(tensors, {name: entries[name].nbytes for name in taken}, ())
+    return Logical(tensors, {name: entries[name].nbytes for name in taken}, apart)
 
 
 def with_plain_zeros(coded: Coded) -> Coded:
@@ -148,12 +164,18 @@ def check_coded(path: Path) -> Iterator[str]:
     """
     try:
         coded = open_coded(path)
+    except CacheScaleError as error:
+        yield kvcache.CacheScaleProblem(error)
+        return
     except VlmquantError as error:
         yield str(error)
         return
     components = coded.components
-    if components.ignored:
-        yield f"{path}: tensors that belong to nothing: {some(components.ignored)}"
+    for name in coded.cache_scales:
+        if problem := kvcache.scale_problem(coded.tensor(name)):
+            yield kvcache.CacheScaleProblem(f"{components.shards.entries[name].file}: tensor {shown(name)} {problem}")
+    if strangers := [name for name in components.ignored if name not in coded.cache_scales]:
+        yield f"{path}: tensors that belong to nothing: {some(strangers)}"
     for parameter in components.parameters:
         signals.check()
         try:

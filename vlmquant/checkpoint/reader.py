@@ -88,10 +88,6 @@ def _index_problems(path: Path, shards: Shards) -> Iterator[str]:
             yield f"{index}: total_size is {shown(total)}, but the tensors have {shards.total_bytes} bytes"
 
 
-class CacheScaleProblem(str):
-    """A line about a scale by which an engine would read its KV cache wrong: `verify` has an exit code for it."""
-
-
 def cache_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The scales of the KV cache that a checkpoint must hold, by their names on disk."""
     cache = manifest.get("kv_cache") or {"maxima": {}}
@@ -102,16 +98,18 @@ def cache_shapes(manifest: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _cache_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[CacheScaleProblem]:
+def _cache_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[kvcache.CacheScaleProblem]:
     for name, shape in cache_shapes(manifest).items():
         entry = shards.entries.get(name)
         if entry is None:
-            yield CacheScaleProblem(f"{path}: tensor {shown(name)}, a scale of the KV cache, is missing")
+            yield kvcache.CacheScaleProblem(f"{path}: tensor {shown(name)}, a scale of the KV cache, is missing")
         elif entry.shape != shape or not entry.dtype.is_floating_point:
             found = f"{entry.dtype} {list(entry.shape)}"
-            yield CacheScaleProblem(f"{path}: tensor {shown(name)} is {found}, its kv_cache needs {list(shape)}")
+            yield kvcache.CacheScaleProblem(
+                f"{path}: tensor {shown(name)} is {found}, its kv_cache needs {list(shape)}"
+            )
         elif problem := kvcache.scale_problem(shards.read(name)):
-            yield CacheScaleProblem(f"{entry.file}: tensor {name} {problem}")
+            yield kvcache.CacheScaleProblem(f"{entry.file}: tensor {name} {problem}")
 
 
 def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> Iterator[str]:
