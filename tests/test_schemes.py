@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from tests.small_set import write_small_set
 from tests.tiny_vlm import image_inputs
@@ -92,30 +91,31 @@ def nvfp4(values: Tensor, divisor: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
+ROUNDINGS = {"dynamic-fp8": fp8, "dynamic-fp8-g128": fp8_groups}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_loaded_model_computes_what_its_codes_say(name: str, made: Callable[..., Path], tiny_llava: Path) -> None:
+def test_loaded_layers_compute_what_their_codes_say(name: str, made: Callable[..., Path]) -> None:
     out = made(name)
     assert verify_checkpoint(out) == []
-    packed = load_model(out, dtype=torch.float32)
-    dense = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval()
-    quantized = {one: module for one, module in packed.named_modules() if isinstance(module, QuantLinear)}
-    assert len(quantized) == len(list(out.glob("*.safetensors"))) * len(quantized) > 20
+    model = load_model(out, dtype=torch.float32)
+    quantized = {one: module for one, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert len(quantized) > 20
     with safe_open(out / "model.safetensors", "pt") as shard:
-        for one, module in quantized.items():
-            linear = dense.get_submodule(one)
-            linear.weight.data = module.dequantize()
-            kind = module.scheme.activations
-            rounding = {"none": None, "dynamic-fp8": fp8, "dynamic-fp8-g128": fp8_groups}.get(kind)
+        for seed, (one, module) in enumerate(quantized.items()):
+            values = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(seed))
+            kind, allowed = module.scheme.activations, 1e-4
+            rounded = ROUNDINGS.get(kind, Tensor.clone)(values)
             if kind == "nvfp4":
                 disk = one.replace("model.language_model.", "language_model.model.")
-                divisor = shard.get_tensor(f"{disk}.input_global_scale")
-                rounding = lambda values, divisor=divisor: nvfp4(values, divisor)  # noqa: E731
-            if rounding:
-                linear.register_forward_pre_hook(lambda _, args, rounding=rounding: (rounding(args[0]),))
-    inputs = image_inputs("llava")
+                # a local scale on the edge between two may fall on either side, and 16 inputs with it
+                rounded, allowed = nvfp4(values, shard.get_tensor(f"{disk}.input_global_scale")), 0.03
+            with torch.no_grad():
+                found = module(values)
+            expected = torch.nn.functional.linear(rounded, module.dequantize(), module.bias)
+            assert (found - expected).norm() < allowed * expected.norm(), one
     with torch.no_grad():
-        found, expected = packed(**inputs).logits, dense(**inputs).logits
-    assert (found - expected).norm() < 2e-3 * expected.norm()
+        assert model(**image_inputs("llava")).logits.isfinite().all()
 
 
 def test_stock_transformers_loads_every_scheme(made: Callable[..., Path]) -> None:
