@@ -158,7 +158,7 @@ def test_weights_that_share_inputs_share_the_global_scale() -> None:
         ("{bits: 4, group_size: 64, activations: dynamic-fp8}", "group_size: 128"),
         ("{type: float, bits: 8, group_size: null, activations: dynamic-int8}", "type: int"),
         ("{type: float, bits: 8, group_size: null, activations: dynamic-fp8-g128}", "do not go with"),
-        ("{bits: 8, group_size: null, activations: dynamic-fp8-g128}", "blocks of 128"),
+        ("{bits: 8, group_size: null, activations: dynamic-fp8-g128}", "schemes fp8-block"),
     ],
 )
 def test_what_no_file_holds_is_refused(text: str, words: str) -> None:

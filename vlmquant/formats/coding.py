@@ -75,6 +75,11 @@ class Coding:
                 found[module] = (entry.shape[0], 2 * entry.shape[1])  # 4-bit floating point, two to a byte
             elif leaf == "weight" and f"{module}.weight_scale" in entries and len(entry.shape) == 2:
                 found[module] = (entry.shape[0], entry.shape[1])
+        if self.scheme is not None and not found:
+            raise CheckpointError(
+                f"quantization_config says {self.format}, but no tensor is a qweight; config.json and the weights do not "
+                "belong together"
+            )
         return found
 
     def schemes(self, modules: Mapping[str, str], coded: Collection[str]) -> dict[str, Scheme | None]:
