@@ -77,8 +77,8 @@ class Coding:
                 found[module] = (entry.shape[0], entry.shape[1])
         if self.scheme is not None and not found:
             raise CheckpointError(
-                f"quantization_config says {self.format}, but no tensor is a qweight; config.json and the weights do not "
-                "belong together"
+                f"quantization_config says {self.format}, but no tensor is a qweight; config.json and the weights do "
+                "not belong together"
             )
         return found
 
