@@ -34,15 +34,17 @@ from vlmquant.calibration.sources import SourceSpec, read_source
 from vlmquant.checkpoint import manifest, read_manifest, verify_checkpoint
 from vlmquant.checkpoint.journal import Journal, count_units
 from vlmquant.components import resolve_components
+from vlmquant.engines import check_checkpoint
 from vlmquant.errors import InputError
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.formats import compressed_tensors
+from vlmquant.formats.coding import find_coding
 from vlmquant.gate import judge, to_junit, to_step_summary
 from vlmquant.kernels.cuda import build, dispatch
 from vlmquant.loading import load_model
 from vlmquant.pipeline import _refuse_calibration_images, recipe_gate
 from vlmquant.reading import read_json as read_checked_json
-from vlmquant.recipe import CalibrationSpec, GateSpec, load_family, load_recipe, shipped
+from vlmquant.recipe import CalibrationSpec, GateSpec, load_family, load_recipe, parse_target, shipped
 from vlmquant.report.data import read_json, write_json
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import to_markdown
@@ -308,6 +310,63 @@ def _read_quantization_config(folder: Path, name: str) -> None:
     groups, ignore = compressed_tensors.parse_config(read_checked_json(folder / name))
     for module in MODULES:
         compressed_tensors.scheme_for(module, "Linear", groups, ignore)
+
+
+THEIRS: dict[str, dict[str, Any]] = {
+    "gptq.json": {
+        **{"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": True, "lm_head": False},
+        **{"checkpoint_format": "gptq_v2", "dynamic": {"-:.*visual.*": {}}, "meta": {"quantizer": ["x:1.0"]}},
+    },
+    "awq.json": {
+        **{"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"},
+        "modules_to_not_convert": ["visual", "model.visual"],
+    },
+    "theirs.json": {
+        **{"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head", "re:.*visual.*"]},
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    **{"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128},
+                    **{"dynamic": False, "actorder": "static", "observer": "mse", "block_structure": None},
+                },
+                "input_activations": None,
+            }
+        },
+        "kv_cache_scheme": {
+            **{"num_bits": 8, "type": "float", "strategy": "attn_head", "symmetric": True, "dynamic": False},
+        },
+    },
+}
+"""What other programs say of their weights."""
+
+
+def _prepare_coding(folder: Path) -> dict[str, Form | None]:
+    for name, content in THEIRS.items():
+        (folder / name).write_text(json.dumps(content))
+    return dict.fromkeys(THEIRS, JSON)
+
+
+def _read_coding(folder: Path, name: str) -> None:
+    content = read_checked_json(folder / name)
+    coding = find_coding(content)
+    coding.schemes(dict.fromkeys(MODULES, "Linear"), MODULES[:1])
+    if coding.format == compressed_tensors.METHOD:
+        compressed_tensors.parse_cache(content)
+
+
+def _prepare_engines(folder: Path) -> dict[str, Form | None]:
+    _written(folder / "made").rename(folder / "out")
+    shutil.rmtree(folder / "made")
+    return {"out/config.json": JSON}
+
+
+def _read_engines(folder: Path, name: str) -> str:
+    found = []
+    for engine, gpu in (("vllm", "sm_90"), ("sglang", "sm_100"), ("transformers", None)):
+        contract = check_checkpoint(folder / "out", parse_target(engine, gpu=gpu, tp=2))
+        found.append(json.dumps(contract.to_json())[:1000])
+    return "\n".join(found)
 
 
 def _prepare_loading(folder: Path) -> dict[str, Form | None]:
@@ -772,6 +831,8 @@ READERS: dict[str, Reader] = {
     "adapter": Reader(_prepare_adapter, _read_adapter, 100, refuses=True, looks_outside=True),
     "components": Reader(_prepare_components, _read_components, 20),
     "quantization_config": Reader(_prepare_quantization_config, _read_quantization_config, 60),
+    "coding": Reader(_prepare_coding, _read_coding, 200),
+    "engines": Reader(_prepare_engines, _read_engines, 25),
     "loading": Reader(_prepare_loading, _read_loading, 5),
     "manifest": Reader(_prepare_manifest, _read_manifest, 60),
     "journal": Reader(_prepare_journal, _read_journal, 200),
