@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import E4M3, LARGEST, Grid, QuantizedWeight, minmax_grid, quantize_nearest, split_groups
+from vlmquant.grid import E4M3, LARGEST, Grid, QuantizedWeight, minmax_grid, split_groups
 
 ACTIVATION_STEPS = 127.5
 """Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
@@ -62,7 +62,10 @@ def round_nvfp4(inputs: Tensor, divisor: float) -> Tensor:
     """
     grid = Grid(4, NVFP4_GROUP, E4M3, kind="float", global_scale=divisor)
     rows = inputs.reshape(-1, inputs.shape[-1]).float()
-    return quantize_nearest(rows, *minmax_grid(rows, grid), grid).dequantize(inputs.dtype).view(inputs.shape)
+    scales = grid.round_scales(minmax_grid(rows, grid)[0])[..., None]
+    groups = split_groups(rows, NVFP4_GROUP)
+    rounded = grid.round_(groups / scales, *grid.bounds()).mul_(scales)
+    return rounded.flatten(1)[:, : rows.shape[1]].to(inputs.dtype).view(inputs.shape)
 
 
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
