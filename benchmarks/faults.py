@@ -9,7 +9,8 @@ signals   SIGINT, SIGTERM and SIGHUP from the first millisecond on, also of `vlm
           signal (0 only where the last line had been printed before), no traceback, no process and no temporary file
           left, resume exact
 disk      limits on the size of a file, places that cannot be written to, a full stdout: one line, nothing half done
-memory    limits on the address space: it works or exits with 6, and a run with more of it goes on to the same bytes
+memory    limits on the address space: it works or exits with 6, and a run with more of it goes on to the same bytes,
+          or to those of single samples, if blocks were done so, and then it says so
 
 Prints a table and writes results/faults.json and faults.md.
 """
@@ -35,6 +36,8 @@ from typing import Any
 
 from provenance import provenance
 
+from vlmquant.checkpoint import verify_checkpoint
+from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.demo import calibration_set_dir, model_dir, test_set_dir
 
 RESULTS = Path(__file__).parent / "results"
@@ -348,8 +351,20 @@ def memory(home: Path, expected: Expected, count: int, dice: random.Random) -> T
         what = f"{size / 2**20:.0f} MiB of address space"
         table.tried[f"exit {code}"] += 1
         table.check(code in (0, 6) and "Traceback" not in run.err, f"{what}: exit {code}: {run.err[-500:]}")
-        table.check(code == 0 or not (place / "place" / "out").exists(), f"{what}: promoted an output")
-        finish(table, place, expected, (), what)
+        out = place / "place" / "out"
+        table.check(code == 0 or not out.exists(), f"{what}: promoted an output")
+        if code != 0:
+            resumed = quantize(place, RECIPE, "--resume")
+            table.check(resumed.wait() == 0, f"{what}: --resume: {resumed.err[-500:]}")
+        manifest = json.loads((out / MANIFEST_NAME).read_text())
+        if digests(out) == expected.new:
+            table.tried["outputs as undisturbed"] += 1
+        else:  # the second, smaller try adds up in another order, and says so
+            table.tried["outputs from single samples"] += 1
+            said = any("one sample at a time" in note for note in manifest["notes"])
+            table.check(said and manifest["settings"]["batch_size"] == 1, f"{what}: differs without a word")
+            table.check(verify_checkpoint(out) == [], f"{what}: does not verify")
+        table.check(not (left := leftovers(place)), f"{what}: left behind {left}")
         shutil.rmtree(place)
     return table
 
