@@ -204,14 +204,19 @@ def _source(quantization: Any, file: Path) -> Source:
 
 
 def _block(value: Any, key: str, file: Path) -> tuple[int, int]:
-    if isinstance(value, str):  # compressed-tensors once wrote "128x128"
-        value = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in value.split("x")]
-    pair = isinstance(value, list | tuple) and len(value) == 2
-    if not pair or not all(type(size) is int and size > 0 for size in value):
+    if (pair := block_of(value)) is None:
         raise InputError(
             f"{file}: {key} is {shown(repr(value))}, which is no pair of rows and columns; the config is damaged"
         )
-    return value[0], value[1]
+    return pair
+
+
+def block_of(value: Any) -> tuple[int, int] | None:
+    """Rows and columns that a config says share a scale; None for what is no such pair."""
+    if isinstance(value, str):  # compressed-tensors once wrote "128x128"
+        value = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in value.split("x")]
+    pair = isinstance(value, list | tuple) and len(value) == 2
+    return (value[0], value[1]) if pair and all(type(size) is int and size > 0 for size in value) else None
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ from vlmquant.planning import Plan, as_written, make_plan
 from vlmquant.progress import bar, stderr
 from vlmquant.reading import check
 from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
-from vlmquant.report.data import Report, build_report, check_report_paths, overall, write_json, write_text
+from vlmquant.report.data import Report, Verdict, build_report, check_report_paths, overall, write_json, write_text
 from vlmquant.report.html import to_html
 from vlmquant.report.manifest import recipe_of
 from vlmquant.report.markdown import card_section, to_markdown
@@ -458,8 +458,7 @@ def write_report(
     data: the set it was measured on, whose questions and images the page shows.
     """
     check_report_paths({"out": out, "html": html, "markdown": markdown})
-    spec = recipe_gate(report)
-    verdicts = judge(report, spec) if spec is not None and spec.thresholds() else []
+    verdicts = _recorded_verdicts(report)
     written = []
     if out is not None:
         write_json(report, out)
@@ -478,8 +477,7 @@ def put_into_card(report: Report, model_dir: Path) -> None:
 
     CheckpointError where the card is not as we wrote it.
     """
-    spec = recipe_gate(report)
-    verdicts = judge(report, spec) if spec is not None and spec.thresholds() else []
+    verdicts = _recorded_verdicts(report)
     evaluation = {"gate": overall(verdicts) if verdicts else None, "created": report.created, "hashes": report.hashes}
     record_evaluation(model_dir, evaluation, card_section(report, verdicts, thresholds=recorded_gate_name(report)))
 
@@ -497,6 +495,12 @@ def recipe_gate(report: Report) -> GateSpec | None:
     except InputError:
         return None
     return spec
+
+
+def _recorded_verdicts(report: Report) -> list[Verdict]:
+    """By the thresholds of `recipe_gate`; empty where there are none."""
+    spec = recipe_gate(report)
+    return judge(report, spec) if spec is not None and spec.thresholds() else []
 
 
 def recorded_gate_name(report: Report) -> str:

@@ -33,7 +33,6 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The output in each nibble of a word: a kernel's way to take two 16-bit values out of a word at a time."""
 PLACES = tuple(ORDER.index(output) for output in range(8))
 """The nibble of each output: the inverse."""
-PER_CHANNEL = -1
 
 
 def encoded_shapes(
@@ -41,12 +40,8 @@ def encoded_shapes(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors that `encode` writes for a weight (out, in), by name on disk; scales are float16 whatever `dtype`."""
     rows, columns = shape
-    groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
-    return {
-        f"{disk_module}.qweight": (torch.int32, (columns, packed_columns(rows, scheme.bits))),
-        f"{disk_module}.qzeros": (torch.int32, (groups, packed_columns(rows, scheme.bits))),
-        f"{disk_module}.scales": (torch.float16, (groups, rows)),
-    }
+    words = {f"{disk_module}.qweight": (torch.int32, (columns, packed_columns(rows, scheme.bits)))}
+    return words | uniform.side_shapes(disk_module, shape, scheme)
 
 
 def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
@@ -110,7 +105,7 @@ def quantization_config(plan: Plan, components: ComponentMap) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "bits": scheme.bits,
-        "group_size": scheme.group_size or PER_CHANNEL,
+        "group_size": scheme.group_size or uniform.PER_CHANNEL,
         "zero_point": True,
         "version": LAYOUT,
         "modules_to_not_convert": not_converted(plan, components),

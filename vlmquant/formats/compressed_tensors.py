@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmquant.components import ComponentMap, outer_modules
 from vlmquant.errors import CheckpointError, PlanError, first_line, shown
+from vlmquant.fp8 import block_of
 from vlmquant.grid import E4M3, E8M0, QuantizedWeight, grid_of
 from vlmquant.limits import Confined, OverLimitError
 from vlmquant.packing import pack_codes, packed_columns, pair_nibbles, split_nibbles, unpack_codes
@@ -607,12 +608,10 @@ def _scheme_of(name: str, group: _Group) -> Scheme:
 
 
 def _block(structure: Any) -> tuple[int, int]:
-    """Rows and columns; versions before 0.10 wrote "128x128"."""
-    if isinstance(structure, str):
-        structure = [int(size) if re.fullmatch("[0-9]{1,9}", size) else 0 for size in structure.split("x")]
-    if not isinstance(structure, list) or len(structure) != 2:
+    """Rows and columns that share a scale."""
+    if (pair := block_of(structure)) is None:
         raise ValueError(f"block_structure {shown(repr(structure))} is no pair of rows and columns")
-    return structure[0], structure[1]
+    return pair
 
 
 def _activations(inputs: _Numbers | None) -> str:

@@ -38,8 +38,6 @@ BITS = (4, 8)
 """What every reader of the format has, so that it is written."""
 READ_BITS = (2, 3, 4, 8)
 """What is packed densely; there are several ways of packing the others."""
-PER_CHANNEL = -1
-"""The group size that stands for one group."""
 
 
 def encoded_shapes(
@@ -47,13 +45,12 @@ def encoded_shapes(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors that `encode` writes for a weight (out, in), by name on disk; scales are float16 whatever `dtype`."""
     rows, columns = shape
-    groups = 1 if scheme.group_size is None else -(-columns // scheme.group_size)
-    return {
-        f"{disk_module}.g_idx": (torch.int32, (columns,)),
+    order: tuple[int, ...] = (columns,)
+    words = {
+        f"{disk_module}.g_idx": (torch.int32, order),
         f"{disk_module}.qweight": (torch.int32, (packed_columns(columns, scheme.bits), rows)),
-        f"{disk_module}.qzeros": (torch.int32, (groups, packed_columns(rows, scheme.bits))),
-        f"{disk_module}.scales": (torch.float16, (groups, rows)),
     }
+    return words | uniform.side_shapes(disk_module, shape, scheme)
 
 
 def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme, *, version: Version) -> dict[str, Tensor]:
@@ -159,7 +156,7 @@ def quantization_config(plan: Plan, components: ComponentMap, *, version: Versio
     config: dict[str, Any] = {
         "quant_method": METHOD,
         "bits": scheme.bits,
-        "group_size": scheme.group_size or PER_CHANNEL,
+        "group_size": scheme.group_size or uniform.PER_CHANNEL,
         "sym": scheme.symmetric,
         "desc_act": False,
         "static_groups": False,

@@ -9,14 +9,26 @@ from torch import Tensor
 from vlmquant.components import ComponentMap
 from vlmquant.errors import CheckpointError, PlanError, shown
 from vlmquant.grid import QuantizedWeight, mid_code
-from vlmquant.packing import packed_columns
+from vlmquant.packing import WORD, packed_columns
 from vlmquant.planning import Plan
 from vlmquant.reading import told
 from vlmquant.recipe import Scheme
 from vlmquant.shards import dtype_name
 
-WORD = 32
-"""Bits of a word, which the codes of whole rows and columns have to fill."""
+PER_CHANNEL = -1
+"""The group size that stands for one group."""
+
+
+def side_shapes(
+    disk_module: str, shape: tuple[int, int], scheme: Scheme
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Zero points and scales of a weight (out, in), by name on disk."""
+    rows, columns = shape
+    groups = -(-columns // (scheme.group_size or columns))
+    return {
+        f"{disk_module}.qzeros": (torch.int32, (groups, packed_columns(rows, scheme.bits))),
+        f"{disk_module}.scales": (torch.float16, (groups, rows)),
+    }
 
 
 def only_scheme(plan: Plan, components: ComponentMap, *, format: str, bits: Collection[int]) -> Scheme:
@@ -147,7 +159,7 @@ def check_words(
 def scheme_of(*, bits: int, group_size: int, symmetric: bool) -> Scheme:
     """CheckpointError for a scheme that we do not have."""
     try:
-        return Scheme(bits=bits, group_size=None if group_size == -1 else group_size, symmetric=symmetric)
+        return Scheme(bits=bits, group_size=None if group_size == PER_CHANNEL else group_size, symmetric=symmetric)
     except ValidationError as error:
         raise CheckpointError(
             f"quantization_config: bits {shown(bits)} with groups of {shown(group_size)} is not one of our schemes: "
