@@ -50,6 +50,9 @@ ROOMS = [
     "limits",
     "signals",
     "threads",
+    "compiled",
+    "cache",
+    "notices",
     "errors",
 ]
 # The package's face and its `python -m` entry: they import lazily, from anywhere.

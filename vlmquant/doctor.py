@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vlmquant
+from vlmquant.cache import cache_home, cache_problem
 from vlmquant.errors import KernelError
 from vlmquant.grid import Grid
 from vlmquant.kernels import choose
@@ -40,7 +41,7 @@ def examine() -> dict[str, Any]:
         "nvrtc": _nvrtc(),
         "cpu": _cpu(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        "cache": _cache(build.cache_home()),
+        "cache": _cache(cache_home()),
     }
 
 
@@ -154,7 +155,7 @@ def _nvrtc() -> dict[str, Any]:
 
 def _cache(home: Path) -> dict[str, Any]:
     files = sorted((home / "kernels").glob("*.cubin")) + sorted((home / "kernels").glob("*.ptx"))
-    problem = build.cache_problem()
+    problem = cache_problem("kernels")
     return {
         "path": str(home),
         "writable": problem is None,

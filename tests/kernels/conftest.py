@@ -2,7 +2,7 @@
 
 import pytest
 
-from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.notices import warn_once
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmquant import cache
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build, catalog
 from vlmquant.kernels.cuda.catalog import ENTRIES, Entry
@@ -308,8 +309,8 @@ def test_code_that_others_could_have_written_does_not_run(
             return os.stat_result(fields)
 
         real_fstat = os.fstat
-        monkeypatch.setattr(build.os, "stat", lambda place, **how: owned(real(place, **how)))
-        monkeypatch.setattr(build.os, "fstat", lambda number: owned(real_fstat(number)))
+        monkeypatch.setattr(cache.os, "stat", lambda place, **how: owned(real(place, **how)))
+        monkeypatch.setattr(cache.os, "fstat", lambda number: owned(real_fstat(number)))
     else:
         content = path.read_bytes()
         path.unlink()

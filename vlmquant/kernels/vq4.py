@@ -5,8 +5,8 @@ from torch import Tensor
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels.cuda import launch, ops
 from vlmquant.kernels.cuda.dispatch import group_fits
-from vlmquant.kernels.cuda.notices import warn_once
 from vlmquant.kernels.form import Form, Place
+from vlmquant.notices import warn_once
 from vlmquant.packing import VQ4_ZERO, order_vq4, pack_vq4, restore_vq4, unpack_vq4, vq4_shape
 
 

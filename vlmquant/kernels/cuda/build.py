@@ -5,23 +5,21 @@ each where a whole source takes half a minute). A known architecture gets exact 
 gets PTX for compute_80, which the driver translates.
 """
 
-import errno
 import functools
 import hashlib
 import os
 import re
-import stat
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmquant.cache import CACHE, cache_home, read_trusted, write_private
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import catalog
 from vlmquant.kernels.cuda.catalog import Entry
-from vlmquant.kernels.cuda.notices import LOGGER, warn_once
+from vlmquant.notices import LOGGER, warn_once
 
 EXACT_ARCHS = {
     (8, 0): "sm_80",
@@ -41,7 +39,6 @@ SERIALIZED = re.compile(r"\bC75\d\d\b|serializ", re.IGNORECASE)
 """ptxas says so when it waits after every wgmma: right results at half the speed."""
 INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.MULTILINE)
 MAGIC = b"vlmquant-kernel-1\n"
-CACHE = "VLMQUANT_CACHE"
 THREADS = 8
 """Programs compiled at once, at most."""
 
@@ -159,14 +156,6 @@ def load_all(entries: Iterable[Entry], arch: str) -> dict[str, bytes]:
     return dict(zip((entry.name for entry in entries), codes, strict=True))
 
 
-def cache_home() -> Path:
-    """VLMQUANT_CACHE, or vlmquant in the user's cache folder."""
-    if own := os.environ.get(CACHE):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "vlmquant"
-
-
 def cache_path(wanted: Program) -> Path:
     return cache_home() / "kernels" / f"{wanted.entry}-{wanted.arch}-{wanted.key()[:32]}.{wanted.binary}"
 
@@ -186,53 +175,6 @@ def is_whole(path: Path) -> bool:
     return data is not None and _verified(data) is not None
 
 
-def read_trusted(path: Path) -> bytes | None:
-    """A file of the cache: code that will run, so nobody but this user and root may have been able to write it.
-
-    None if it is missing or not to be trusted, which is told once.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with os.fdopen(descriptor, "rb") as file:
-        for place in (path, *folders_of(path)):
-            state = os.fstat(descriptor) if place == path else os.stat(place)
-            if why := _untrusted(state, stat.S_IFREG if place == path else stat.S_IFDIR):
-                warn_once(f"{place}: {why}, so the kernel cache in {path.parent} is not used; make it yours alone")
-                return None
-        return file.read()
-
-
-def folders_of(path: Path) -> tuple[Path, Path]:
-    """The folders of the cache around one of its files."""
-    return path.parent, path.parent.parent
-
-
-def cache_problem() -> str | None:
-    """Why nothing can be kept in the cache; None where it can: tried, with a file where the folder is there already,
-    else with a folder beside it."""
-    home = cache_home()
-    try:
-        around = next(folder for folder in (home / "kernels", home, *home.parents) if os.path.lexists(folder))
-        for folder in (around, around.parent):
-            if folder.is_relative_to(home) and (why := _untrusted(os.stat(folder), stat.S_IFDIR)):
-                return f"{folder} {why}"
-        with tempfile.TemporaryDirectory(dir=around, prefix="vlmquant-"):
-            return None
-    except OSError as error:
-        return error.strerror
-
-
-def _untrusted(state: os.stat_result, kind: int) -> str | None:
-    """What speaks against a file or folder of the cache."""
-    if stat.S_IFMT(state.st_mode) != kind:
-        return "is no regular file" if kind == stat.S_IFREG else "is no folder"
-    if state.st_uid not in (os.geteuid(), 0):
-        return "belongs to another user"
-    return "can be written to by other users" if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
-
-
 def _verified(data: bytes) -> bytes | None:
     head = len(MAGIC) + hashlib.sha256().digest_size
     code = data[head:]
@@ -248,28 +190,6 @@ def write_cached(path: Path, code: bytes) -> None:
             f"{path.parent}: compiled kernels cannot be kept ({error.strerror}); every process compiles them again. "
             f"Set {CACHE} to a folder of yours that can be written to"
         )
-
-
-def write_private(path: Path, content: bytes) -> None:
-    """Write a file of the cache whole or not at all, it and its folders for this user alone.
-
-    OSError, also where the folders are there and others could write to them.
-    """
-    inner, home = folders_of(path)
-    home.parent.mkdir(parents=True, exist_ok=True)
-    for folder in (home, inner):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if why := _untrusted(os.stat(folder), stat.S_IFDIR):
-            raise PermissionError(errno.EACCES, f"{folder} {why}", str(folder))
-    with tempfile.NamedTemporaryFile(dir=inner, prefix=path.name, suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def nvrtc_version() -> tuple[int, int]:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vlmquant.cache import cache_home, read_trusted
 from vlmquant.errors import KernelError, VlmquantError, shown
-from vlmquant.kernels.cuda.build import PTX_ARCH, cache_home, read_trusted
+from vlmquant.kernels.cuda.build import PTX_ARCH
 from vlmquant.kernels.cuda.catalog import (
     BARRIER_BYTES,
     ENTRIES,
@@ -26,7 +27,7 @@ from vlmquant.kernels.cuda.catalog import (
     shared_bytes,
     stage_bytes,
 )
-from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.notices import warn_once
 
 TABLE = Path(__file__).parent / "dispatch.json"
 PORTABLE = "portable"

@@ -18,7 +18,7 @@ from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import build
 from vlmquant.kernels.cuda.catalog import ENTRIES, Entry
 from vlmquant.kernels.cuda.dispatch import SEMAPHORES, WORKSPACE_FLOATS, Gpu, Plan
-from vlmquant.kernels.cuda.notices import warn_once
+from vlmquant.notices import warn_once
 
 DTYPE_NAMES = {torch.float16: "f16", torch.bfloat16: "bf16"}
 """As in the entries' names."""

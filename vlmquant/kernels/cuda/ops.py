@@ -16,8 +16,8 @@ from vlmquant.kernels.cuda import launch
 from vlmquant.kernels.cuda.catalog import ENTRIES, STRIP_ROWS
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, choose, entries_for, plan
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, int8_entries
-from vlmquant.kernels.cuda.notices import warn_once
 from vlmquant.kernels.reference import ACTIVATIONS, activation_codes, add_bias
+from vlmquant.notices import warn_once
 from vlmquant.packing import VQ4_TILE, restore_vq4, unpack_vq4, unpack_w8
 
 INT_MM_TOKENS, INT_MM_MULTIPLE = 17, 8

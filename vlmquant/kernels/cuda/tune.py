@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import vlmquant
+from vlmquant.cache import write_private
 from vlmquant.errors import KernelError
 from vlmquant.kernels.cuda import dispatch, launch, ops
-from vlmquant.kernels.cuda.build import write_private
 from vlmquant.kernels.cuda.dispatch import Choice, Gpu, Plan, Problem, Row, plan
 from vlmquant.kernels.cuda.timing import Timing, chain, layers_for, race
 

@@ -1,9 +1,9 @@
-"""What a user should hear once: that something slower ran than could have, and why."""
+"""What a user should hear once in a process: that something ran slower than it could have, and why."""
 
 import functools
 import logging
 
-LOGGER = logging.getLogger("vlmquant.kernels.cuda")
+LOGGER = logging.getLogger("vlmquant")
 
 
 @functools.cache

@@ -1,0 +1,154 @@
+"""Loops over CPU tensors, compiled by numba at first use and kept in the cache; `available` says where that can be.
+
+For what torch can only do with one pass over memory per step: a loop of a dozen lines that stays in registers is then
+ten times as fast. numba's own threads are not used (they may not be entered from two Python threads at once): rows are
+shared out here among as many threads as torch has, which run without Python's lock.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmquant.cache import CACHE, private_folder
+from vlmquant.notices import LOGGER, warn_once
+
+SWITCH = "VLMQUANT_COMPILED"
+"""Set to 0, no loop is compiled: torch does everything."""
+AS_WORDS = {
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.uint16,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e8m0fnu: torch.uint8,
+}
+"""What numba has no type for reaches a loop as its bits."""
+ROWS_AT_LEAST = 8
+"""Fewer rows than this are not worth another thread."""
+
+_compiling = threading.Lock()
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why no loop can be compiled here; None where one can. Found out once, by compiling one."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
+    try:
+        if Loop(_three, rows=0, fastmath=False)() == 3:
+            return None
+    except Exception as error:  # LLVM and its binding fail in as many ways as there are platforms
+        return f"numba does not work here: {type(error).__name__}: {error}".splitlines()[0]
+    return "numba gives wrong results here"
+
+
+def available() -> bool:
+    """Whether loops can be compiled here; where not, callers do the same with torch."""
+    return unavailable() is None
+
+
+def compiled(*, rows: int = 0, fastmath: bool = False) -> Callable[[Callable[..., Any]], "Loop"]:
+    """A function over arrays, in the Python that numba takes, becomes a `Loop`.
+
+    rows: so many of the first arguments have one row per row of the result, and may be cut along their first axis.
+    fastmath: sums may be made in another order, and no value is infinite or NaN.
+    """
+
+    def loop(function: Callable[..., Any]) -> Loop:
+        return Loop(function, rows=rows, fastmath=fastmath)
+
+    return loop
+
+
+class Loop:
+    """A compiled function. Called with tensors in CPU memory, which it sees as numpy arrays, and with plain values."""
+
+    def __init__(self, function: Callable[..., Any], *, rows: int, fastmath: bool) -> None:
+        self._function, self._rows, self._fastmath = function, rows, fastmath
+        self._machine: Any = None
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        values = [_array(value) for value in arguments]
+        machine = self._machine or self._compile()
+        if not self._rows:
+            return self._run(machine, values)
+        count = len(values[0])
+        parts = max(1, min(torch.get_num_threads(), count // ROWS_AT_LEAST))
+        if parts == 1:
+            return self._run(machine, values)
+        step = -(-count // parts)
+        cuts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        shares = [[*(value[cut] for value in values[: self._rows]), *values[self._rows :]] for cut in cuts]
+        others = [_pool(parts).submit(self._run, machine, share) for share in shares[1:]]
+        self._run(machine, shares[0])
+        for other in others:
+            other.result()
+        return None
+
+    def _run(self, machine: Any, values: list[Any]) -> Any:
+        """numba reads its cache, or compiles, under a lock of its own, when it first meets arguments of these types."""
+        try:
+            return machine(*values)
+        except Exception as error:  # what is kept is pickled: damaged, it can raise anything, before the loop has begun
+            folder = machine.stats.cache_path
+            if folder is None:
+                raise
+            warn_once(f"{folder}: not used ({type(error).__name__}: {error}); delete it")
+            self._machine = self._jit(cache=False)
+            return self._machine(*values)
+
+    def _compile(self) -> Any:
+        with _compiling:
+            if self._machine is None:
+                self._machine = self._jit(cache=True)
+            return self._machine
+
+    def _jit(self, *, cache: bool) -> Any:
+        import numba
+
+        options = {"nogil": True, "fastmath": self._fastmath, "error_model": "numpy"}
+        if cache:
+            kept = numba.config.CACHE_DIR
+            try:
+                numba.config.CACHE_DIR = str(private_folder("loops"))
+                return numba.njit(cache=True, **options)(self._function)
+            except (OSError, RuntimeError) as error:
+                warn_once(
+                    f"compiled loops cannot be kept ({error}); every process compiles them again. "
+                    f"Set {CACHE} to a folder of yours that can be written to"
+                )
+            finally:
+                numba.config.CACHE_DIR = kept
+        LOGGER.info("%s is compiled without a cache", self._function.__qualname__)
+        return numba.njit(**options)(self._function)
+
+
+def _three() -> int:
+    return 3
+
+
+def _array(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value.view(AS_WORDS.get(value.dtype, value.dtype)).numpy()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="vlmquant-rows")
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and none that would open a lock."""
+    global _compiling
+    _compiling = threading.Lock()
+    _pool.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
