@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import awq, gptq
+from vlmquant.algorithms.factor import factorize
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.grid import Grid
 from vlmquant.recipe import AwqOptions, GptqOptions
@@ -64,17 +65,17 @@ def measure(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, flo
     inputs *= torch.exp(torch.randn(columns, generator=random))
     weight = torch.randn(rows, columns, generator=random) * 0.05
     hessian = inputs.T @ inputs / tokens
-    factor = gptq.factorize(hessian, OPTIONS)
+    factor = factorize(hessian.clone(), OPTIONS.damping, activation_order=True)
 
     def grid() -> Tensor:
         return search_scales(weight, hessian.diagonal(), GRID, search="weighted")[0]
 
     def whole() -> Tensor:
-        found = gptq.factorize(hessian, OPTIONS)
-        return gptq.quantize_weight(weight, hessian, found, GRID, options=OPTIONS).codes
+        found = factorize(hessian.clone(), OPTIONS.damping, activation_order=True)
+        return gptq.quantize_weight(weight, found, GRID, OPTIONS)[0].codes
 
     def loop() -> Tensor:
-        return gptq.round_columns(weight, scales, None, factor, GRID)
+        return gptq.round_columns(weight, scales, None, factor, GRID)[0]
 
     def channel_scales() -> Tensor:
         return awq.search_channel_scales(
@@ -87,7 +88,9 @@ def measure(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, flo
     scales = grid()
     seconds = {
         "gram": median_user_seconds(lambda: inputs.T @ inputs, repeats),
-        "factorize": median_user_seconds(lambda: gptq.factorize(hessian, OPTIONS), repeats),
+        "factorize": median_user_seconds(
+            lambda: factorize(hessian.clone(), OPTIONS.damping, activation_order=True), repeats
+        ),
         "scale_search": median_user_seconds(grid, repeats),
         "columns": median_user_seconds(loop, repeats),
         "gptq": median_user_seconds(whole, repeats),

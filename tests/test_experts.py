@@ -176,7 +176,7 @@ class Watched:
                 self.methods[first] = stage.method
                 if ".experts." in first and stage.method != "rtn":
                     self.inputs[first] = torch.cat([rows for rows, _ in stage._rows()])
-                    self.hessians[first] = stage.hessian()
+                    self.hessians[first] = stage.hessian().clone()
                 stage.finish(ALGORITHMS[stage.method](stage))
             self.counts |= block.expert_tokens
             self.notes += block.notes

@@ -54,7 +54,8 @@ def available() -> bool:
 def compiled(*, rows: int = 0, fastmath: bool = False) -> Callable[[Callable[..., Any]], "Loop"]:
     """A function over arrays, in the Python that numba takes, becomes a `Loop`.
 
-    rows: so many of the first arguments have one row per row of the result, and may be cut along their first axis.
+    rows: so many of the first arguments have one row per row of the result, or are None; those may be cut along their
+    first axis.
     fastmath: sums may be made in another order, and no value is infinite or NaN.
     """
 
@@ -83,7 +84,10 @@ class Loop:
             return self._run(machine, values)
         step = -(-count // parts)
         cuts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-        shares = [[*(value[cut] for value in values[: self._rows]), *values[self._rows :]] for cut in cuts]
+        shares = [
+            [*(None if value is None else value[cut] for value in values[: self._rows]), *values[self._rows :]]
+            for cut in cuts
+        ]
         others = [_pool(parts).submit(self._run, machine, share) for share in shares[1:]]
         self._run(machine, shares[0])
         for other in others:

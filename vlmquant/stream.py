@@ -39,7 +39,8 @@ TOKENS_PER_INPUT = 2
 
 With fewer, others' tokens help; with more, they harm (benchmarks/results/moe.md)."""
 
-"""Methods that look at a layer's inputs."""
+LEAST_ENERGY = 1e-30
+"""Outputs are taken for no smaller, where a loss is divided by them."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class Stage:
         }
         self._inputs = inputs
         self._hessian: Tensor | None = None
+        self._measured: dict[str, tuple[float, float]] = {}
         self._channel_scales: Tensor | None = None
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -170,6 +172,15 @@ class Stage:
             self._refuse_bad_inputs(total.diagonal(), tokens)
             self._hessian = total
         return self._hessian
+
+    def take_hessian(self) -> Tensor:
+        """The same, for an algorithm that works in its memory."""
+        hessian, self._hessian = self.hessian(), None
+        return hessian
+
+    def measured(self, local: str, lost: float, whole: float) -> None:
+        """tr(E H E^T) and tr(W H W^T) of a linear whose weight loses E, where an algorithm comes by them."""
+        self._measured[local] = (lost, whole)
 
     def mean_square(self) -> Tensor:
         """E[x_j^2], float32 (in,)."""
@@ -248,13 +259,7 @@ class Stage:
         divisor = self._input_divisor() if self.scheme.activations in CALIBRATED_INPUTS else None
         for local, weight in quantized.items():
             weight = replace(weight, input_divisor=divisor)
-            effective = weight.dequantize()
-            if self._channel_scales is not None:
-                effective /= self._channel_scales
-            lost = effective - self.weights[local]
-            error = self._relative_error(lost, self.weights[local])
-            if not math.isfinite(error):  # squares of such weights are beyond float32
-                error = self._relative_error(lost.double(), self.weights[local].double())
+            error = self._relative_error(local, weight)
             if not math.isfinite(error):
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
             self.block.put(local, weight, error=error)
@@ -273,16 +278,27 @@ class Stage:
             )
         return nvfp4_divisor(largest)
 
-    def _relative_error(self, error: Tensor, weight: Tensor) -> float:
+    def _relative_error(self, local: str, quantized: QuantizedWeight) -> float:
+        """tr(E H E^T) / tr(W H W^T), or of the diagonal of H alone where no method needed more of it."""
+        lost, whole = self._measured.get(local, (math.nan, math.nan))
+        if math.isfinite(lost) and math.isfinite(whole):
+            return lost / max(whole, LEAST_ENERGY)
+        weight, effective = self.weights[local], quantized.dequantize()
+        if self._channel_scales is not None:
+            effective /= self._channel_scales
+        error = self._energy(effective - weight) / max(self._energy(weight), LEAST_ENERGY)
+        if math.isfinite(error):
+            return error
+        weight, effective = weight.double(), effective.double()  # squares of such weights are beyond float32
+        return self._energy(effective - weight) / max(self._energy(weight), LEAST_ENERGY)
+
+    def _energy(self, rows: Tensor) -> float:
+        """tr(X H X^T) of (out, in)."""
         if not self._inputs:
-            lost, whole = error.square().sum(), weight.square().sum()
-        elif self._hessian is not None:
-            hessian = self._hessian.to(error.dtype)
-            lost, whole = ((part @ hessian * part).sum() for part in (error, weight))
-        else:
-            mean_square = self.mean_square().to(error.dtype)
-            lost, whole = ((part.square() @ mean_square).sum() for part in (error, weight))
-        return (lost / whole.clamp_min(1e-30)).item()
+            return rows.square().sum().item()
+        if self._hessian is None:
+            return (rows.square() @ self.mean_square().to(rows.dtype)).sum().item()
+        return (rows @ self._hessian.to(rows.dtype) * rows).sum().item()
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:

@@ -25,6 +25,7 @@ class FakeStage:
     gain_offset: float = 0.0
     notes: list[str] = field(default_factory=list)
     channel_scales: Tensor | None = None
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def grid(self) -> Grid:
@@ -35,6 +36,12 @@ class FakeStage:
             return self.gram
         assert self.inputs is not None
         return self.inputs.T @ self.inputs / len(self.inputs)
+
+    def take_hessian(self) -> Tensor:
+        return self.hessian().clone()
+
+    def measured(self, local: str, lost: float, whole: float) -> None:
+        self.losses[local] = (lost, whole)
 
     def mean_square(self) -> Tensor:
         return self.hessian().diagonal()

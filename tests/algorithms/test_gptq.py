@@ -6,6 +6,7 @@ import torch
 
 from vlmquant.algorithms import gptq, rtn
 from vlmquant.algorithms.awq import output_error
+from vlmquant.algorithms.factor import factorize
 from vlmquant.grid import Grid, quantize_codes, quantize_nearest
 from vlmquant.recipe import ComponentSpec, GptqOptions, Scheme
 
@@ -15,10 +16,10 @@ TINY = 1e-9  # damping that leaves hand-worked numbers as they are
 def round_plainly(weight: list[list[float]], hessian: list[list[float]], *, activation_order: bool) -> list[list[int]]:
     """What the column loop makes of a weight at scale 1, as signed integers."""
     values = torch.tensor(weight)
-    options = GptqOptions(damping=TINY, activation_order=activation_order)
-    factor = gptq.factorize(torch.tensor(hessian), options)
+    factor = factorize(torch.tensor(hessian, dtype=torch.float32), TINY, activation_order=activation_order)
     scales = torch.ones(len(values), 1)
-    return (gptq.round_columns(values, scales, None, factor, Grid(4, 2, torch.float32)).int() - 8).tolist()
+    codes, _ = gptq.round_columns(values, scales, None, factor, Grid(4, 2, torch.float32))
+    return (codes.int() - 8).tolist()
 
 
 def test_two_by_two_by_hand() -> None:
@@ -185,20 +186,13 @@ def test_massive_activations_keep_their_precision(make_stage, make_inputs, make_
 
 def test_codes_do_not_depend_on_threads(make_inputs, make_weight) -> None:
     inputs = make_inputs(512, 96)
-    hessian, options = inputs.T @ inputs / 512, GptqOptions()
-    factor = gptq.factorize(hessian, options)
+    factor = factorize(inputs.T @ inputs / 512, 0.01, activation_order=True)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             results.append(
-                gptq.quantize_weight(
-                    make_weight(64, 96),
-                    hessian,
-                    factor,
-                    Grid(4, 32, torch.bfloat16),
-                    options=options,
-                )
+                gptq.quantize_weight(make_weight(64, 96), factor, Grid(4, 32, torch.bfloat16), GptqOptions())[0]
             )
             assert torch.get_num_threads() == threads
     finally:

@@ -7,138 +7,126 @@ a column's group is that of its place in the original matrix and its grid is fix
 permutation is stored.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from vlmquant.algorithms import loops
+from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.grid import Grid, QuantizedWeight, split_rows
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage
 
-COLUMN_BLOCK = 64
+COLUMN_BLOCK = 128
 """Columns rounded between two matrix products that carry the feedback of all earlier ones."""
-DAMPING_LADDER = (1.0, 10.0, 100.0, 1000.0)
-"""Factors on the damping, tried until the factorisation succeeds; after the last, columns are rounded alone."""
 DEAD_FRACTION = 1e-12
 """An input whose mean square is at most this share of the largest never fires: no more is known of it."""
-ROWS_PER_THREAD = 8192
-"""With fewer rows than this the loop over columns runs on one thread: its steps are too short to be worth a barrier."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """The order of the columns and the feedback matrix M (in, in) float32, unit upper triangular, in that order."""
-
-    order: Tensor
-    feedback: Tensor
-    damping: float
-    """The damping that succeeded; infinite where none did and M is the identity."""
 
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
-    """Quantize all linears of a stage with one Hessian and one factorisation: their rows are independent."""
+    """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent."""
     options = stage.options.gptq
-    hessian = stage.hessian()
-    if dead := int(dead_inputs(hessian).sum()):
+    factor = factorize(stage.take_hessian(), options.damping, activation_order=options.activation_order)
+    if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
-            f"{dead} of {len(hessian)} inputs never fired during calibration; their weights were rounded to nearest"
+            f"{dead} of {len(factor.order)} inputs never fired during calibration; "
+            "their weights were rounded to nearest"
         )
-    factor = factorize(hessian, options)
     if factor.damping == float("inf"):
         stage.note("the Hessian stayed singular however it was damped; rounded to nearest, without error feedback")
     elif factor.damping != options.damping:
         stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
     grid = stage.grid.fitted(*stage.weights.values())
     if grid.group_rows > 1:  # blocks of rows end where a linear does
-        return {
-            name: quantize_weight(weight, hessian, factor, grid, options=options)
-            for name, weight in stage.weights.items()
-        }
-    quantized = quantize_weight(torch.cat(list(stage.weights.values())), hessian, factor, grid, options=options)
-    return dict(zip(stage.weights, split_rows(quantized, map(len, stage.weights.values())), strict=True))
+        found = {name: quantize_weight(one, factor, grid, options) for name, one in stage.weights.items()}
+        quantized = {name: weight for name, (weight, _) in found.items()}
+        lost = {name: rows for name, (_, rows) in found.items()}
+    else:
+        counts = [len(weight) for weight in stage.weights.values()]
+        together, rows = quantize_weight(torch.cat(list(stage.weights.values())), factor, grid, options)
+        quantized = dict(zip(stage.weights, split_rows(together, counts), strict=True))
+        lost = dict(zip(stage.weights, torch.split(rows, counts), strict=True))
+    for name, weight in stage.weights.items():
+        stage.measured(name, lost[name].sum().item(), factor.energy(weight).double().sum().item())
+    return quantized
 
 
-def dead_inputs(hessian: Tensor) -> Tensor:
+def dead_inputs(mean_square: Tensor) -> Tensor:
     """bool (in,): the inputs that never fire."""
-    diagonal = hessian.diagonal()
-    return diagonal <= DEAD_FRACTION * diagonal.max()
+    return mean_square <= DEAD_FRACTION * mean_square.max()
 
 
-def factorize(hessian: Tensor, options: GptqOptions) -> Factor:
-    """H (in, in) float32, symmetric -> column order and feedback matrix of the damped H, computed in float64.
+def quantize_weight(weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions) -> tuple[QuantizedWeight, Tensor]:
+    """weight (out, in) float32 -> codes with error feedback on a grid that was searched before rounding.
 
-    The matrix is equilibrated (unit diagonal) first, which keeps it well conditioned under massive activations.
+    And for each row e of their error e H e^T, float64 (out,).
     """
-    exact = hessian.double()
-    order = torch.arange(len(exact), device=exact.device)
-    if options.activation_order:
-        order = torch.argsort(exact.diagonal(), descending=True, stable=True)
-    mean = exact.diagonal().mean().item() or 1.0
-    exact = exact[order][:, order]
-    for factor in DAMPING_LADDER:
-        damped = exact.clone()
-        damped.diagonal().add_(factor * options.damping * mean)
-        scale = damped.diagonal().sqrt()
-        damped.div_(scale[:, None]).div_(scale[None, :])
-        # Cholesky of the matrix read backwards, read backwards again, is the upper factor: H' = R R^T.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed:
-            upper = scale[:, None] * lower.flip(0, 1)
-            return Factor(order, (upper / upper.diagonal()).float(), factor * options.damping)
-    return Factor(order, torch.eye(len(order), device=order.device), float("inf"))
+    scales, zeros = search_scales(weight, factor.mean_square, grid, search=options.scale_search)
+    codes, lost = round_columns(weight, scales, zeros, factor, grid)
+    return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid), lost
 
 
-def quantize_weight(
-    weight: Tensor, hessian: Tensor, factor: Factor, grid: Grid, *, options: GptqOptions
-) -> QuantizedWeight:
-    """weight (out, in) float32 -> codes with error feedback on a grid that was searched before rounding."""
-    scales, zeros = search_scales(weight, hessian.diagonal(), grid, search=options.scale_search)
-    with _few_threads(rows=len(weight)):
-        codes = round_columns(weight, scales, zeros, factor, grid)
-    return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid)
-
-
-def round_columns(weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Factor, grid: Grid) -> Tensor:
+def round_columns(
+    weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Factor, grid: Grid
+) -> tuple[Tensor, Tensor]:
     """float32 weight (out, in), scales and zeros (out, groups) -> uint8 codes (out, in), in the order of the weight.
 
-    Inside, everything is transposed and in processing order, so that a column lies in one piece.
+    Inside, everything is transposed and in the order of processing, so that a column lies in one piece. The loss comes
+    with it, float64 (out,): sum_i D_i (what column i was rounded from, less its value)^2 is that of the damped H.
     """
-    columns = weight.shape[1]
-    target = weight.T[factor.order].contiguous()
-    errors, values = torch.empty_like(target), torch.empty_like(target)
-    group_of = factor.order // grid.group_size
-    scale_of, inverse_of = scales.T.contiguous(), (1.0 / scales).T.contiguous()
-    zero_of = None if zeros is None else zeros.T.contiguous()
-    bounds_of = [grid.bounds(None if zero_of is None else zero_of[group]) for group in range(scales.shape[1])]
-    feedback_to = factor.feedback.T.contiguous()  # row i holds M[:, i]: what earlier errors add to column i
-    groups = group_of.tolist()
+    rows, columns = weight.shape
+    turned, group_of = weight.T, factor.order // grid.group_size
+    scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
+    round_block = loops.round_block if loops.fit(weight, grid) else _round_block
+    errors = torch.empty(columns, rows, device=weight.device)
+    codes = torch.empty(columns, rows, device=weight.device, dtype=torch.uint8)
+    lost = torch.zeros(rows, device=weight.device, dtype=torch.float64)
     for start in range(0, columns, COLUMN_BLOCK):
-        end = min(start + COLUMN_BLOCK, columns)
-        wanted = torch.addmm(target[start:end], feedback_to[start:end, :start], errors[:start])
-        for i in range(start, end):
-            group = groups[i]
-            value = wanted[i - start]
-            if i > start:
-                value = torch.addmv(value, errors[start:i].T, feedback_to[i, start:i])
-            torch.mul(value, inverse_of[group], out=values[i])
-            grid.round_(values[i], *bounds_of[group])
-            torch.sub(target[i], values[i] * scale_of[group], out=errors[i])
-    codes = grid.encode(values, None if zero_of is None else zero_of[group_of])
-    original = torch.empty_like(codes)
-    original[factor.order] = codes
-    return original.T.contiguous()
+        here = slice(start, min(start + COLUMN_BLOCK, columns))
+        target = turned[factor.order[here]].contiguous()
+        wanted = torch.addmm(target, factor.matrix[here, :start], errors[:start])
+        values = torch.empty_like(target)
+        round_block(
+            wanted,
+            target,
+            values,
+            errors[here],
+            factor.matrix[here, here],
+            scales,
+            zeros,
+            group_of[here],
+            grid,
+        )
+        lost += factor.pivots[here].double() @ wanted.double().square_()
+        lost -= factor.added * errors[here].double().square_().sum(0)
+        codes[factor.order[here]] = grid.encode(values, None if zeros is None else zeros[group_of[here]])
+    if factor.damping == float("inf"):
+        lost = factor.energy(errors[factor.order.argsort()].T).double()
+    return codes.T.contiguous(), lost.clamp_(min=0)
 
 
-@contextmanager
-def _few_threads(*, rows: int) -> Iterator[None]:
-    """torch on as many threads as this many rows are worth."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, -(-rows // ROWS_PER_THREAD)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _round_block(
+    wanted: Tensor,
+    target: Tensor,
+    values: Tensor,
+    errors: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    group_of: Tensor,
+    grid: Grid,
+) -> None:
+    """Round the columns of a block, (columns, out): values gets what they become, errors what target loses by it.
+
+    wanted: what they are to be rounded from but for the errors made in this block, to which feedback (columns, columns)
+    leads, below its diagonal; it gets what they were rounded from, less their values. scales, zeros: (groups, out).
+    """
+    inverses, groups = scales.reciprocal(), group_of.tolist()
+    bounds = {group: grid.bounds(None if zeros is None else zeros[group]) for group in set(groups)}
+    for i, group in enumerate(groups):
+        value = wanted[i] if i == 0 else torch.addmv(wanted[i], errors[:i].T, feedback[i, :i])
+        torch.mul(value, inverses[group], out=values[i])
+        grid.round_(values[i], *bounds[group])
+        rounded = values[i] * scales[group]
+        torch.sub(target[i], rounded, out=errors[i])
+        torch.sub(value, rounded, out=wanted[i])

@@ -9,7 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlmquant.algorithms import loops
 from vlmquant.grid import Grid, minmax_grid, split_groups
+
+COMPILED_ELEMENTS = 1 << 21
+"""The same, where compiled loops search: their working set is a group."""
 
 ScaleSearch = Literal["minmax", "mse", "weighted"]
 
@@ -43,11 +47,12 @@ def search_scales(
     else:
         importance = mean_square
     importance = split_groups(importance.to(groups)[None], grid.group_size)[0]
-    shares = torch.linspace(*SHARES.get((grid.kind, grid.bits), OTHER_SHARES), STEPS).tolist()
-    at_once = max(1, CHUNK_ELEMENTS // max(1, groups[0].numel()))
+    shares = torch.linspace(*SHARES.get((grid.kind, grid.bits), OTHER_SHARES), STEPS)
+    searched, elements = (_search_compiled, COMPILED_ELEMENTS) if loops.fit(groups, grid) else (_search, CHUNK_ELEMENTS)
+    at_once = max(1, elements // max(1, groups[0].numel()))
     at_once += -at_once % grid.group_rows  # rows that share a scale are searched together
     best = [
-        _search_rows(
+        searched(
             groups[first : first + at_once],
             base[first : first + at_once],
             None if zeros is None else zeros[first : first + at_once],
@@ -62,12 +67,12 @@ def search_scales(
     return scales, None if zeros is None else torch.cat([zero for _, zero in best if zero is not None])
 
 
-def _search_rows(
+def _search(
     groups: Tensor,
     base: Tensor,
     base_zeros: Tensor | None,
     importance: Tensor,
-    shares: list[float],
+    shares: Tensor,
     grid: Grid,
     *,
     cubic: bool,
@@ -78,7 +83,7 @@ def _search_rows(
     ratio, power = torch.empty_like(groups), torch.empty_like(groups)
     low = groups.amin(-1).clamp_max(0)
     zeros = None
-    for share in shares:
+    for share in shares.tolist():
         scales = grid.round_scales(base * share)
         if best_zeros is not None:
             zeros = (-low * share / scales).round_().clamp_(0, 2**grid.bits - 1)
@@ -96,3 +101,26 @@ def _search_rows(
         if best_zeros is not None and zeros is not None:
             best_zeros = torch.where(better, zeros, best_zeros)
     return grid.round_scales(best_scales), best_zeros
+
+
+def _search_compiled(
+    groups: Tensor,
+    base: Tensor,
+    base_zeros: Tensor | None,
+    importance: Tensor,
+    shares: Tensor,
+    grid: Grid,
+    *,
+    cubic: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The same as `_search`."""
+    scales = grid.round_scales((base[..., None] * shares).flatten(1)).view(*base.shape, len(shares))
+    zeros = None
+    if base_zeros is not None:
+        lows = groups.amin(-1, keepdim=True).clamp_max(0) * shares
+        zeros = (-lows / scales).round_().clamp_(0, 2**grid.bits - 1)
+    best = torch.empty(base.shape, dtype=torch.int64)
+    loops.search_rows(groups.flatten(1), scales, zeros, best, importance.flatten(), *loops.bounds(grid), cubic or None)
+    found = [None if values is None else values.gather(-1, best[..., None])[..., 0] for values in (scales, zeros)]
+    assert found[0] is not None
+    return found[0], found[1]

@@ -1,0 +1,105 @@
+"""The factorization against float64 numpy, on matrices as calibration gives them and on hard ones."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vlmquant.algorithms import factor
+from vlmquant.algorithms.factor import PANEL, Factor, factorize
+
+
+def second_moments(columns: int, *, rank: int | None = None, massive: tuple[int, ...] = (), seed: int = 0) -> Tensor:
+    """Of inputs with fewer directions than columns where a rank is given, and with channels a thousand times as large
+    that fire together, once."""
+    random = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3 * columns, rank or columns, generator=random) @ torch.randn(
+        rank or columns, columns, generator=random
+    )
+    inputs[0, list(massive)] = 1e4 * inputs.std()
+    return inputs.T @ inputs / len(inputs)
+
+
+def reference(hessian: Tensor, damping: float, order: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """M^T, D and H in the order, float64, by numpy's Cholesky decomposition of the matrix read backwards."""
+    whole = hessian.double().numpy()
+    whole = whole[np.ix_(order.numpy(), order.numpy())]
+    damped = whole + damping * whole.diagonal().mean() * np.eye(len(whole))
+    root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+    return (root / root.diagonal()).T, root.diagonal() ** 2, whole
+
+
+def check(hessian: Tensor, damping: float, *, activation_order: bool = True, within: float = 2e-3) -> Factor:
+    order = torch.arange(len(hessian))
+    if activation_order:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    feedback, pivots, whole = reference(hessian, damping, order)
+    found = factorize(hessian.clone(), damping, activation_order=activation_order)
+    assert torch.equal(found.order, order)
+    assert found.damping == damping
+    np.testing.assert_array_equal(found.mean_square, hessian.diagonal())
+    np.testing.assert_allclose(found.pivots, pivots, rtol=within)
+    # M^T as errors meet it: those of an input count as much as that is large.
+    sizes = np.sqrt(whole.diagonal() + damping * whole.diagonal().mean())
+    ours = np.tril(found.matrix.numpy(), -1)
+    np.testing.assert_allclose(
+        ours * sizes[:, None] / sizes, np.tril(feedback, -1) * sizes[:, None] / sizes, atol=within
+    )
+    np.testing.assert_array_equal(torch.triu(found.matrix, 1), np.triu(hessian[order][:, order].numpy(), 1))
+    return found
+
+
+@pytest.mark.parametrize("columns", [1, 2, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 77])
+@pytest.mark.parametrize("activation_order", [True, False])
+def test_every_number_of_panels(columns: int, activation_order: bool) -> None:
+    check(second_moments(columns), 0.01, activation_order=activation_order)
+
+
+@settings(deadline=None, max_examples=25)
+@given(columns=st.integers(1, 40), rank=st.integers(1, 40), panel=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_any_shape_and_panel(columns: int, rank: int, panel: int, seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factor, "PANEL", panel)
+        check(second_moments(columns, rank=rank, seed=seed), 0.01)
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.001])
+def test_few_directions_and_massive_activations(damping: float) -> None:
+    check(second_moments(300, rank=20), damping)
+    check(second_moments(300, rank=20, massive=(3, 77, 201)), damping)
+
+
+def test_float64_takes_over_where_float32_would_be_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Massive channels that tell each other: of the later ones nearly nothing is left to know."""
+    used: list[torch.dtype] = []
+    real = factor._decompose
+
+    def noted(matrix: Tensor, diagonal: Tensor, dtype: torch.dtype) -> Tensor | None:
+        used.append(dtype)
+        return real(matrix, diagonal, dtype)
+
+    monkeypatch.setattr(factor, "_decompose", noted)
+    check(second_moments(200), 0.01)
+    assert used == [torch.float32]
+    check(second_moments(200, rank=8, massive=(3, 77, 101, 150)), 1e-3)
+    assert used == [torch.float32, torch.float32, torch.float64]
+
+
+def test_a_matrix_without_a_factor_gives_no_feedback() -> None:
+    hessian = torch.tensor([[1.0, 20.0], [20.0, 1.5]])
+    found = factorize(hessian.clone(), 0.01, activation_order=True)
+    assert found.damping == float("inf")
+    assert found.order.tolist() == [1, 0]
+    assert found.matrix[1, 0] == 0
+    rows = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    torch.testing.assert_close(found.energy(rows), ((rows @ hessian) * rows).sum(1))
+
+
+@pytest.mark.parametrize("columns", [1, PANEL, PANEL + 30])
+def test_energy_is_that_of_the_undamped_matrix(columns: int) -> None:
+    hessian, rows = second_moments(columns), torch.randn(7, columns)
+    found = factorize(hessian.clone(), 0.5, activation_order=True)
+    expected = ((rows.double() @ hessian.double()) * rows).sum(1)
+    torch.testing.assert_close(found.energy(rows).double(), expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
