@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from tests import tiny_vlm
+from vlmquant import cli
 
 torch.set_num_threads(1)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -22,6 +24,24 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 logging.disable_progress_bar()
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("plan", model, ...) -> exit code, stdout, stderr of the command, in this process."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["vlmquant", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = end.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return call
 
 
 @pytest.fixture(scope="session")

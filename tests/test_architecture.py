@@ -28,6 +28,7 @@ ROOMS = [
     "formats",
     "linear",
     "kernels",
+    "serving",
     "planning",
     "calibration",
     "kvcache",

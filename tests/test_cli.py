@@ -15,29 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import fake_runs
+from tests.conftest import Run
 from tests.small_set import write_small_set
 from vlmquant import cli
 from vlmquant.errors import UsageError
 from vlmquant.evaluation.settings import Settings
 from vlmquant.report.data import write_json
 from vlmquant.threads import set_threads
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("plan", model, ...) -> exit code, stdout, stderr of the command, in this process."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["vlmquant", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = end.value.code
-        return (code if isinstance(code, int) else 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -151,29 +152,58 @@ def plan(
     model: Model,
     recipe: RecipeOption,
     every_weight: Annotated[bool, typer.Option("--all", help="One line for every weight.")] = False,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of a GPU that is to serve it, such as 24GB: what fits on it?")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of text in a sequence, prompt and answer, else 4096.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=0, help="Images in a sequence, else 1; their tokens are added.")
+    ] = None,
+    image_size: Annotated[str | None, typer.Option(help="Their width and height in pixels, else 1024x768.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs that share the model, else 1.")] = None,
     family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what becomes of every weight, and the bytes before and after. Reads no weights.
 
-    Where the recipe has a target, also whether its engine takes the result: exit 1 if it does not.
+    Where the recipe has a target, also whether its engine takes the result: exit 1 if it does not. With --gpu-memory,
+    --batch, --context, --images, --image-size or --tp, also what serving it takes: exit 6 if that does not fit.
     """
     from vlmquant.pipeline import check_target, plan_model
-    from vlmquant.tables import engine_table, plan_lines_table, plan_table
+    from vlmquant.serving import Wish, serve
+    from vlmquant.tables import engine_table, plan_lines_table, plan_table, serving_table
 
     wanted = load_wanted(recipe, family)
+    asked: dict[str, Any] = {
+        "gpu_memory": None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
+        "batch": batch,
+        "text_tokens": context,
+        "images": images,
+        "image_size": None if image_size is None else parse_size(image_size, "--image-size"),
+        "tp": tp,
+    }
+    asked = {key: value for key, value in asked.items() if value is not None}
     components, planned = plan_model(model, wanted, trust_remote_code=trust_remote_code)
     contract = check_target(components, planned, wanted)
+    serving = serve(components, planned, Wish(**asked)) if asked else None
     if as_json:
-        emit(planned.to_json() | ({} if contract is None else {"target": contract.to_json()}))
+        extra = {} if contract is None else {"target": contract.to_json()}
+        emit(planned.to_json() | extra | ({} if serving is None else {"serving": serving.to_json()}))
     else:
         if every_weight:
             show(plan_lines_table(planned))
         show(plan_table(planned))
         if contract is not None:
             show(engine_table(contract))
-    raise typer.Exit(EXIT_OK if contract is None or contract.fits else EXIT_ERROR)
+        if serving is not None:
+            show(serving_table(serving))
+    if contract is not None and not contract.fits:
+        raise typer.Exit(EXIT_ERROR)
+    raise typer.Exit(EXIT_OK if serving is None or serving.fits else EXIT_DOES_NOT_FIT)
 
 
 @app.command()
@@ -718,6 +748,31 @@ def parse_counts(text: str, option: str = "--samples") -> dict[str, int]:
             raise UsageError(f"{option}: expected name=number pairs such as caption=80,vqa=60, got '{shown(text)}'")
         counts[task] = int(number)
     return counts
+
+
+UNITS = {"B": 1} | {
+    f"{letter}{middle}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for middle, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """ "24GB" -> 24,000,000,000; "1.5GiB" -> 1,610,612,736."""
+    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?)?B", text.strip(), re.IGNORECASE)
+    if found:
+        unit = (found[2] or "").upper().replace("I", "i") + "B"
+        if (count := int(float(found[1]) * UNITS[unit])) > 0:
+            return count
+    raise UsageError(f"{option}: expected a size such as 24GB or 1.5GiB, got '{shown(text)}'")
+
+
+def parse_size(text: str, option: str) -> tuple[int, int]:
+    """ "1024x768" -> (1024, 768)."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})[xX]([1-9][0-9]{0,4})", text.strip())
+    if found is None:
+        raise UsageError(f"{option}: expected width and height such as 1024x768, got '{shown(text)}'")
+    return int(found[1]), int(found[2])
 
 
 def parse_dtype(name: str) -> Any:

@@ -131,28 +131,36 @@ def cache_argument(module: nn.Module) -> str | None:
     return next((name for name in ARGUMENTS if name in parameters), None)
 
 
-def _cachers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def cachers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The outermost modules inside a layer that are given the cache: attention, mixers, convolutions."""
     for name, child in layer.named_children():
         if cache_argument(child):
             yield name, child
         else:
-            yield from ((f"{name}.{inner}", module) for inner, module in _cachers(child))
+            yield from ((f"{name}.{inner}", module) for inner, module in cachers(child))
 
 
-def _keeps_state(module: nn.Module) -> bool:
+def keeps_state(module: nn.Module) -> bool:
     """Whether a module keeps a state of fixed size and no keys: linear attention, Mamba, short convolutions."""
     return any(isinstance(child, nn.Conv1d) for child in module.children())
 
 
-def describe(name: str, module: nn.Module) -> CachedAttention | None:
-    """The sizes of what a module caches; None for one that keeps a state. PlanError for one that caches otherwise."""
-    if _keeps_state(module):
+def is_crossing(name: str, module: nn.Module) -> bool:
+    """Whether attention goes from text to images."""
+    return "cross" in f"{type(module).__name__} {name.rpartition('.')[2]}".lower()
+
+
+def describe(name: str, module: nn.Module, *, crossing: bool = False) -> CachedAttention | None:
+    """The sizes of what a module caches; None for one that keeps a state. PlanError for one that caches otherwise.
+
+    crossing: cross attention, which caches keys of images, is described too.
+    """
+    if keeps_state(module):
         return None
     kind = type(module).__name__
     projections = _children(module, ("k_proj", "qkv_proj"))
     size = getattr(module, "head_dim", None)
-    if "cross" in f"{kind} {name.rpartition('.')[2]}".lower():
+    if is_crossing(name, module) and not crossing:
         raise _refusal(name, kind, "which attends to images and caches their keys")
     if getattr(module, "is_kv_shared_layer", False):
         raise _refusal(name, kind, "which reads the keys and values that another layer cached")
@@ -184,7 +192,7 @@ def find_attentions(model: nn.Module, blocks: Iterable[str]) -> dict[str, Cached
     """The attention modules in some layers that cache keys and values, by name. PlanError as `describe`'s."""
     found = {}
     for block in blocks:
-        for local, module in _cachers(model.get_submodule(block)):
+        for local, module in cachers(model.get_submodule(block)):
             name = f"{block}.{local}"
             if attention := describe(name, module):
                 found[name] = attention

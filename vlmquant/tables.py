@@ -15,7 +15,17 @@ from vlmquant.planning import Plan, has_folds
 from vlmquant.publish import Upload
 from vlmquant.report.data import Verdict, overall
 from vlmquant.report.numbers import threshold_text, threshold_title
+from vlmquant.serving import USABLE, Serving
 from vlmquant.shards import dtype_name
+
+CACHE_KINDS = {
+    "full": "all tokens",
+    "sliding": "the last tokens of a window",
+    "latent": "a latent of all tokens",
+    "images": "the images' tokens",
+    "state": "a state of fixed size",
+}
+"""serving.LayerCache.kind, in words."""
 
 
 def megabytes(count: int) -> str:
@@ -247,6 +257,34 @@ def engine_table(contract: Contract) -> Table:
         table = make_table(f"Engine contract: {told}", ("part", "stored", "kernel", "layers"), served, left=3)
     if contract.unchecked:
         _add_caption(table, [f"not checked: {one}" for one in contract.unchecked])
+    return table
+
+
+def serving_table(serving: Serving) -> Table:
+    """What serving takes on each GPU, and what would fit."""
+    wish = serving.wish
+    sequence = f"{wish.text_tokens:,} tokens of text"
+    if wish.images:
+        width, height = wish.image_size
+        sequence += f" and {serving.image_tokens:,} of {wish.images} image{'s' * (wish.images > 1)} of {width}x{height}"
+    kept = ", ".join(f"{count} layers: {CACHE_KINDS[kind]}" for kind, count in serving.layers.items())
+    rows = [
+        ("weights", megabytes(serving.weight_bytes)),
+        (f"KV cache in {serving.cache_dtype}, batch {wish.batch:,}", megabytes(serving.cache_bytes)),
+        ("together", megabytes(serving.weight_bytes + serving.cache_bytes)),
+    ]
+    lines = [f"A sequence has {sequence}.", f"The cache keeps: {kept or 'nothing'}.", *serving.notes]
+    if wish.gpu_memory is not None:
+        rows.append((f"{USABLE:.0%} of a GPU's {megabytes(wish.gpu_memory)}", megabytes(int(USABLE * wish.gpu_memory))))
+        if serving.fits:
+            lines.append(
+                f"It fits: up to a batch of {serving.largest_batch:,} at this length, or up to "
+                f"{serving.largest_text:,} tokens of text at this batch."
+            )
+        else:
+            lines.append(f"It does NOT fit: {serving.what_fits()}.")
+    table = make_table(f"Serving, on each of {wish.tp} GPUs" if wish.tp > 1 else "Serving", ("", "bytes"), rows)
+    _add_caption(table, lines)
     return table
 
 
