@@ -129,6 +129,7 @@ def internvl_40b() -> dict[str, Any]:
             "num_attention_heads": 56,
             "num_key_value_heads": 8,
             "vocab_size": 64_000,
+            "max_position_embeddings": 200_000,
             "head_dim": 128,
         },
     }
@@ -198,6 +199,10 @@ def test_the_command_says_what_fits(run: Run, tiny_llava: Path) -> None:
     assert code == 0
     assert "It fits: up to a batch of" in " ".join(out.split())
     assert "12 of 3 images of 1024x768" in " ".join(out.split())
+    code, out, _ = run("plan", tiny_llava, "-r", "mixed", "--gpu-memory", "1GB", "--context", 600, "--json")
+    found = json.loads(out)["serving"]
+    assert found["largest_text"] == 512 - 4
+    assert found["notes"] == ["the model has 512 positions; a sequence is longer, by 92 tokens"]
     assert "Serving" not in run("plan", tiny_llava, "-r", "mixed")[1]
 
 

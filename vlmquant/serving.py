@@ -159,7 +159,8 @@ class Serving:
     largest_batch: int | None = None
     """The most sequences of this length that fit; None where no memory is given, -1 where the weights do not fit."""
     largest_text: int | None = None
-    """The most tokens of text beside these images that fit for this batch; -1 where the images alone do not."""
+    """The most tokens of text beside these images that fit for this batch, and into the model's positions; -1 where the
+    images alone do not."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -213,6 +214,12 @@ def serve(components: ComponentMap, plan: Plan, wish: Wish, *, image_tokens: int
     heads = min((layer.heads for layer in layers if layer.kind in ("full", "sliding")), default=wish.tp)
     if wish.tp > heads:
         notes.append(f"{wish.tp} ranks share {heads} heads of keys and values, so some are kept more than once")
+    positions = getattr(components.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    most = positions - image_tokens if isinstance(positions, int) else MOST
+    if wish.text_tokens > most:
+        notes.append(
+            f"the model has {positions:,} positions; a sequence is longer, by {wish.text_tokens - most:,} tokens"
+        )
     kinds = Counter[str](layer.kind for layer in layers)
     room = None if wish.gpu_memory is None else int(USABLE * wish.gpu_memory) - weights
     return Serving(
@@ -223,7 +230,7 @@ def serve(components: ComponentMap, plan: Plan, wish: Wish, *, image_tokens: int
         cache_bytes=taken(wish.text_tokens, wish.batch),
         layers=dict(kinds),
         largest_batch=None if room is None else _most(lambda count: taken(wish.text_tokens, count) <= room),
-        largest_text=None if room is None else _most(lambda tokens: taken(tokens, wish.batch) <= room),
+        largest_text=None if room is None else min(most, _most(lambda tokens: taken(tokens, wish.batch) <= room)),
         notes=tuple(notes),
     )
 
