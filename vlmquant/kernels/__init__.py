@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from vlmquant.kernels import bag4, int4, int8, int8_cuda, vq4, words
+from vlmquant.kernels import bag4, floats, int4, int8, int8_cuda, vq4, words
 from vlmquant.kernels.form import Form, Place
 
 LAYOUTS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ LAYOUTS: dict[str, ModuleType] = {
     "bag4": bag4,
     "int8_cuda": int8_cuda,
     "int8": int8,
+    "floats": floats,
     "words": words,
 }
 """In order of preference."""

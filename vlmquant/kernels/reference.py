@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import E4M3, LARGEST, Grid, QuantizedWeight, minmax_grid, split_groups
+from vlmquant.grid import E4M3, LARGEST, Grid, QuantizedWeight, minmax_grid, round_e4m3_, split_groups
 
 ACTIVATION_STEPS = 127.5
 """Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
@@ -46,7 +46,7 @@ def round_fp8(inputs: Tensor) -> Tensor:
     """
     values = inputs.float()
     scales = (values.abs().amax(-1, keepdim=True) / LARGEST[8]).clamp_min(ACTIVATION_FLOOR)
-    return ((values / scales).clamp_(-LARGEST[8], LARGEST[8]).to(E4M3).float() * scales).to(inputs.dtype)
+    return round_e4m3_(values / scales).mul_(scales).to(inputs.dtype)
 
 
 def round_fp8_groups(inputs: Tensor) -> Tensor:
