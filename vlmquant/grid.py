@@ -19,7 +19,9 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E4M3 = torch.float8_e4m3fn
 E8M0 = torch.float8_e8m0fnu
 """Powers of two (OCP Microscaling Formats 1.0, 5.4.1)."""
-LARGEST: dict[int, float] = {4: E2M1[-1], 8: torch.finfo(E4M3).max}
+E4M3_MAX = torch.finfo(E4M3).max
+"""448."""
+LARGEST: dict[int, float] = {4: E2M1[-1], 8: E4M3_MAX}
 """Of a floating point grid, by bits."""
 MX_RANGE = 4.0
 """The largest power of two of E2M1, which a power of two as a scale maps that of a group to."""
@@ -155,14 +157,14 @@ def round_e4m3_(values: Tensor) -> Tensor:
     The same as `.clamp(-448, 448).to(torch.float8_e4m3fn).float()`, which torch 2.13 does one by one on a CPU: ten
     times slower.
     """
-    values.clamp_(-LARGEST[8], LARGEST[8])
+    values.clamp_(-E4M3_MAX, E4M3_MAX)
     steps = values.view(torch.int32).bitwise_and(FLOAT32_EXPONENT).view(torch.float32)
     steps = steps.clamp_min_(E4M3_LEAST).mul_(E4M3_STEP)
     return values.div_(steps).round_().mul_(steps)
 
 
-# A code's bits, moved to where a float16 has sign, exponent and mantissa, are its value times a power of two: shifts are
-# vectorized everywhere, and float16 has room for all values, the smallest included.
+# A code's bits, moved to where a float16 has sign, exponent and mantissa, are its value times a power of two. Shifts
+# are vectorized everywhere, and float16 has room for all values, the smallest included.
 
 E4M3_UNIT, E2M1_UNIT = 2.0**-8, 2.0**-14
 """What the values of `e4m3_values` and `e2m1_values` are multiples of, for a code of 1."""
@@ -213,8 +215,8 @@ class QuantizedWeight:
     scales: Tensor
     zeros: Tensor | None
     grid: Grid
-    input_divisor: float | None = None
-    """Where inputs are rounded to NVFP4 as well: the global scale of theirs."""
+    input_scale: float | None = None
+    """Of inputs that are rounded by a number from calibration: their scale, or NVFP4's global one, which divides."""
 
     def __post_init__(self) -> None:
         rows, columns = self.codes.shape
@@ -278,6 +280,29 @@ def nvfp4_divisor(largest: float) -> float:
     """
     divisor = float(torch.tensor(largest).reciprocal() * (LARGEST[8] * LARGEST[4]))
     return divisor if isfinite(divisor) else 1.0
+
+
+BITS_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Positive numbers as the next ones of `dtype` that are not smaller; infinite where there are none."""
+    exact = values.double()
+    nearest = exact.to(dtype)
+    above = (nearest.view(BITS_SAME_WIDTH[dtype.itemsize]) + 1).view(dtype)
+    return torch.where(nearest.double() < exact, above, nearest)
+
+
+def scale_problem(scale: Tensor) -> str | None:
+    """What is wrong with a scale, None where nothing is."""
+    values = scale.detach().double()
+    if not bool(values.isfinite().all()):
+        return "is NaN or infinite"
+    if bool((values <= 0).any()):
+        return "is 0 or less"
+    if bool((values >= torch.finfo(scale.dtype).max).any()):
+        return f"is saturated (the largest value of {str(scale.dtype).removeprefix('torch.')})"
+    return None
 
 
 def mid_code(bits: int) -> int:

@@ -431,7 +431,7 @@ class LoadedBlock(nn.Module):
     def exact(self, inputs: Tensor) -> Tensor:
         """float64, from the codes."""
         values = inputs.double()
-        if self.fc1.form.dynamic_int8:
+        if self.fc1.form.int8_inputs:
             codes, scales = activation_codes(inputs)
             values = codes.double() * scales.double()
         found = []

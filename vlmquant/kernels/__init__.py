@@ -29,6 +29,9 @@ ON_CUDA = frozenset({"vq4", "int8_cuda"})
 APPLIES_ACTIVATIONS = frozenset({"int8_cuda"})
 """Layouts whose products of rounded inputs can end with an activation, at no cost: `Form.activation`."""
 
+ROUNDS_INPUTS = frozenset({"int8_cuda", "int8"})
+"""Layouts whose `matmul` rounds the inputs as the form says."""
+
 
 def choose(form: Form, place: Place) -> str:
     """The name of the layout to hold a weight in."""

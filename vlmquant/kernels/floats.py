@@ -27,7 +27,8 @@ def fits(form: Form, place: Place) -> bool:
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """codes (out, in) uint8 of FP8; of FP4 (out, in / 2), column j in the low four bits and j + in / 2 in the high ones.
+    """codes uint8 (out, in) of FP8; of FP4 (out, in / 2): column j in the low four bits, j + in / 2 in the high ones.
+
     scales (out, groups) as stored, those of a byte as uint8.
     """
     codes = weight.codes
