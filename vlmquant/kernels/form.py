@@ -24,6 +24,15 @@ class Form:
     """What the kernel puts its outputs through, a name of `reference.ACTIVATIONS`: int8_cuda only."""
 
     @property
+    def kind(self) -> str:
+        """For people, such as 4-bit weights in groups of 16 (floating point) or 8-bit weights (symmetric)."""
+        grid = self.grid
+        groups = "" if grid.group_size >= self.shape[1] else f" in groups of {grid.group_size}"
+        inputs = "" if self.inputs == "none" else f" with {self.inputs} inputs"
+        what = "floating point" if grid.kind == "float" else "symmetric" if grid.symmetric else "asymmetric"
+        return f"{grid.bits}-bit weights{groups} ({what}){inputs}"
+
+    @property
     def int8_inputs(self) -> bool:
         return self.inputs.endswith("-int8")
 
