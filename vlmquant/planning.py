@@ -17,14 +17,12 @@ from vlmquant.errors import PlanError
 from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.kvcache import CachePlan, plan_cache
 from vlmquant.packing import packed_columns
-from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
+from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, WORD_FORMATS, ComponentSpec, Recipe, Scheme
 from vlmquant.shards import dtype_name
 
 PACKED_WORD_BYTES = 4
 WEIGHT_SHAPE_BYTES = 16
 """The pair of int64 that compressed-tensors stores beside packed codes."""
-WORD_FORMATS = ("gptq", "gptq_v2", "awq")
-"""Formats that pack codes and zero points, always both, in words, with scales in float16."""
 SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64

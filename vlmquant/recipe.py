@@ -318,8 +318,13 @@ class KvCacheSpec(Data):
     """tensor: one scale for a layer's keys and one for its values; head: one for each head."""
 
 
+WordFormat = Literal["gptq", "gptq_v2", "awq"]
+WORD_FORMATS: tuple[str, ...] = get_args(WordFormat)
+"""Formats that pack codes and zero points, always both, in words, with scales in float16."""
+
+
 class OutputSpec(Data):
-    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"] = "compressed-tensors"
+    format: Literal["compressed-tensors", WordFormat, "bitsandbytes"] = "compressed-tensors"
     """gptq, gptq_v2 and awq hold the language layers in one scheme (4 bits, gptq also 8) and nothing else quantized."""
     max_shard_size: Annotated[int, Field(ge=1_000_000)] = 4_000_000_000
     """Bytes."""
