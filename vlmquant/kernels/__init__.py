@@ -10,8 +10,8 @@ from types import ModuleType
 from torch import Tensor
 
 from vlmquant.kernels import bag4, floats, fp8_cuda, int4, int8, int8_cuda, vq4, words
-from vlmquant.notices import tell_once, warn_once
 from vlmquant.kernels.form import Form, Place
+from vlmquant.notices import tell_once, warn_once
 
 LAYOUTS: dict[str, ModuleType] = {
     "vq4": vq4,

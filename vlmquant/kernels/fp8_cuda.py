@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from vlmquant.grid import E4M3, E4M3_MAX, QuantizedWeight
 from vlmquant.kernels import words
-from vlmquant.notices import warn_once
 from vlmquant.kernels.form import Form, Place
 from vlmquant.kernels.probe import needs_gradient
 from vlmquant.kernels.reference import fp8_scales, round_inputs
+from vlmquant.notices import warn_once
 
 LEAST_CAPABILITY = (8, 9)
 """Ada, Hopper and Blackwell: FP8 came with them."""
