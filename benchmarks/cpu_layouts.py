@@ -49,12 +49,12 @@ def candidates(linear: Any, weight: Any, inputs: Any) -> dict[str, Callable[[], 
     from torch.nn.functional import linear as multiply
 
     from vlmquant.kernels import words
-    from vlmquant.kernels.reference import round_int8
+    from vlmquant.kernels.reference import round_inputs
 
     on_disk, dense, form = words.hold(weight), weight.dequantize(inputs.dtype), linear.form
 
     def per_call() -> object:
-        rounded = round_int8(inputs) if form.dynamic_int8 else inputs
+        rounded = round_inputs(inputs, form.inputs, form.input_scale)
         return multiply(rounded, words.release(on_disk, form).dequantize(inputs.dtype))
 
     return {"packed": lambda: linear(inputs), "per_call": per_call, "dense": lambda: multiply(inputs, dense)}

@@ -26,7 +26,8 @@ from vlmquant.checkpoint import read_manifest
 from vlmquant.cli import parse_counts
 from vlmquant.evaluation.metrics import EVERYTHING, kl_difference
 from vlmquant.evaluation.settings import Settings
-from vlmquant.kvcache import FP8_MAX, LEAVES, rounded_up
+from vlmquant.grid import E4M3_MAX, rounded_up
+from vlmquant.kvcache import LEAVES
 from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate, quantize
 from vlmquant.recipe import Components, KvCacheSpec, Recipe, load_recipe
 from vlmquant.report.data import Report
@@ -74,7 +75,7 @@ def with_cache(checkpoint: Path, out: Path, cache: str) -> Path:
                 scale = tensors.pop(name)
                 if cache == "tensor":
                     whole = torch.tensor([max(layer[kind])], dtype=torch.float64)
-                    tensors[name] = rounded_up(whole / FP8_MAX, scale.dtype)
+                    tensors[name] = rounded_up(whole / E4M3_MAX, scale.dtype)
                 elif cache == "one":
                     tensors[name] = torch.ones(1, dtype=scale.dtype)
         save_file(tensors, file, {"format": "pt"})

@@ -3,7 +3,7 @@
     python benchmarks/packed_generation.py MODEL --data SET [--original DIR] [--samples N] [--tokens N] [--dtype NAME]
 
 MODEL is a directory that vlmquant wrote. Each variant runs in a process of its own: `packed` as `vlmquant.load` gives
-it, `dequantized` with every packed linear replaced by an ordinary one of the same values (inputs still rounded to int8
+it, `dequantized` with every packed linear replaced by an ordinary one of the same values (inputs still rounded
 where the recipe says so), and `original` the unquantized model. Writes benchmarks/results/packed_generation.{json,md}.
 """
 
@@ -13,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def dequantize_linears(model: Any, dtype: Any) -> None:
     """Replace every packed linear by an ordinary one that holds what its codes mean."""
     import torch
 
-    from vlmquant.kernels.reference import round_activations
+    from vlmquant.kernels.reference import round_inputs
     from vlmquant.linear import QuantLinear
 
     for name, module in list(model.named_modules()):
@@ -39,8 +40,9 @@ def dequantize_linears(model: Any, dtype: Any) -> None:
             )
             dense.weight = torch.nn.Parameter(module.dequantize(dtype), requires_grad=False)
             dense.bias = None if module.bias is None else torch.nn.Parameter(module.bias.clone(), requires_grad=False)
-            if module.form.dynamic_int8:
-                dense.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0]), *inputs[1:]))
+            if module.form.inputs != "none":
+                rounding = partial(round_inputs, kind=module.form.inputs, scale=module.form.input_scale)
+                dense.register_forward_pre_hook(lambda _, inputs, rounding=rounding: (rounding(inputs[0]), *inputs[1:]))
             model.set_submodule(name, dense)
 
 

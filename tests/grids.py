@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import rtn
-from vlmquant.grid import Grid, QuantizedWeight, grid_of, nvfp4_divisor
+from vlmquant.grid import Grid, QuantizedWeight, grid_of
+from vlmquant.kernels.reference import CALIBRATED, input_scale
 from vlmquant.recipe import Scheme
 
 
 def nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.bfloat16) -> QuantizedWeight:
     """weight (out, in) rounded to nearest; dtype: the model's. Where inputs are calibrated, 5 is their largest."""
     made = rtn.quantize_weight(weight.float(), grid_of(scheme, weight.shape[1], dtype).fitted(weight))
-    return replace(made, input_divisor=nvfp4_divisor(5.0) if scheme.activations == "nvfp4" else None)
+    calibrated = scheme.activations in CALIBRATED
+    return replace(made, input_scale=input_scale(5.0, scheme.activations, dtype).item() if calibrated else None)
 
 
 def random(scheme: Scheme, rows: int, columns: int, *, seed: int = 0) -> QuantizedWeight:

@@ -171,6 +171,33 @@ def test_fused_nvfp4_weights_share_their_global_scale(scales: tuple[float, float
     assert contract.fits or "2, 3" in refusals(contract)["fused"]
 
 
+STATIC = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False}
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "scales", "told"),
+    [
+        ("vllm", "sm_80", (2.0, 2.0), None),
+        ("vllm", "sm_80", (2.0, 3.0), "have input_scale of 2, 3; engines take the largest"),
+        ("vllm", "cpu", (2.0, 2.0), "on a CPU with AMX"),
+        ("sglang", "sm_80", (2.0, 2.0), "loaded and not used"),
+    ],
+)
+def test_static_inputs_are_shared_and_where_engines_pass_over_them_it_is_told(
+    engine: str, gpu: str, scales: tuple[float, float], told: str | None, tmp_path: Path
+) -> None:
+    names = [f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj"]
+    shapes = int8(names[0], 256, 256) | int8(names[1], 256, 256)
+    shapes |= {f"{name}.input_scale": ("F32", (1,)) for name in names}
+    values = {f"{name}.input_scale": torch.tensor([scale]) for name, scale in zip(names, scales, strict=True)}
+    static = config(channel(["Linear"]) | {"input_activations": STATIC})
+    contract = check(write(tmp_path / "static", static, shapes, values), engine, gpu)
+    assert contract.fits == (scales[0] == scales[1])
+    assert [told in one.what for one in contract.findings] == ([True] if told else [])
+    dynamic = check(write(tmp_path / "dynamic", config(channel(["Linear"])), int8(DOWN, 256, 256)), engine, gpu)
+    assert dynamic.findings == ()
+
+
 KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 

@@ -157,8 +157,11 @@ def test_weights_that_share_inputs_share_the_global_scale() -> None:
         ("{bits: 4, scales: e8m0}", "scales: model"),
         ("{bits: 4, group_size: 64, activations: dynamic-fp8}", "group_size: 128"),
         ("{type: float, bits: 8, group_size: null, activations: dynamic-int8}", "type: int"),
+        ("{bits: 4, activations: static-int8}", "static-int8 activations need type: int, bits: 8"),
+        ("{bits: 8, group_size: null, activations: static-fp8}", "fp8-static"),
+        ("{type: float, bits: 8, group_rows: 128, activations: static-fp8}", "do not go with"),
         ("{type: float, bits: 8, group_size: null, activations: dynamic-fp8-g128}", "do not go with"),
-        ("{bits: 8, group_size: null, activations: dynamic-fp8-g128}", "schemes fp8-block"),
+        ("{bits: 8, group_size: null, activations: dynamic-fp8-g128}", "schemes fp8-block, fp8-static"),
     ],
 )
 def test_what_no_file_holds_is_refused(text: str, words: str) -> None:

@@ -17,8 +17,8 @@ from tests.test_formats import round_to
 from vlmquant.errors import CheckpointError, PlanError
 from vlmquant.formats import FORMATS, awq, gptq
 from vlmquant.grid import QuantizedWeight
-from vlmquant.planning import WORD_FORMATS, stored_bytes
-from vlmquant.recipe import OutputSpec, Scheme
+from vlmquant.planning import stored_bytes
+from vlmquant.recipe import WORD_FORMATS, OutputSpec, Scheme
 
 WORDS = ("gptq", "gptq_v2", "awq")
 SMALL = Scheme(bits=4, group_size=16, symmetric=False)

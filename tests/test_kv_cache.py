@@ -30,6 +30,7 @@ from vlmquant.evaluation.scoring import score_here
 from vlmquant.evaluation.settings import Settings
 from vlmquant.export import export
 from vlmquant.formats.compressed_tensors import METHOD, parse_cache, parse_config
+from vlmquant.grid import rounded_up
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
 from vlmquant.planning import make_plan
@@ -99,7 +100,7 @@ def spoilt(by_head: pipeline.Quantized, tmp_path: Path) -> Path:
     ],
 )
 def test_a_scale_is_rounded_up(value: float, dtype: torch.dtype, expected: float) -> None:
-    assert kvcache.rounded_up(torch.tensor([value], dtype=torch.float64), dtype).item() == expected
+    assert rounded_up(torch.tensor([value], dtype=torch.float64), dtype).item() == expected
 
 
 def test_rounding_to_fp8_by_hand() -> None:

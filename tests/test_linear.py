@@ -119,7 +119,7 @@ def deepcopied(weights: list[QuantizedWeight]) -> list[QuantizedWeight]:
     """In storages of their own."""
     copies = [[None if one is None else one.clone() for one in (w.codes, w.scales, w.zeros)] for w in weights]
     made = zip(copies, weights, strict=True)
-    return [QuantizedWeight(*copy, weight.grid, weight.input_divisor) for copy, weight in made]
+    return [QuantizedWeight(*copy, weight.grid, weight.input_scale) for copy, weight in made]
 
 
 class Attention(nn.Module):

@@ -46,6 +46,8 @@ def labels(result: Plan, *, block: str = f"{LAYERS}.0") -> dict[str, str]:
         ((64, 256), Scheme(bits=3, symmetric=False), 64 * 24 * 4 + 64 * 2 * 2 + 16 + 6 * 2 * 4),
         ((10, 16), Scheme(bits=3, group_size=16), 10 * 2 * 4 + 10 * 2 + 16),  # 48 bits a row: two words
         ((64, 256), SHORT_SCHEMES["w8a8-dynamic"], 64 * 256 + 64 * 2),
+        ((64, 256), SHORT_SCHEMES["w8a8-static"], 64 * 256 + 64 * 2 + 2),
+        ((64, 256), SHORT_SCHEMES["fp8-static"], 64 * 256 + 64 * 2 + 2),
         ((64, 256), "nf4", 64 * 256 // 2 + 64 * 256 // 64 * 4),
         ((64, 256), "bnb-int8", 64 * 256 + 64 * 4),
     ],

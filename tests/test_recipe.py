@@ -132,7 +132,10 @@ def test_short_schemes_say_what_they_are() -> None:
         "w8": "w8a16",
         **{
             name: name
-            for name in ("w8a8-dynamic", "w4afp8", "fp8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16")
+            for name in (
+                *("w8a8-dynamic", "w8a8-static", "w4afp8", "fp8-dynamic", "fp8-static", "fp8-block"),
+                *("nvfp4a16", "nvfp4", "mxfp4a16"),
+            )
         },
     }
     assert Scheme(type="float", bits=8, group_size=None).label == "fp8a16"

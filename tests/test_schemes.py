@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,18 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.small_set import write_small_set
 from tests.tiny_vlm import image_inputs
-from vlmquant.checkpoint import verify_checkpoint
-from vlmquant.errors import PlanError, SentinelError
+from vlmquant.checkpoint import check_coded, verify_checkpoint
+from vlmquant.errors import CheckpointError, PlanError, SentinelError
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
 from vlmquant.pipeline import plan_model, quantize
 from vlmquant.recipe import parse_recipe
 
-NAMES = ("fp8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16", "w4afp8", "w2a16", "w6a16")
+STATIC = ("w8a8-static", "fp8-static")
+NAMES = ("fp8-dynamic", "fp8-block", "nvfp4a16", "nvfp4", "mxfp4a16", "w4afp8", "w2a16", "w6a16", *STATIC)
 RECIPE = """
 version: 1
 name: {name}
@@ -57,7 +60,7 @@ def made(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     def make(name: str, method: str = "gptq") -> Path:
         out = folder / f"{name}-{method}"
         if not out.exists():
-            outside = "nvfp4a16" if name == "nvfp4" else name
+            outside = {"nvfp4": "nvfp4a16", "w8a8-static": "w8a8-dynamic", "fp8-static": "fp8-dynamic"}.get(name, name)
             recipe = parse_recipe(RECIPE.format(name=name, method=method, outside=outside), name="x.yaml")
             done = quantize(tiny_llava, recipe, out, calibration=calibration)
             sizes = sum(file.stat().st_size for file in out.glob("*.safetensors"))
@@ -91,7 +94,25 @@ def nvfp4(values: Tensor, divisor: Tensor) -> Tensor:
     return torch.cat(parts, -1)
 
 
-ROUNDINGS = {"dynamic-fp8": fp8, "dynamic-fp8-g128": fp8_groups}
+def int8(values: Tensor) -> Tensor:
+    scale = values.abs().amax(-1, keepdim=True) / 127.5
+    return (values / scale).round().clamp(-128, 127) * scale
+
+
+def static_int8(values: Tensor, scale: Tensor) -> Tensor:
+    return (values / scale.float()).round().clamp(-128, 127) * scale.float()
+
+
+def static_fp8(values: Tensor, scale: Tensor) -> Tensor:
+    return (values / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale.float()
+
+
+ROUNDINGS = {"dynamic-fp8": fp8, "dynamic-fp8-g128": fp8_groups, "dynamic-int8": int8}
+CALIBRATED = {
+    "nvfp4": (nvfp4, "input_global_scale"),
+    "static-int8": (static_int8, "input_scale"),
+    "static-fp8": (static_fp8, "input_scale"),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,13 +124,15 @@ def test_loaded_layers_compute_what_their_codes_say(name: str, made: Callable[..
     assert len(quantized) > 20
     with safe_open(out / "model.safetensors", "pt") as shard:
         for seed, (one, module) in enumerate(quantized.items()):
-            values = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(seed))
+            values = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(seed)) * 3
             kind, allowed = module.scheme.activations, 1e-4
             rounded = ROUNDINGS.get(kind, Tensor.clone)(values)
-            if kind == "nvfp4":
+            if kind in CALIBRATED:
                 disk = one.replace("model.language_model.", "language_model.model.")
-                # a local scale on the edge between two may fall on either side, and 16 inputs with it
-                rounded, allowed = nvfp4(values, shard.get_tensor(f"{disk}.input_global_scale")), 0.03
+                rounding, leaf = CALIBRATED[kind]
+                rounded = rounding(values, shard.get_tensor(f"{disk}.{leaf}"))
+                # a local scale of NVFP4 on the edge between two may fall on either side, and 16 inputs with it
+                allowed = 0.03 if kind == "nvfp4" else 1e-4
             with torch.no_grad():
                 found = module(values)
             expected = torch.nn.functional.linear(rounded, module.dequantize(), module.bias)
@@ -150,9 +173,17 @@ def test_every_method_works_on_every_kind_of_grid(name: str, method: str, made: 
     assert load_model(out) is not None
 
 
-def test_fused_linears_share_their_global_scales(made: Callable[..., Path]) -> None:
-    with safe_open(made("nvfp4") / "model.safetensors", "pt") as shard:
-        for leaf in ("weight_global_scale", "input_global_scale"):
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [
+        ("nvfp4", ("weight_global_scale", "input_global_scale")),
+        ("w8a8-static", ("input_scale",)),
+        ("fp8-static", ("input_scale",)),
+    ],
+)
+def test_fused_linears_share_their_scales(name: str, leaves: tuple[str, ...], made: Callable[..., Path]) -> None:
+    with safe_open(made(name) / "model.safetensors", "pt") as shard:
+        for leaf in leaves:
             for group in (
                 ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
                 ["mlp.gate_proj", "mlp.up_proj"],
@@ -161,21 +192,68 @@ def test_fused_linears_share_their_global_scales(made: Callable[..., Path]) -> N
                 assert len({shard.get_tensor(name).item() for name in names}) == 1
 
 
-def test_what_needs_calibration_is_refused_where_there_is_none(tiny_llava: Path) -> None:
-    recipe = parse_recipe("version: 1\nname: x\ncomponents: {projector: nvfp4}\n", name="x.yaml")
-    with pytest.raises(PlanError, match="use nvfp4a16 or fp16 there"):
+@pytest.mark.parametrize("name", STATIC)
+def test_static_scales_map_the_largest_input_of_calibration_to_the_largest_code(
+    name: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded up to the model's dtype; padding does not count."""
+    from vlmquant.stream import Stage
+
+    heard: dict[str, float] = {}
+    finish = Stage.finish
+
+    def listening(stage: Stage, quantized: dict[str, object]) -> None:
+        batches = (inputs if mask is None else inputs[mask.bool()] for inputs, mask in stage._inputs)
+        largest = max(inputs.abs().max().item() for inputs in batches)
+        heard.update({linear.name: largest for linear in stage.linears.values()})
+        finish(stage, quantized)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stage, "finish", listening)
+    recipe = parse_recipe(f"version: 1\nname: x\ncomponents: {{language: {name}}}\n", name="x.yaml")
+    out = tmp_path / "out"
+    quantize(tiny_llava, recipe, out, calibration=write_small_set(tmp_path / "set"))
+    top = {"w8a8-static": 127, "fp8-static": 448}[name]
+    with safe_open(out / "model.safetensors", "pt") as shard:
+        assert len(heard) == 14
+        for one, largest in heard.items():
+            scale = shard.get_tensor(one.replace("model.language_model.", "language_model.model.") + ".input_scale")
+            assert (scale.dtype, scale.shape) == (torch.bfloat16, (1,))
+            assert largest / top <= scale.item() <= largest / top * (1 + 2**-7)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), None], ids=str)
+def test_a_static_scale_of_no_use_is_refused(value: float | None, made: Callable[..., Path], tmp_path: Path) -> None:
+    out = shutil.copytree(made("w8a8-static"), tmp_path / "out")
+    name = "language_model.model.layers.1.mlp.down_proj.input_scale"
+    tensors = load_file(out / "model.safetensors")
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = torch.tensor([value], dtype=torch.bfloat16)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"down_proj.*input_scale"):
+        load_model(out)
+    (out / "vlmquant.json").unlink()  # as somebody else's checkpoint, which has no digests
+    assert any("input_scale" in problem for problem in check_coded(out))
+
+
+@pytest.mark.parametrize(("name", "instead"), [("nvfp4", "nvfp4a16"), ("fp8-static", "fp8-dynamic")])
+def test_what_needs_calibration_is_refused_where_there_is_none(name: str, instead: str, tiny_llava: Path) -> None:
+    recipe = parse_recipe(f"version: 1\nname: x\ncomponents: {{projector: {name}}}\n", name="x.yaml")
+    with pytest.raises(PlanError, match=f"use {instead} or fp16 there"):
         plan_model(tiny_llava, recipe)
 
 
+@pytest.mark.parametrize(("name", "instead"), [("nvfp4", "nvfp4a16"), ("w8a8-static", "w8a8-dynamic")])
 def test_inputs_that_are_all_zeros_have_no_scale(
-    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, instead: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vlmquant.stream import Stage
 
     rows = Stage._rows
     monkeypatch.setattr(Stage, "_rows", lambda self: ((one * 0, count) for one, count in rows(self)))
-    recipe = parse_recipe("version: 1\nname: x\ncomponents: {language: nvfp4}\n", name="x.yaml")
-    with pytest.raises(SentinelError, match="NVFP4 has no scale for their inputs"):
+    recipe = parse_recipe(f"version: 1\nname: x\ncomponents: {{language: {name}}}\n", name="x.yaml")
+    with pytest.raises(SentinelError, match=f"no scale for their inputs; use {instead} there"):
         quantize(tiny_llava, recipe, tmp_path / "out", calibration=write_small_set(tmp_path / "set"))
 
 

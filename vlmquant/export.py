@@ -21,9 +21,9 @@ from vlmquant.components import COMPONENTS, locate_model
 from vlmquant.errors import PlanError, UsageError, shown
 from vlmquant.formats import FORMATS, compressed_tensors
 from vlmquant.grid import QuantizedWeight
-from vlmquant.planning import WORD_FORMATS, Plan, PlanLine, stored_bytes
+from vlmquant.planning import Plan, PlanLine, stored_bytes
 from vlmquant.progress import bar
-from vlmquant.recipe import Components, ComponentSpec, OutputSpec, Recipe, Scheme
+from vlmquant.recipe import WORD_FORMATS, Components, ComponentSpec, OutputSpec, Recipe, Scheme
 from vlmquant.shards import dtype_name
 
 SMALLEST_HALF = 2.0**-24

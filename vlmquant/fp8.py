@@ -18,10 +18,10 @@ from torch import Tensor
 
 from vlmquant.conversion import Lazy, Read, Stored
 from vlmquant.errors import InputError, shown
+from vlmquant.grid import E4M3
 from vlmquant.reading import check
 from vlmquant.shards import Shards, TensorEntry, dtype_name, some
 
-FP8 = torch.float8_e4m3fn
 METHOD = "fp8"
 COMPRESSED_TENSORS = "compressed-tensors"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -246,7 +246,7 @@ def logical_tensors(shards: Shards, source: Source, dtype: torch.dtype) -> Logic
     entries = shards.entries
     scales: dict[str, TensorEntry] = {}
     for entry in entries.values():
-        if entry.dtype == FP8:
+        if entry.dtype == E4M3:
             scales[entry.name] = _scale_of(entry, entries, source)
         elif entry.dtype.is_floating_point and entry.dtype.itemsize == 1:
             raise InputError(
@@ -295,7 +295,7 @@ def _scale_of(weight: TensorEntry, entries: Mapping[str, TensorEntry], source: S
     if len(found) != 1:
         how = f"no scale ({' or '.join(names)})" if not found else f"two scales ({' and '.join(names)})"
         raise InputError(f"{weight.file}: FP8 tensor {weight.name} has {how}; is the download complete?")
-    if not found[0].dtype.is_floating_point or found[0].dtype == FP8:
+    if not found[0].dtype.is_floating_point or found[0].dtype == E4M3:
         raise InputError(
             f"{found[0].file}: scale {found[0].name} is {dtype_name(found[0].dtype)}; floating point is expected"
         )

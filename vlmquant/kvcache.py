@@ -22,16 +22,12 @@ from transformers import DynamicCache
 from vlmquant.components import ComponentMap
 from vlmquant.conversion import Lazy, Stored, match
 from vlmquant.errors import CacheScaleError, PlanError
+from vlmquant.grid import E4M3, E4M3_MAX, round_e4m3_, rounded_up, scale_problem
 from vlmquant.recipe import KvCacheSpec
-from vlmquant.shards import dtype_name
 
-FP8 = torch.float8_e4m3fn
-FP8_MAX = torch.finfo(FP8).max
-"""448."""
 ARGUMENTS = ("cache", "past_key_values", "past_key_value")
 """What attention calls its cache: transformers 5.24 renamed it, so that compressed-tensors 0.20 makes no scales."""
 LEAVES = {"keys": "k_scale", "values": "v_scale"}
-BITS_SAME_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """K and V as they enter the cache, each (batch, kv heads, tokens, head size) -> what enters instead."""
@@ -82,7 +78,7 @@ class CachePlan:
     def token_bytes(self) -> tuple[int, int]:
         """What the cache takes for a token in the model's dtype and in FP8, in the layers that keep all tokens."""
         numbers = sum(one.heads * (one.key_size + one.value_size) for one in self.attentions.values())
-        return numbers * self.dtype.itemsize, numbers * FP8.itemsize
+        return numbers * self.dtype.itemsize, numbers * E4M3.itemsize
 
     @property
     def each(self) -> str:
@@ -327,14 +323,6 @@ def absolute_maxima(values: Tensor, mask: Tensor | None) -> Tensor:
 # --- scales ---
 
 
-def rounded_up(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Positive numbers as the next ones of `dtype` that are not smaller; infinite where there are none."""
-    exact = values.double()
-    nearest = exact.to(dtype)
-    above = (nearest.view(BITS_SAME_WIDTH[dtype.itemsize]) + 1).view(dtype)
-    return torch.where(nearest.double() < exact, above, nearest)
-
-
 def make_scales(plan: CachePlan, maxima: Mapping[str, Maxima]) -> dict[str, Tensor]:
     """The scales of all modules in `maxima`, by their names on disk. CacheScaleError for one that is of no use."""
     made = {}
@@ -348,7 +336,7 @@ def make_scales(plan: CachePlan, maxima: Mapping[str, Maxima]) -> dict[str, Tens
                     "kv_cache out of the recipe, and please report the model"
                 )
             whole = of_heads.amax().reshape(1) if plan.strategy == "tensor" else of_heads.reshape(-1, 1, 1)
-            scale = rounded_up(whole / FP8_MAX, plan.dtype)
+            scale = rounded_up(whole / E4M3_MAX, plan.dtype)
             if problem := scale_problem(scale):
                 raise CacheScaleError(
                     f"{name}: {leaf} {problem}: the calibration's largest {kind} were {_told(whole)}; "
@@ -380,18 +368,6 @@ def require_maxima(plan: CachePlan, wanted: Iterable[str], maxima: Mapping[str, 
             )
 
 
-def scale_problem(scale: Tensor) -> str | None:
-    """What is wrong with a scale, None where nothing is."""
-    values = scale.detach().double()
-    if not bool(values.isfinite().all()):
-        return "is NaN or infinite"
-    if bool((values <= 0).any()):
-        return "is 0 or less"
-    if bool((values >= torch.finfo(scale.dtype).max).any()):
-        return f"is saturated (the largest value of {dtype_name(scale.dtype)})"
-    return None
-
-
 class CacheScaleProblem(str):
     """A line about a scale by which an engine would read its KV cache wrong: `verify` has an exit code for it."""
 
@@ -417,18 +393,17 @@ def note(plan: CachePlan, maxima: Mapping[str, Maxima]) -> str:
     for leaf in LEAVES.values():
         values = torch.cat([one.flatten().double() for name, one in scales.items() if name.endswith(f".{leaf}")])
         ranges.append(f"{leaf} {_told(values)}")
-    beyond = sum(max(one.keys + one.values) > FP8_MAX for one in maxima.values())
+    beyond = sum(max(one.keys + one.values) > E4M3_MAX for one in maxima.values())
     return (
         f"KV cache: FP8 with a scale for each {plan.each}, of {len(maxima)} layers: {', '.join(ranges)}; "
-        f"{beyond} of them hold values beyond {FP8_MAX:g}, which a scale of 1 would cut off"
+        f"{beyond} of them hold values beyond {E4M3_MAX:g}, which a scale of 1 would cut off"
     )
 
 
 def round_to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     """(batch, heads, tokens, size) as they come back from an FP8 cache, cut off at 448 scales; same dtype."""
     factor = scale.to(values.device, torch.float32)
-    stored = (values.float() / factor).clamp(-FP8_MAX, FP8_MAX).to(FP8)
-    return (stored.float() * factor).to(values.dtype)
+    return round_e4m3_(values.float() / factor).mul_(factor).to(values.dtype)
 
 
 def simulate(model: nn.Module) -> int:

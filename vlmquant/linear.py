@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, join_rows
-from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, choose, prepare, words
+from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, ROUNDS_INPUTS, choose, prepare, words
 from vlmquant.kernels.form import Form, Place, form_of
 from vlmquant.kernels.probe import needs_gradient
 from vlmquant.kernels.reference import round_inputs
@@ -70,7 +70,7 @@ class PackedRows(nn.Module):
 
     @property
     def activates(self) -> bool:
-        return bool(self.activation) and self.form.dynamic_int8 and self.layout in APPLIES_ACTIVATIONS
+        return bool(self.activation) and self.form.int8_inputs and self.layout in APPLIES_ACTIVATIONS
 
     @property
     def packed_bytes(self) -> int:
@@ -78,12 +78,12 @@ class PackedRows(nn.Module):
 
     def to_weight(self) -> QuantizedWeight:
         weight: QuantizedWeight = LAYOUTS[self.layout].release(self.held, self.form)
-        return replace(weight, input_divisor=self.form.input_divisor)
+        return replace(weight, input_scale=self.form.input_scale)
 
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        if self.form.inputs != "none" and not self.form.dynamic_int8:  # INT8 layouts round by themselves
-            flat = round_inputs(flat, self.form.inputs, self.form.input_divisor)
+        if self.layout not in ROUNDS_INPUTS:
+            flat = round_inputs(flat, self.form.inputs, self.form.input_scale)
         outputs: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
         return outputs.view(*inputs.shape[:-1], self.form.shape[0])
 

@@ -10,3 +10,9 @@ LOGGER = logging.getLogger("vlmquant")
 def warn_once(message: str) -> None:
     """Log the message at its first call in this process."""
     LOGGER.warning(message)
+
+
+@functools.cache
+def tell_once(message: str) -> None:
+    """Log what is worth knowing, and no reason to worry, at its first call in this process."""
+    LOGGER.info(message)

@@ -17,14 +17,12 @@ from vlmquant.errors import PlanError
 from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.kvcache import CachePlan, plan_cache
 from vlmquant.packing import packed_columns
-from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, ComponentSpec, Recipe, Scheme
+from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, WORD_FORMATS, ComponentSpec, Recipe, Scheme
 from vlmquant.shards import dtype_name
 
 PACKED_WORD_BYTES = 4
 WEIGHT_SHAPE_BYTES = 16
 """The pair of int64 that compressed-tensors stores beside packed codes."""
-WORD_FORMATS = ("gptq", "gptq_v2", "awq")
-"""Formats that pack codes and zero points, always both, in words, with scales in float16."""
 SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64
@@ -35,12 +33,12 @@ LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
 HALF = torch.bfloat16
 """What 16 bits are for a model that has no 16-bit dtype of its own."""
-DATA_FREE = "rtn"
 CALIBRATED = frozenset({"search", "int8", "gptq", "awq"})
 """Methods that look at a layer's inputs."""
-CALIBRATED_INPUTS = frozenset({"nvfp4"})
-"""Roundings of inputs with a scale that calibration finds."""
+DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
+CALIBRATED_INPUTS = {"nvfp4": "nvfp4a16", "static-int8": "w8a8-dynamic", "static-fp8": "fp8-dynamic"}
+"""Roundings of inputs by a number that calibration finds -> the scheme to use where there is no calibration."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def stored_bytes(
 
     compressed-tensors: packed codes in int32 words, scales in `dtype`, the shape as two int64, and zero points packed
     along the rows; int8 weights with int8 activations and FP8 weights are stored unpacked, with their scales only; FP4
-    ones two to a byte, scales in a byte each.
+    ones two to a byte, scales in a byte each; one number for inputs whose scale calibration finds.
     GPTQ and AWQ: codes and, always, zero points in int32 words, scales in float16; GPTQ also an int32 for each input.
     """
     rows, columns = shape
@@ -212,12 +210,15 @@ def stored_bytes(
         order = 0 if format == "awq" else columns
         return (words + order) * PACKED_WORD_BYTES + rows * groups * torch.float16.itemsize
     blocks = -(-rows // scheme.group_rows) * groups
+    inputs = 0
+    if scheme.activations in CALIBRATED_INPUTS:
+        inputs = dtype.itemsize if scheme.scales == "model" else torch.float32.itemsize
     if scheme.type == "float":
         scales = blocks * (dtype.itemsize if scheme.scales == "model" else 1)
-        scales += torch.float32.itemsize * ((scheme.scales == "e4m3") + (scheme.activations in CALIBRATED_INPUTS))
+        scales += torch.float32.itemsize * (scheme.scales == "e4m3") + inputs
         return rows * -(-columns * scheme.bits // 8) + scales
-    scales = blocks * dtype.itemsize
-    if scheme.activations == "dynamic-int8":
+    scales = blocks * dtype.itemsize + inputs
+    if scheme.int8_inputs:
         return rows * columns + scales
     zeros = 0 if scheme.symmetric else packed_columns(rows, scheme.bits) * groups * PACKED_WORD_BYTES
     return rows * packed_columns(columns, scheme.bits) * PACKED_WORD_BYTES + scales + zeros + WEIGHT_SHAPE_BYTES
@@ -393,7 +394,7 @@ def _check_spec(component: str, spec: ComponentSpec) -> None:
         if outside and isinstance(scheme, Scheme) and scheme.activations in CALIBRATED_INPUTS:
             raise PlanError(
                 f"components.{component}: scheme {scheme.label} needs calibration, which only layers of the vision "
-                "encoder and the language model get; use nvfp4a16 or fp16 there"
+                f"encoder and the language model get; use {CALIBRATED_INPUTS[scheme.activations]} or fp16 there"
             )
         if method == "int8" and isinstance(scheme, Scheme) and (scheme.type, scheme.bits) != ("int", 8):
             raise PlanError(

@@ -50,7 +50,7 @@ def _whole(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number)]
 
 
-Activations = Literal["none", "dynamic-int8", "dynamic-fp8", "dynamic-fp8-g128", "nvfp4"]
+Activations = Literal["none", "dynamic-int8", "static-int8", "dynamic-fp8", "dynamic-fp8-g128", "static-fp8", "nvfp4"]
 
 
 class Scheme(Data):
@@ -71,28 +71,34 @@ class Scheme(Data):
     (MXFP4)."""
     activations: Activations = "none"
     """What inputs are rounded to at run time, with a scale of its own for every token, every 128 inputs of one (g128),
-    or every 16 (nvfp4: below one scale for all, which calibration finds)."""
+    or every 16 (nvfp4: below one scale for all, which calibration finds); static: with one for all from calibration."""
 
     @model_validator(mode="after")
     def _supported(self) -> "Scheme":
-        if self.activations == "dynamic-int8" and not (
+        if self.int8_inputs and not (
             self.type == "int" and self.bits == 8 and self.symmetric and self.group_size is None
         ):
-            raise ValueError("dynamic-int8 activations need type: int, bits: 8, group_size: null, symmetric: true")
+            raise ValueError(
+                f"{self.activations} activations need type: int, bits: 8, group_size: null, symmetric: true"
+            )
         form = (self.type, self.bits, self.group_size, self.group_rows, self.scales)
         if self.type == "float":
             if form not in FLOAT_FORMS or not self.symmetric:
                 names = ", ".join(name for name, scheme in SHORT_SCHEMES.items() if scheme.type == "float")
                 raise ValueError(f"a floating point scheme that nobody stores; the schemes are {names}")
-            if self.activations not in ("none", FLOAT_FORMS[form]):
+            if self.activations not in ("none", *FLOAT_FORMS[form]):
                 raise ValueError(f"activations: {self.activations} do not go with these weights")
         elif (self.group_rows, self.scales) != (1, "model"):
             raise ValueError("integer weights need group_rows: 1 and scales: model")
         elif self.activations == "dynamic-fp8" and (self.bits, self.group_size, self.symmetric) != (4, 128, True):
             raise ValueError("dynamic-fp8 activations need bits: 4, group_size: 128, symmetric: true")
-        elif self.activations in ("dynamic-fp8-g128", "nvfp4"):
-            raise ValueError(f"{self.activations} activations need weights of schemes fp8-block or nvfp4")
+        elif self.activations in ("dynamic-fp8-g128", "static-fp8", "nvfp4"):
+            raise ValueError(f"{self.activations} activations need weights of schemes fp8-block, fp8-static or nvfp4")
         return self
+
+    @property
+    def int8_inputs(self) -> bool:
+        return self.activations.endswith("-int8")
 
     @property
     def floats(self) -> bool:
@@ -109,11 +115,11 @@ class Scheme(Data):
         return next(known, f"fp{self.bits}a16{'-block' if self.group_rows > 1 else ''}")
 
 
-FLOAT_FORMS: dict[tuple[str, int, int | None, int, str], Activations] = {
-    ("float", 8, None, 1, "model"): "dynamic-fp8",
-    ("float", 8, 128, 128, "model"): "dynamic-fp8-g128",
-    ("float", 4, 16, 1, "e4m3"): "nvfp4",
-    ("float", 4, 32, 1, "e8m0"): "none",
+FLOAT_FORMS: dict[tuple[str, int, int | None, int, str], tuple[Activations, ...]] = {
+    ("float", 8, None, 1, "model"): ("dynamic-fp8", "static-fp8"),
+    ("float", 8, 128, 128, "model"): ("dynamic-fp8-g128",),
+    ("float", 4, 16, 1, "e4m3"): ("nvfp4",),
+    ("float", 4, 32, 1, "e8m0"): (),
 }
 """Type, bits, group size, rows and scales of the floating point weights that files hold and engines run -> what inputs
 may be rounded to with them."""
@@ -129,8 +135,10 @@ SHORT_SCHEMES: dict[str, Scheme] = {
     "w8a16": Scheme(bits=8, group_size=None),
     "w8": Scheme(bits=8, group_size=None),
     "w8a8-dynamic": Scheme(bits=8, group_size=None, activations="dynamic-int8"),
+    "w8a8-static": Scheme(bits=8, group_size=None, activations="static-int8"),
     "w4afp8": Scheme(bits=4, activations="dynamic-fp8"),
     "fp8-dynamic": Scheme(type="float", bits=8, group_size=None, activations="dynamic-fp8"),
+    "fp8-static": Scheme(type="float", bits=8, group_size=None, activations="static-fp8"),
     "fp8-block": Scheme(type="float", bits=8, group_rows=128, activations="dynamic-fp8-g128"),
     "nvfp4a16": Scheme(type="float", bits=4, group_size=16, scales="e4m3"),
     "nvfp4": Scheme(type="float", bits=4, group_size=16, scales="e4m3", activations="nvfp4"),
@@ -310,8 +318,13 @@ class KvCacheSpec(Data):
     """tensor: one scale for a layer's keys and one for its values; head: one for each head."""
 
 
+WordFormat = Literal["gptq", "gptq_v2", "awq"]
+WORD_FORMATS: tuple[str, ...] = get_args(WordFormat)
+"""Formats that pack codes and zero points, always both, in words, with scales in float16."""
+
+
 class OutputSpec(Data):
-    format: Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "bitsandbytes"] = "compressed-tensors"
+    format: Literal["compressed-tensors", WordFormat, "bitsandbytes"] = "compressed-tensors"
     """gptq, gptq_v2 and awq hold the language layers in one scheme (4 bits, gptq also 8) and nothing else quantized."""
     max_shard_size: Annotated[int, Field(ge=1_000_000)] = 4_000_000_000
     """Bytes."""

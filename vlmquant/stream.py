@@ -24,8 +24,8 @@ from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
 from vlmquant.families import Fold
-from vlmquant.grid import Grid, QuantizedWeight, grid_of, nvfp4_divisor
-from vlmquant.kernels.reference import round_inputs
+from vlmquant.grid import Grid, QuantizedWeight, grid_of, scale_problem
+from vlmquant.kernels.reference import input_scale, round_inputs
 from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
@@ -256,27 +256,29 @@ class Stage:
         """Put the codes in the weights' place: from here on the block computes with them."""
         if quantized.keys() != self.linears.keys():
             raise AssertionError(f"stage {list(self.linears)} got weights for {list(quantized)}")
-        divisor = self._input_divisor() if self.scheme.activations in CALIBRATED_INPUTS else None
+        scale = self._input_scale() if self.scheme.activations in CALIBRATED_INPUTS else None
         for local, weight in quantized.items():
-            weight = replace(weight, input_divisor=divisor)
+            weight = replace(weight, input_scale=scale)
             error = self._relative_error(local, weight)
             if not math.isfinite(error):
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
             self.block.put(local, weight, error=error)
         self._inputs = []
 
-    def _input_divisor(self) -> float:
-        """The global scale of the inputs, as the weights meet them."""
+    def _input_scale(self) -> float:
+        """The number that inputs are rounded by, of their largest magnitude as the weights meet them."""
         largest = 0.0
         for rows, _ in self._rows():
             met = rows if self._channel_scales is None else rows / self._channel_scales
             largest = max(largest, met.abs().max().item() if len(met) else 0.0)
-        if not largest or not math.isfinite(largest):
+        scale = input_scale(largest, self.scheme.activations, self.model_dtype)
+        if not largest or not math.isfinite(largest) or scale_problem(scale):
             raise SentinelError(
                 f"{self.block.info.name}: {', '.join(self.linears)} received no input but {largest:g} during "
-                "calibration, so NVFP4 has no scale for their inputs; use nvfp4a16 there, or samples that reach them"
+                f"calibration, so there is no scale for their inputs; use {CALIBRATED_INPUTS[self.scheme.activations]} "
+                "there, or samples that reach them"
             )
-        return nvfp4_divisor(largest)
+        return scale.item()
 
     def _relative_error(self, local: str, quantized: QuantizedWeight) -> float:
         """tr(E H E^T) / tr(W H W^T), or of the diagonal of H alone where no method needed more of it."""
@@ -633,7 +635,7 @@ class Block:
         weight = self.quantized.get(self._weight_name(local))
         if weight is None:  # kept, or a rehearsal
             return _linear(None, module, inputs)
-        return _linear(self._line(self._by_local[local]), module, inputs, weight.input_divisor)
+        return _linear(self._line(self._by_local[local]), module, inputs, weight.input_scale)
 
     def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
         """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
@@ -658,10 +660,10 @@ def _end_pass(*args: Any, **kwargs: Any) -> Any:
     raise GreenletExit
 
 
-def _linear(line: PlanLine | None, module: nn.Linear, inputs: Tensor, divisor: float | None = None) -> Tensor:
+def _linear(line: PlanLine | None, module: nn.Linear, inputs: Tensor, scale: float | None = None) -> Tensor:
     """The product; inputs are rounded as the scheme of the line says, if there is one."""
     if line is not None and isinstance(line.scheme, Scheme):
-        inputs = round_inputs(inputs, line.scheme.activations, divisor)
+        inputs = round_inputs(inputs, line.scheme.activations, scale)
     # Some models' code casts to the dtype of their config on the way.
     return nn.functional.linear(inputs.to(module.weight.dtype), module.weight, module.bias)
 

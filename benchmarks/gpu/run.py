@@ -31,13 +31,15 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from vlmquant.errors import KernelError  # noqa: E402
-from vlmquant.grid import Grid, QuantizedWeight  # noqa: E402
+from vlmquant.grid import Grid, QuantizedWeight, minmax_grid, quantize_nearest  # noqa: E402
+from vlmquant.kernels import fp8_cuda  # noqa: E402
 from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
 from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, hopper_plan  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
-from vlmquant.kernels.reference import ACTIVATIONS, activation_codes  # noqa: E402
+from vlmquant.kernels.form import form_of  # noqa: E402
+from vlmquant.kernels.reference import ACTIVATIONS, activation_codes, round_fp8  # noqa: E402
 from vlmquant.linear import FollowingActivation, QuantLinear, can_share, share  # noqa: E402
 from vlmquant.packing import W8_TILE, order_vq4, pack_vq4, pack_w8, vq4_shape  # noqa: E402
 
@@ -404,16 +406,17 @@ class Rounding(NamedTuple):
 class LoadedBlock(nn.Module):
     """Linears as loading leaves them: query, key and value in one product, and a linear with its activation."""
 
-    def __init__(self, bits: int, group_size: int, symmetric: bool, dtype: torch.dtype) -> None:
+    def __init__(self, grid: Grid, inputs: str) -> None:
         super().__init__()
-        scheme, columns = Rounding("dynamic-int8" if bits == 8 else "none"), 640
+        scheme, columns, dtype, symmetric = Rounding(inputs), 640, grid.scale_dtype, grid.symmetric
 
         def linear(rows: int, activation: str = "") -> QuantLinear:
-            codes = torch.randint(1, 1 << bits, (rows, columns), dtype=torch.uint8)
-            groups = -(-columns // group_size)
+            bits = grid.bits if grid.kind == "int" else grid.bits - 1  # positive, and never NaN
+            codes = torch.randint(1, (1 << bits) - 1, (rows, columns), dtype=torch.uint8)
+            groups = -(-columns // grid.group_size)
             scales = (torch.rand(rows, groups) * 0.01 + 0.01).to(dtype).float()
             zeros = None if symmetric else torch.randint(0, 1 << bits, (rows, groups), dtype=torch.uint8)
-            weight = QuantizedWeight(codes, scales, zeros, Grid(bits, group_size, dtype, symmetric))
+            weight = QuantizedWeight(codes, scales, zeros, grid)
             return QuantLinear(weight, scheme, torch.randn(rows), dtype=dtype, activation=activation)
 
         self.q_proj, self.k_proj, self.v_proj, self.fc1 = linear(320), linear(64), linear(72), linear(200, "gelu_tanh")
@@ -431,9 +434,11 @@ class LoadedBlock(nn.Module):
     def exact(self, inputs: Tensor) -> Tensor:
         """float64, from the codes."""
         values = inputs.double()
-        if self.fc1.form.dynamic_int8:
+        if self.fc1.form.int8_inputs:
             codes, scales = activation_codes(inputs)
             values = codes.double() * scales.double()
+        elif self.fc1.form.inputs == "dynamic-fp8":
+            values = round_fp8(inputs.float()).double()
         found = []
         for one in (*self.together(), self.fc1):
             assert one.bias is not None
@@ -441,18 +446,21 @@ class LoadedBlock(nn.Module):
         return torch.cat([*found[:-1], ACTIVATIONS["gelu_tanh"](found[-1])], dim=-1)
 
 
-LOADED: dict[str, tuple[int, int, bool]] = {
-    "4 bits": (4, 128, True),
-    "4 bits asymmetric": (4, 64, False),
-    "int8": (8, 640, True),
+LOADED: dict[str, tuple[Callable[[torch.dtype], Grid], str]] = {
+    "4 bits": (lambda dtype: Grid(4, 128, dtype), "none"),
+    "4 bits asymmetric": (lambda dtype: Grid(4, 64, dtype, symmetric=False), "none"),
+    "int8": (lambda dtype: Grid(8, 640, dtype), "dynamic-int8"),
+    "fp8": (lambda dtype: Grid(8, 640, dtype, kind="float"), "dynamic-fp8"),
 }
+"""The grid for scales in a dtype, and what inputs are rounded to."""
 
 
 def check_loaded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, Any]:
     """A block made on the CPU and moved: right, the same from a CUDA graph, and with the same codes when it is back."""
     torch.manual_seed(0)
     try:
-        block, inputs = LoadedBlock(*LOADED[name], dtype), torch.randn(24, 640).to(dtype)
+        grid, rounding = LOADED[name]
+        block, inputs = LoadedBlock(grid(dtype), rounding), torch.randn(24, 640).to(dtype)
         with torch.inference_mode():
             exact, before = block.exact(inputs), [one.to_weight().codes for one in block.together()]
             block.to(device)
@@ -1034,7 +1042,7 @@ def _wait(device: torch.device) -> None:
 
 
 def measure_vision(run: Run) -> None:
-    """Vision transformer blocks and their linears in INT8, quantizing the inputs included, against bf16."""
+    """Vision transformer blocks and their linears in INT8 and FP8, quantizing the inputs included, against bf16."""
     rows: list[dict[str, Any]] = []
     run.results["vision"] = rows
     for name, block in run.sizes.blocks.items():
@@ -1045,14 +1053,22 @@ def measure_vision(run: Run) -> None:
             run.save()
             row = rows[-1]
             print(
-                f"vision: {name}, {tokens} tokens, a block: bf16 {row['us']['bf16']['median']:.0f} us, "
-                f"int8 {row['us']['int8']['median']:.0f} us, {row['times_bf16']:.2f}x; linears alone "
-                f"{row['linears_times_bf16']:.2f}x"
+                f"vision: {name}, {tokens} tokens, a block: bf16 {row['us']['bf16']['median']:.0f} us; "
+                + "; ".join(
+                    f"{kind} {row['us'][kind]['median']:.0f} us, {row['times_bf16'][kind]:.2f}x, linears alone "
+                    f"{row['linears_times_bf16'][kind]:.2f}x"
+                    for kind in row["times_bf16"]
+                )
             )
 
 
+def vision_kinds(device: torch.device) -> tuple[str, ...]:
+    fp8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= fp8_cuda.LEAST_CAPABILITY
+    return ("bf16", "int8", *(["fp8"] if fp8 else []))
+
+
 def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]:
-    width, device = block.hidden, run.device
+    width, device, kinds = block.hidden, run.device, vision_kinds(run.device)
     shapes = {"qkv": (3 * width, width), "out": (width, width)}
     shapes |= {"up": (block.intermediate, width), "down": (width, block.intermediate)}
     weights = []
@@ -1062,13 +1078,17 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
             dense = (torch.randn(rows, columns, device=device) * 0.02).to(torch.bfloat16)
             codes, scales = activation_codes(dense)
             made[part] = {"bf16": dense, "int8": (pack_w8(codes), scales.flatten())}
+            if "fp8" in kinds:
+                grid = Grid(8, columns, torch.bfloat16, kind="float")
+                weight = quantize_nearest(dense, *minmax_grid(dense, grid), grid)
+                made[part]["fp8"] = (fp8_cuda.hold(weight), form_of(weight, "dynamic-fp8"))
         weights.append(made)
     hidden = torch.randn(tokens, width, device=device).to(torch.bfloat16)
     wide = torch.randn(tokens, block.intermediate, device=device).to(torch.bfloat16)
     nbytes = sum(rows * columns for rows, columns in shapes.values())
     whole = {
         kind: chain([functools.partial(vision_block, hidden, made, kind, block) for made in weights], nbytes, device)
-        for kind in ("bf16", "int8")
+        for kind in kinds
     }
     alone = {
         kind: chain(
@@ -1080,13 +1100,13 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
             nbytes // len(shapes),
             device,
         )
-        for kind in ("bf16", "int8")
+        for kind in kinds
     }
     blocks, linears = race(whole, run.sizes.rounds, device), race(alone, run.sizes.rounds, device)
     each = {}
     for part, activation in (*((part, "") for part in shapes), ("up", "gelu_tanh")):
         inputs, chains = wide if part == "down" else hidden, {}
-        for kind in ("bf16", "int8"):
+        for kind in kinds:
             calls = [functools.partial(vision_linear, inputs, made[part], kind, activation) for made in weights]
             chains[kind] = chain(calls, shapes[part][0] * shapes[part][1], device)
         times = race(chains, run.sizes.rounds, device)
@@ -1097,8 +1117,8 @@ def vision_row(run: Run, name: str, block: Block, tokens: int) -> dict[str, Any]
         "us": {kind: asdict(time) for kind, time in blocks.items()},
         "linears_us": {kind: asdict(time) for kind, time in linears.items()},
         "each_us": each,
-        "times_bf16": blocks["bf16"].median / blocks["int8"].median,
-        "linears_times_bf16": linears["bf16"].median / linears["int8"].median,
+        "times_bf16": {kind: blocks["bf16"].median / blocks[kind].median for kind in kinds[1:]},
+        "linears_times_bf16": {kind: linears["bf16"].median / linears[kind].median for kind in kinds[1:]},
     }
 
 
@@ -1117,6 +1137,8 @@ def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation:
     """As a vision encoder's linear, and the activation behind it."""
     if kind == "int8":
         return ops.w8_linear(inputs, *weight["int8"], activation=activation)
+    if kind == "fp8":
+        return ACTIVATIONS[activation](fp8_cuda.matmul(inputs, *weight["fp8"]))
     return ACTIVATIONS[activation](nn.functional.linear(inputs, weight["bf16"]))
 
 

@@ -15,9 +15,9 @@ from vlmquant.checkpoint.manifest import MANIFEST_NAME, digest_of_text, manifest
 from vlmquant.components import ComponentMap, auto_class
 from vlmquant.errors import CheckpointError, InputError, shown
 from vlmquant.formats import compressed_tensors
-from vlmquant.planning import WORD_FORMATS, Plan
+from vlmquant.planning import Plan
 from vlmquant.reading import parse_yaml, read_text
-from vlmquant.recipe import Recipe
+from vlmquant.recipe import WORD_FORMATS, Recipe
 
 FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
 """Of a card of the hub: YAML between two lines of dashes."""

@@ -16,7 +16,7 @@ from vlmquant.formats import FORMATS, compressed_tensors
 from vlmquant.formats.coding import PACKED_METHODS, Coding, find_coding
 from vlmquant.formats.compressed_tensors import parse_cache
 from vlmquant.fp8 import Logical
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import QuantizedWeight, scale_problem
 from vlmquant.recipe import Scheme
 from vlmquant.shards import Shards, some
 
@@ -172,7 +172,7 @@ def check_coded(path: Path) -> Iterator[str]:
         return
     components = coded.components
     for name in coded.cache_scales:
-        if problem := kvcache.scale_problem(coded.tensor(name)):
+        if problem := scale_problem(coded.tensor(name)):
             yield kvcache.CacheScaleProblem(f"{components.shards.entries[name].file}: tensor {shown(name)} {problem}")
     if strangers := [name for name in components.ignored if name not in coded.cache_scales]:
         yield f"{path}: tensors that belong to nothing: {some(strangers)}"

@@ -14,6 +14,7 @@ from vlmquant.checkpoint.ownership import unlisted
 from vlmquant.components import CONFIG_NAME
 from vlmquant.errors import InputError, shown
 from vlmquant.formats import FORMATS, compressed_tensors, name_of
+from vlmquant.grid import scale_problem
 from vlmquant.reading import is_inside, read_json
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, Shards, open_shards
@@ -108,7 +109,7 @@ def _cache_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) -> 
             yield kvcache.CacheScaleProblem(
                 f"{path}: tensor {shown(name)} is {found}, its kv_cache needs {list(shape)}"
             )
-        elif problem := kvcache.scale_problem(shards.read(name)):
+        elif problem := scale_problem(shards.read(name)):
             yield kvcache.CacheScaleProblem(f"{entry.file}: tensor {name} {problem}")
 
 

@@ -42,8 +42,13 @@ RANKS = (1, 2, 4, 8, 16)
 """Sizes of tensor parallelism that are suggested."""
 GROUPS = (128, 64, 32, 16)
 """Group sizes that are suggested."""
-SHARED = ("weight_global_scale", "input_global_scale")
-"""Scales that linears which run as one must share."""
+NVFP4_SOURCE = "vllm S/compressed_tensors_w4a4_nvfp4.py"
+SHARED = {
+    "weight_global_scale": NVFP4_SOURCE,
+    "input_global_scale": NVFP4_SOURCE,
+    "input_scale": "vllm S/compressed_tensors_w8a8_int8.py and _fp8.py: input_scale.max()",
+}
+"""Scales that linears which run as one must share, and where it is said."""
 KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """Linears beside which an attention's scales lie."""
 CLASSES = {EMBEDDING: "VocabParallelEmbedding", HEAD: "ParallelLMHead"}
@@ -239,8 +244,8 @@ def _mixed(layers: Iterable[Layer]) -> str:
 
 
 def _shared_scales(held: Held, unit: Unit) -> Iterator[Finding]:
-    """What NVFP4 has one of for each linear must be one for those that run as one."""
-    for leaf in SHARED:
+    """What NVFP4 and static inputs have one of for each linear must be one for those that run as one."""
+    for leaf, source in SHARED.items():
         names = [f"{layer.name}.{leaf}" for layer in unit.layers if f"{layer.name}.{leaf}" in held.tensors]
         if held.read is None or len(names) < 2:
             continue
@@ -249,8 +254,7 @@ def _shared_scales(held: Held, unit: Unit) -> Iterator[Finding]:
             what = (
                 f"run as one, but have {leaf} of {', '.join(f'{one[0]:g}' for one in values)}; engines take the largest"
             )
-            change = "quantize them with one global scale"
-            yield Finding("fused", unit.names, what, change, "vllm S/compressed_tensors_w4a4_nvfp4.py")
+            yield Finding("fused", unit.names, what, "quantize them with one scale", source)
 
 
 def _values(held: Held, name: str) -> list[float]:
@@ -292,6 +296,7 @@ def _covers(row: Refusal, layer: Layer, stored: Stored, held: Held) -> bool:
         and row.symmetric in (None, stored.symmetric)
         and (row.bits is None or stored.bits in row.bits)
         and row.act_order in (None, stored.act_order)
+        and (row.dynamic is None or (stored.inputs is not None and stored.inputs.dynamic == row.dynamic))
         and row.tied in (None, held.tied)
     )
 

@@ -108,13 +108,16 @@ KERNELS = (
     Kernel("vllm", "wNa16", "CPUWNA16", MP + "cpu.py", device=CPU, bits=(4,), n=32, k=32, formats=PACKED),
     Kernel("vllm", "w8a8-int8", "CUTLASS or Triton",
            "vllm S/compressed_tensors_w8a8_int8.py: 75; csrc/.../scaled_mm_c3x_sm100.cu and _sm120.cu: no int8, found "
-           "out at the first forward pass", least_sm=75, most_sm=99),
+           "out at the first forward pass; kernels/linear/scaled_mm/cutlass.py: inputs dynamic or static", least_sm=75,
+           most_sm=99),
     Kernel("vllm", "w8a8-int8", "CPUInt8ScaledMM", "vllm kernels/linear/scaled_mm/cpu.py", device=CPU),
     Kernel("vllm", "wNa8-int8", "Humming", "vllm S/compressed_tensors_wNa8.py", least_sm=75, note=HUMMING),
     Kernel("vllm", "w4afp8", "CUTLASS W4A8", "vllm S/compressed_tensors_w4a8_fp8.py; " + MP + "cutlass.py", least_sm=90,
            most_sm=90, bits=(4,), groups=(128,), symmetric=True, n=128, k=128, formats=PACKED, dtypes=("bfloat16",)),
     # vLLM, floats
-    Kernel("vllm", "fp8", "CUTLASS FP8", "vllm S/compressed_tensors_w8a8_fp8.py: 89", least_sm=89),
+    Kernel("vllm", "fp8", "CUTLASS FP8",
+           "vllm S/compressed_tensors_w8a8_fp8.py: 89; compressed_tensors.py: _is_fp8_w8a8 (inputs dynamic, or static "
+           "with one scale)", least_sm=89),
     Kernel("vllm", "fp8", "Marlin W8A16", "vllm S/compressed_tensors_w8a16_fp8.py: 75", least_sm=75, note=WEIGHT_ONLY),
     Kernel("vllm", "fp8", "torch", "vllm kernels/linear/__init__.py: _POSSIBLE_FP8_KERNELS", device=CPU),
     Kernel("vllm", "fp8-block", "FP8 blocks",
@@ -185,6 +188,8 @@ class Refusal:
     symmetric: bool | None = None
     bits: tuple[int, ...] | None = None
     act_order: bool | None = None
+    dynamic: bool | None = None
+    """False: where inputs have a scale that is stored."""
     tied: bool | None = None
     """True: where embedding and head are one weight."""
     device: str | None = None
@@ -230,6 +235,13 @@ REFUSALS = (
     Refusal("sglang", "scheme", "GPTQ files with desc_act and groups cannot be split and run slowly", "export with "
             "static activation order", "sglang layers/quantization/gptq", forms=("gptq",), act_order=True,
             refused=False),
+    Refusal("sglang", "scheme", "int8 inputs are rounded by a scale for each token: the stored input_scale is loaded "
+            "and not used", "quantize with w8a8-dynamic, and measure what is served", SGL +
+            "compressed_tensors_w8a8_int8.py: apply_weights", forms=("w8a8-int8",), dynamic=False, refused=False),
+    Refusal("vllm", "scheme", "on a CPU with AMX int8 inputs are rounded by a scale for each token: the stored "
+            "input_scale is loaded and not used", "quantize with w8a8-dynamic, and measure what is served",
+            "vllm kernels/linear/scaled_mm/cpu.py: _apply_weights_sgl", forms=("w8a8-int8",), dynamic=False,
+            device=CPU, refused=False),
     Refusal("transformers", "component", "generate with an image calls a quantized vision encoder before it is "
             "dequantized and fails", NEEDS_US + ", or " + KEEP_VISION, "transformers 5.23, run", (VISION,),
             but_forms=("gptq", "awq", "bitsandbytes")),

@@ -40,6 +40,8 @@ CACHE_SCHEME: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": Tru
 """kv_cache_scheme, beside its strategy."""
 CACHE_STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 """A recipe's word for a strategy -> the library's."""
+INPUT_LEAVES = {"nvfp4": "input_global_scale", "static-int8": "input_scale", "static-fp8": "input_scale"}
+"""What the number is called that inputs are rounded by, where calibration finds one, by a scheme's `activations`."""
 INT8_OFFSET = 128
 """Our codes are unsigned; int8 tensors hold code - 128."""
 
@@ -47,7 +49,7 @@ INT8_OFFSET = 128
 def storage_format(scheme: Scheme) -> str:
     if scheme.type == "float":
         return {"model": FP8, "e4m3": NVFP4, "e8m0": MXFP4}[scheme.scales]
-    return INT8 if scheme.activations == "dynamic-int8" else PACKED
+    return INT8 if scheme.int8_inputs else PACKED
 
 
 def encoded_shapes(
@@ -72,8 +74,8 @@ def encoded_shapes(
             tensors["weight_zero_point"] = (torch.int32, (packed_columns(rows, scheme.bits), groups))
     if stored == NVFP4:
         tensors["weight_global_scale"] = (torch.float32, (1,))
-    if scheme.activations == "nvfp4":
-        tensors["input_global_scale"] = (torch.float32, (1,))
+    if leaf := INPUT_LEAVES.get(scheme.activations):
+        tensors[leaf] = (torch.float32 if stored == NVFP4 else grid.scale_dtype, (1,))
     return {f"{disk_module}.{leaf}": what for leaf, what in sorted(tensors.items())}
 
 
@@ -95,8 +97,9 @@ def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[st
             tensors["weight_zero_point"] = pack_codes(weight.zeros.T, grid.bits).T.contiguous()
     if grid.global_scale is not None:
         tensors["weight_global_scale"] = torch.tensor([grid.global_scale], dtype=torch.float32)
-    if weight.input_divisor is not None:
-        tensors["input_global_scale"] = torch.tensor([weight.input_divisor], dtype=torch.float32)
+    if leaf := INPUT_LEAVES.get(scheme.activations):
+        dtype = torch.float32 if stored == NVFP4 else grid.scale_dtype
+        tensors[leaf] = torch.tensor([weight.input_scale], dtype=dtype)
     return {f"{disk_module}.{leaf}": tensor.contiguous() for leaf, tensor in sorted(tensors.items())}
 
 
@@ -159,8 +162,8 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
             raise refuse("weight_zero_point", f"has shape {list(packed.shape)}, which does not fit {rows} rows")
         zeros = unpack_codes(packed.T, scheme.bits, rows).T.contiguous()
     scales = scales.repeat_interleave(grid.group_rows, dim=0)[:rows]
-    divisor = number("input_global_scale") if scheme.activations == "nvfp4" else None
-    return QuantizedWeight(codes, scales, zeros, grid, divisor)
+    leaf = INPUT_LEAVES.get(scheme.activations)
+    return QuantizedWeight(codes, scales, zeros, grid, number(leaf) if leaf else None)
 
 
 # --- quantization_config ---
@@ -262,6 +265,7 @@ def _further_expert(name: str, components: ComponentMap) -> bool:
 INPUTS: dict[str, dict[str, Any] | None] = {
     "none": None,
     "dynamic-int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "static-int8": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
     "dynamic-fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True},
     "dynamic-fp8-g128": {
         "num_bits": 8,
@@ -271,6 +275,7 @@ INPUTS: dict[str, dict[str, Any] | None] = {
         "group_size": 128,
         "dynamic": True,
     },
+    "static-fp8": {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False},
     "nvfp4": {
         "num_bits": 4,
         "type": "float",

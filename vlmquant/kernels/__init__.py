@@ -9,29 +9,50 @@ from types import ModuleType
 
 from torch import Tensor
 
-from vlmquant.kernels import bag4, int4, int8, int8_cuda, vq4, words
+from vlmquant.kernels import bag4, floats, fp8_cuda, int4, int8, int8_cuda, vq4, words
 from vlmquant.kernels.form import Form, Place
+from vlmquant.notices import tell_once, warn_once
 
 LAYOUTS: dict[str, ModuleType] = {
     "vq4": vq4,
     "int4": int4,
     "bag4": bag4,
+    "fp8_cuda": fp8_cuda,
     "int8_cuda": int8_cuda,
     "int8": int8,
+    "floats": floats,
     "words": words,
 }
 """In order of preference."""
 
 
+EXPANDS = frozenset({"floats", "words"})
+"""Layouts whose weights become floats at every product."""
+HAS_KERNEL = frozenset({"vq4", "fp8_cuda", "int8_cuda"})
+"""Layouts that a GPU multiplies as they are."""
 ON_CUDA = frozenset({"vq4", "int8_cuda"})
 """Layouts with a `prepare`."""
 APPLIES_ACTIVATIONS = frozenset({"int8_cuda"})
 """Layouts whose products of rounded inputs can end with an activation, at no cost: `Form.activation`."""
 
+ROUNDS_INPUTS = frozenset({"fp8_cuda", "int8_cuda", "int8"})
+"""Layouts whose `matmul` rounds the inputs as the form says."""
+
 
 def choose(form: Form, place: Place) -> str:
-    """The name of the layout to hold a weight in."""
-    return next(name for name, layout in LAYOUTS.items() if layout.fits(form, place))
+    """The name of the layout to hold a weight in.
+
+    What is expanded at every product for want of a kernel is logged, once for each kind of weight: as a warning on a
+    GPU, where it is slow.
+    """
+    chosen = next(name for name, layout in LAYOUTS.items() if layout.fits(form, place))
+    if place.device.type == "cuda" and chosen not in HAS_KERNEL:
+        warn_once(
+            f"no kernel multiplies {form.kind} on a GPU as they are: they are expanded at every call, which is slow"
+        )
+    elif place.device.type == "cpu" and chosen in EXPANDS:
+        tell_once(f"{form.kind} become floats at every call")
+    return chosen
 
 
 def prepare(layout: str, held: dict[str, Tensor], form: Form, place: Place) -> None:

@@ -18,13 +18,23 @@ class Form:
     grid: Grid
     inputs: str = "none"
     """What `reference.round_inputs` makes of them."""
-    input_divisor: float | None = None
+    input_scale: float | None = None
+    """That of the QuantizedWeight."""
     activation: str = ""
     """What the kernel puts its outputs through, a name of `reference.ACTIVATIONS`: int8_cuda only."""
 
     @property
-    def dynamic_int8(self) -> bool:
-        return self.inputs == "dynamic-int8"
+    def kind(self) -> str:
+        """For people, such as 4-bit weights in groups of 16 (floating point) or 8-bit weights (symmetric)."""
+        grid = self.grid
+        groups = "" if grid.group_size >= self.shape[1] else f" in groups of {grid.group_size}"
+        inputs = "" if self.inputs == "none" else f" with {self.inputs} inputs"
+        what = "floating point" if grid.kind == "float" else "symmetric" if grid.symmetric else "asymmetric"
+        return f"{grid.bits}-bit weights{groups} ({what}){inputs}"
+
+    @property
+    def int8_inputs(self) -> bool:
+        return self.inputs.endswith("-int8")
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Place:
 
 
 def form_of(weight: QuantizedWeight, inputs: str = "none") -> Form:
-    return Form(weight.shape, weight.grid, inputs, weight.input_divisor)
+    return Form(weight.shape, weight.grid, inputs, weight.input_scale)
 
 
 def rows_at_once(columns: int) -> int:

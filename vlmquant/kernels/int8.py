@@ -46,8 +46,8 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype; bias is added before outputs are rounded to it."""
     codes, scales = held["codes"], held["scales"].float()
-    if form.dynamic_int8:
-        rounded, input_scales = activation_codes(inputs)
+    if form.int8_inputs:
+        rounded, input_scales = activation_codes(inputs, form.input_scale)
         product = _rounded_product(_pad(rounded), codes).mul_(input_scales).mul_(scales)
     elif _op_fits(inputs, form) and len(inputs) <= _op_tokens() and not needs_gradient(inputs):
         product = _op_matmul(_pad(inputs), codes, scales)

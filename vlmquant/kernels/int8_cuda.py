@@ -12,7 +12,8 @@ from vlmquant.packing import pack_w8, unpack_w8
 
 
 def fits(form: Form, place: Place) -> bool:
-    return place.device.type == "cuda" and int8.fits(form, place)
+    """As int8, but for static inputs: the kernels find the scales of inputs themselves."""
+    return place.device.type == "cuda" and form.inputs != "static-int8" and int8.fits(form, place)
 
 
 def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -22,7 +23,7 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
 
 def prepare(held: dict[str, Tensor], form: Form, place: Place) -> None:
     """Compile and load what multiplies the held weight."""
-    if form.dynamic_int8 and place.dtype in launch.DTYPE_NAMES and launch.unavailable(place.device.index) is None:
+    if form.int8_inputs and place.dtype in launch.DTYPE_NAMES and launch.unavailable(place.device.index) is None:
         name = launch.DTYPE_NAMES[place.dtype]
         prepare_w8(place.device, form.shape[0], held["codes"].shape[1], name, form.activation)
 
@@ -33,7 +34,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype; bias and activation come before outputs are rounded to it."""
-    if form.dynamic_int8:
+    if form.int8_inputs:
         return w8_linear(inputs, held["codes"], held["scales"].float(), bias, activation=form.activation)
     return int8.matmul(inputs, _as_int8(held, form), form, bias)
 

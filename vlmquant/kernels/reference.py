@@ -5,7 +5,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import E4M3, LARGEST, Grid, QuantizedWeight, minmax_grid, split_groups
+from vlmquant.grid import (
+    E4M3,
+    E4M3_MAX,
+    Grid,
+    QuantizedWeight,
+    minmax_grid,
+    nvfp4_divisor,
+    round_e4m3_,
+    rounded_up,
+    split_groups,
+)
 
 ACTIVATION_STEPS = 127.5
 """Code of a token's largest magnitude: the symmetric int8 convention of compressed-tensors, (2**8 - 1) / 2."""
@@ -23,30 +33,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """What the outputs of a product may go through last, by name; nothing, if empty."""
 
 
-def activation_codes(inputs: Tensor) -> tuple[Tensor, Tensor]:
+def activation_codes(inputs: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """inputs (..., features) float -> int8 codes of the same shape, and float32 scales (..., 1), one for each token.
 
-    code = round half to even (input / scale), clamped to [-128, 127]; scale = max|input| / 127.5.
+    code = round half to even (input / scale), clamped to [-128, 127]; scale = max|input| / 127.5, if none is given.
     """
     values = inputs.float()
-    scales = (values.abs().amax(-1, keepdim=True) / ACTIVATION_STEPS).clamp_min(ACTIVATION_FLOOR)
+    if scale is None:
+        scales = (values.abs().amax(-1, keepdim=True) / ACTIVATION_STEPS).clamp_min(ACTIVATION_FLOOR)
+    else:
+        scales = values.new_full((*values.shape[:-1], 1), scale)
     return (values / scales).round_().clamp_(-128, 127).to(torch.int8), scales
 
 
-def round_int8(inputs: Tensor) -> Tensor:
-    """inputs (..., features) -> their nearest values on each token's own int8 grid, same shape and dtype."""
-    codes, scales = activation_codes(inputs)
+def round_int8(inputs: Tensor, scale: float | None = None) -> Tensor:
+    """inputs (..., features) -> their nearest values on each token's own int8 grid, or on one; same shape and dtype."""
+    codes, scales = activation_codes(inputs, scale)
     return (codes.float() * scales).to(inputs.dtype)
 
 
-def round_fp8(inputs: Tensor) -> Tensor:
-    """inputs (..., features) -> their nearest values on each token's own E4M3 grid, same shape and dtype.
+def fp8_scales(inputs: Tensor) -> Tensor:
+    """inputs (..., features) -> float32 (..., 1): max|input| / 448, as compressed-tensors and engines have it."""
+    return (inputs.abs().amax(-1, keepdim=True).float() / E4M3_MAX).clamp_min(ACTIVATION_FLOOR)
 
-    scale = max|input| / 448, as compressed-tensors and engines have it.
+
+def round_fp8(inputs: Tensor, scale: float | None = None) -> Tensor:
+    """inputs (..., features) -> their nearest values on each token's own E4M3 grid, or on that of one scale.
+
+    Same shape and dtype; what is beyond 448 scales is cut off.
     """
-    values = inputs.float()
-    scales = (values.abs().amax(-1, keepdim=True) / LARGEST[8]).clamp_min(ACTIVATION_FLOOR)
-    return ((values / scales).clamp_(-LARGEST[8], LARGEST[8]).to(E4M3).float() * scales).to(inputs.dtype)
+    scales = fp8_scales(inputs) if scale is None else scale
+    return round_e4m3_(inputs.float() / scales).mul_(scales).to(inputs.dtype)
 
 
 def round_fp8_groups(inputs: Tensor) -> Tensor:
@@ -68,26 +85,48 @@ def round_nvfp4(inputs: Tensor, divisor: float) -> Tensor:
     return rounded.flatten(1)[:, : rows.shape[1]].to(inputs.dtype).view(inputs.shape)
 
 
-INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+DYNAMIC: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda inputs: inputs,
     "dynamic-int8": round_int8,
     "dynamic-fp8": round_fp8,
     "dynamic-fp8-g128": round_fp8_groups,
 }
-"""What inputs are rounded to before they are multiplied, by a scheme's `activations`; nvfp4 wants a divisor beside."""
+"""What inputs are rounded to before they are multiplied, by a scheme's `activations`."""
+CALIBRATED: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "static-int8": round_int8,
+    "static-fp8": round_fp8,
+    "nvfp4": round_nvfp4,
+}
+"""The same, for those that want a number from calibration."""
+
+LARGEST_INPUT = {"static-int8": 127.0, "static-fp8": E4M3_MAX}
+"""What the largest input of calibration becomes, where one scale serves all."""
 
 
-def round_inputs(inputs: Tensor, kind: str, divisor: float | None = None) -> Tensor:
-    """inputs (..., features), rounded as a scheme's `activations` says; same shape and dtype."""
+def input_scale(largest: float, kind: str, dtype: torch.dtype) -> Tensor:
+    """The number of a rounding in CALIBRATED, for inputs up to `largest`, as it is stored, (1,).
+
+    A scale is rounded up to `dtype`, the model's, so that nothing seen in calibration is cut off.
+    """
     if kind == "nvfp4":
-        assert divisor is not None
-        return round_nvfp4(inputs, divisor)
-    return INPUTS[kind](inputs)
+        return torch.tensor([nvfp4_divisor(largest)], dtype=torch.float32)
+    return rounded_up(torch.tensor([largest / LARGEST_INPUT[kind]], dtype=torch.float64), dtype)
+
+
+def round_inputs(inputs: Tensor, kind: str, scale: float | None = None) -> Tensor:
+    """inputs (..., features), rounded as a scheme's `activations` says; same shape and dtype.
+
+    scale: the QuantizedWeight's input_scale.
+    """
+    if kind in DYNAMIC:
+        return DYNAMIC[kind](inputs)
+    assert scale is not None, f"{kind} inputs need the scale of the weight"
+    return CALIBRATED[kind](inputs, scale)
 
 
 def linear(inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, rounded: str = "none") -> Tensor:
     """inputs (..., in) -> (..., out) of the same dtype: round the inputs, dequantize, multiply."""
-    inputs = round_inputs(inputs, rounded, weight.input_divisor)
+    inputs = round_inputs(inputs, rounded, weight.input_scale)
     return nn.functional.linear(inputs, weight.dequantize(inputs.dtype), bias)
 
 

@@ -19,21 +19,24 @@ def hold(weight: QuantizedWeight) -> dict[str, Tensor]:
     """words (out, ceil(in * bits / 32)) int32, scales (out, groups) as stored, those of a byte as uint8; zeros (out,
     groups) uint8 if asymmetric.
     """
-    scales = weight.grid.store_scales(weight.scales)
-    held = {
-        "words": pack_codes(weight.codes, weight.grid.bits),
-        "scales": scales.view(torch.uint8) if scales.itemsize == 1 else scales,
-    }
+    held = {"words": pack_codes(weight.codes, weight.grid.bits), "scales": hold_scales(weight)}
     return held if weight.zeros is None else held | {"zeros": weight.zeros}
 
 
-def _scales(held: Tensor, grid: Grid) -> Tensor:
+def hold_scales(weight: QuantizedWeight) -> Tensor:
+    """Scales (out, groups) as stored, those of a byte as uint8, which every operation of torch takes."""
+    scales = weight.grid.store_scales(weight.scales)
+    return scales.view(torch.uint8) if scales.itemsize == 1 else scales
+
+
+def load_scales(held: Tensor, grid: Grid) -> Tensor:
+    """float32: the inverse of `hold_scales`."""
     return grid.load_scales(held.view(grid.scale_dtype) if held.dtype == torch.uint8 else held)
 
 
 def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
     codes = unpack_codes(held["words"], form.grid.bits, form.shape[1])
-    return QuantizedWeight(codes, _scales(held["scales"], form.grid), held.get("zeros"), form.grid)
+    return QuantizedWeight(codes, load_scales(held["scales"], form.grid), held.get("zeros"), form.grid)
 
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
@@ -46,7 +49,7 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
         part = {name: tensor[rows] for name, tensor in held.items()}
         weight = dequantize_codes(
             unpack_codes(part["words"], form.grid.bits, form.shape[1]),
-            _scales(part["scales"], form.grid),
+            load_scales(part["scales"], form.grid),
             part.get("zeros"),
             form.grid,
         )
@@ -59,7 +62,7 @@ def read_rows(indices: Tensor, held: dict[str, Tensor], form: Form, dtype: torch
     flat = indices.flatten()
     weight = QuantizedWeight(
         unpack_codes(held["words"][flat], form.grid.bits, form.shape[1]),
-        _scales(held["scales"][flat], form.grid),
+        load_scales(held["scales"][flat], form.grid),
         held["zeros"][flat] if "zeros" in held else None,
         form.grid,
     )
