@@ -1,5 +1,6 @@
 """The stream against plain forward passes of ordinary models that hold the same weights."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from tests.tiny_vlm import KINDS, build, image_inputs
+from tests.tiny_vlm import KINDS, TEXT, build, image_inputs
+from vlmquant import stream as stream_module
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import ComponentMap, resolve_components
@@ -195,3 +197,66 @@ def test_weights_leave_memory_once_their_block_is_done(tmp_path: Path) -> None:
             stage.finish(ALGORITHMS[stage.method](stage))
         for name in blocks[: blocks.index(block.info.name)]:
             assert all(parameter.is_meta for parameter in stream.model.get_submodule(name).parameters())
+
+
+METHODS = {
+    "gptq": RECIPE.replace("METHOD", "gptq"),
+    "awq": RECIPE.replace("METHOD", "awq"),
+    "inputs": RECIPE.replace("scheme: w4a16, method: METHOD", "scheme: nvfp4, method: gptq").replace(
+        "scheme: w8a8-dynamic, method: int8", "scheme: w8a8-static, method: rtn"
+    ),
+    "cache": RECIPE.replace("METHOD", "gptq") + "kv_cache: {dtype: fp8, strategy: head}\n",
+}
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spilled", [False, True])
+def test_passes_that_are_not_kept_give_the_same(
+    kind: str, method: str, spilled: bool, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Walking through a block anew for every stage, with what lies between blocks in memory or on disk."""
+    monkeypatch.setattr(stream_module, "SPILL_BYTES", 1)
+    components, recipe = resolve_components(tiny(kind)), parse_recipe(METHODS[method], name="test")
+    kept, hessians = run(stream_of(components, recipe, batches_of(kind, (0, 1, 2))))
+    again = stream_of(components, recipe, batches_of(kind, (0, 1, 2)))
+    again.rerun, again._spill = True, tmp_path if spilled else None
+    found, others = run(again)
+    assert found.keys() == kept.keys()
+    assert list(tmp_path.iterdir()) == []
+    for name, hessian in hessians.items():
+        assert torch.equal(others[name], hessian)
+    for name, block in kept.items():
+        assert found[name].errors == block.errors
+        assert found[name].notes == block.notes
+        assert found[name].cache == block.cache
+        assert found[name].changed.keys() == block.changed.keys()
+        assert found[name].quantized.keys() == block.quantized.keys()
+        for one, weight in block.quantized.items():
+            assert torch.equal(found[name].quantized[one].codes, weight.codes)
+            assert torch.equal(found[name].quantized[one].scales, weight.scales)
+            assert found[name].quantized[one].input_scale == weight.input_scale
+
+
+def test_passes_that_are_not_kept_leave_nothing_in_a_block(tiny: Any) -> None:
+    """While a stage is quantized no tensor of the block's inside is alive: nothing as wide as its inputs."""
+    components, recipe = resolve_components(tiny("llava")), recipe_of("gptq")
+
+    def widest(rerun: bool) -> int:
+        stream, found = stream_of(components, recipe, batches_of("llava", (0, 1, 2))), 0
+        stream.rerun = rerun
+        for block in stream:
+            for stage in block.stages():
+                if "mlp.down_proj" in stage.linears:
+                    wide = [
+                        one
+                        for one in gc.get_objects()
+                        if type(one) is Tensor and one.dim() == 3 and one.shape[-1] == TEXT["intermediate_size"]
+                    ]
+                    found = max(found, len(wide))
+                    del wide
+                stage.finish(ALGORITHMS[stage.method](stage))
+        return found
+
+    assert widest(rerun=False) >= 3
+    assert widest(rerun=True) == 0

@@ -1,12 +1,18 @@
 """Scratch space that outlives nobody: files without a name, and folders that the next run removes if it has to."""
 
+import ctypes
 import fcntl
+import mmap
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PREFIX = "vlmquant-"
 LOCK_NAME = ".vlmquant-scratch"
@@ -45,3 +51,25 @@ def remove_abandoned() -> None:
             with os.fdopen(descriptor) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def mapped_copy(value: "Tensor", folder: Path) -> "Tensor":
+    """A copy of a CPU tensor in a file of this folder that has no name; its pages leave memory when others need it.
+
+    The file goes with the tensor, or with the process, however that ends. OSError where the disk has no room.
+    """
+    import torch
+
+    with tempfile.TemporaryFile(prefix=PREFIX, dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, value.nbytes)  # or a full disk is a SIGBUS
+        copy = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=value.numel(), dtype=value.dtype)
+    copy.copy_(value.flatten())
+    _leave_memory(copy.data_ptr(), value.nbytes)
+    return copy.view(value.shape)
+
+
+def _leave_memory(address: int, size: int) -> None:
+    """Take pages of a shared mapping out of this process; what they hold stays in the file."""
+    start = address - address % mmap.PAGESIZE
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), ctypes.c_int(mmap.MADV_DONTNEED))

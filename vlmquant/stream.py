@@ -7,10 +7,13 @@ quantized on what the already quantized part of the model gives it (vision encod
 block runs once. Only the block at hand has weights; the others stay on the meta device.
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from vlmquant.kernels.reference import input_scale, round_inputs
 from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
+from vlmquant.scratch import mapped_copy
 from vlmquant.shards import some
 
 GRAM_SLICES = 4
@@ -39,6 +43,8 @@ TOKENS_PER_INPUT = 2
 
 With fewer, others' tokens help; with more, they harm (benchmarks/results/moe.md)."""
 
+SPILL_BYTES = 1 << 16
+"""Smaller tensors are not worth a file."""
 LEAST_ENERGY = 1e-30
 """Outputs are taken for no smaller, where a loss is divided by them."""
 
@@ -85,8 +91,25 @@ class _Walk(greenlet):
         self.row_weights: Tensor | None = None
         """While an expert runs: how much each of the rows it is shown counts, 0 for padding."""
         self.group_inputs: dict[str, Tensor] = {}
-        """Inputs of the first linear of a group, by the name of each other one."""
+        """Inputs of the first linear of a group, by its name."""
         self.paused: _Pause | None = None
+        self.entering: Callable[[], Any] | None = None
+        """Where it is paused before a block: what that would compute next."""
+        self.guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        """What tells of errors in the model's own code."""
+
+    def beside(self) -> "_Walk":
+        """A walk through the block that this one is paused before, which leaves this one where it is."""
+        entering, guard = self.entering, self.guard
+        assert entering is not None
+
+        def run() -> None:
+            with guard():
+                entering()
+
+        walk = _Walk(run)
+        walk.token_mask, walk.kinds_of_tokens = self.token_mask, self.kinds_of_tokens
+        return walk
 
     def real_tokens(self, count: int) -> Tensor | None:
         """bool (count,): which of a module's tokens are no padding, where it got all, or all of one type."""
@@ -116,6 +139,20 @@ def _walk() -> _Walk:
     return walk
 
 
+class Rerun:
+    """Inputs that nobody keeps: whoever asks for them has the passes walk through the block again, as far as there."""
+
+    def __init__(self, block: "Block", name: str) -> None:
+        self._block, self._name = block, name
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        return self._block.inputs_of(self._name)
+
+
+Inputs = Sequence[tuple[Tensor, Tensor | None]] | Rerun
+"""What a linear is given by each pass, and a mask of its real tokens, or how much each counts. Empty: no data."""
+
+
 class Stage:
     """Linears of one block that share an input and a scheme: what an algorithm is given.
 
@@ -127,7 +164,7 @@ class Stage:
         block: "Block",
         linears: Sequence[LinearInfo],
         line: PlanLine,
-        inputs: list[tuple[Tensor, Tensor | None]],
+        inputs: Inputs,
         *,
         unseen: bool = False,
     ) -> None:
@@ -145,8 +182,13 @@ class Stage:
         }
         self._inputs = inputs
         self._hessian: Tensor | None = None
+        self._mean_square: Tensor | None = None
         self._measured: dict[str, tuple[float, float]] = {}
         self._channel_scales: Tensor | None = None
+
+    @property
+    def _columns(self) -> int:
+        return next(iter(self.weights.values())).shape[1]
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The inputs of all batches as float32 (tokens, in), padding left out; and how much each counts, None for 1."""
@@ -163,8 +205,7 @@ class Stage:
     def hessian(self) -> Tensor:
         """E[x x^T] over all tokens, float32 (in, in)."""
         if self._hessian is None:
-            columns = self._inputs[0][0].shape[-1]
-            total, tokens = torch.zeros(columns, columns, device=self.block.stream.device), 0.0
+            total, tokens = torch.zeros(self._columns, self._columns, device=self.block.stream.device), 0.0
             for rows, weights in self._rows():
                 _add_gram(total, rows if weights is None else rows * weights.sqrt()[:, None])
                 tokens += len(rows) if weights is None else weights.sum().item()
@@ -186,14 +227,16 @@ class Stage:
         """E[x_j^2], float32 (in,)."""
         if self._hessian is not None:
             return self._hessian.diagonal()
-        return self._mean(lambda rows: rows.square())
+        if self._mean_square is None:
+            self._mean_square = self._mean(lambda rows: rows.square())
+        return self._mean_square
 
     def mean_abs(self) -> Tensor:
         """E[|x_j|], float32 (in,)."""
         return self._mean(lambda rows: rows.abs())
 
     def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
-        total, tokens = torch.zeros(self._inputs[0][0].shape[-1], device=self.block.stream.device), 0.0
+        total, tokens = torch.zeros(self._columns, device=self.block.stream.device), 0.0
         for rows, weights in self._rows():
             total += of(rows).sum(0) if weights is None else weights @ of(rows)
             tokens += len(rows) if weights is None else weights.sum().item()
@@ -246,8 +289,7 @@ class Stage:
     @property
     def grid(self) -> Grid:
         """That of the stage's scheme; its weights are still to be fitted to it."""
-        columns = next(iter(self.weights.values())).shape[1]
-        return grid_of(self.scheme, columns, self.model_dtype)
+        return grid_of(self.scheme, self._columns, self.model_dtype)
 
     def note(self, text: str) -> None:
         self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")
@@ -257,12 +299,12 @@ class Stage:
         if quantized.keys() != self.linears.keys():
             raise AssertionError(f"stage {list(self.linears)} got weights for {list(quantized)}")
         scale = self._input_scale() if self.scheme.activations in CALIBRATED_INPUTS else None
-        for local, weight in quantized.items():
-            weight = replace(weight, input_scale=scale)
-            error = self._relative_error(local, weight)
-            if not math.isfinite(error):
+        weights = {local: replace(weight, input_scale=scale) for local, weight in quantized.items()}
+        errors = {local: self._relative_error(local, weight) for local, weight in weights.items()}
+        for local, weight in weights.items():  # once the first is in place, passes go on to the next
+            if not math.isfinite(errors[local]):
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
-            self.block.put(local, weight, error=error)
+            self.block.put(local, weight, error=errors[local])
         self._inputs = []
 
     def _input_scale(self) -> float:
@@ -313,8 +355,14 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def _mirror_upper(total: Tensor) -> Tensor:
-    upper = total.triu()
-    return upper + upper.triu(1).T
+    """Put the upper triangle below the diagonal too, in place."""
+    step = -(-len(total) // (4 * GRAM_SLICES))
+    for start in range(0, len(total), step):
+        end = min(start + step, len(total))
+        total[start:end, :start] = total[:start, start:end].T
+        upper = total[start:end, start:end].triu()
+        total[start:end, start:end] = upper + upper.triu(1).T
+    return total
 
 
 class Block:
@@ -332,11 +380,18 @@ class Block:
         self.settled = False
         """True once every weight is final: the block then computes what it will compute in service."""
         self._walks = walks
+        self._rerun = stream.rerun and not any(home.startswith(f"{info.name}.") for home in stream.components.experts)
+        """Experts are hundreds of stages on few tokens each: there, passes are kept."""
         self._divisors: dict[str, Tensor] = {}
+        self._folded: dict[str, Tensor] = {}
+        """Producers that took a fold: while passes divide on the fly, they compute as before."""
         self._by_local = {linear.local: linear for linear in info.linears}
         self._parameters = {local for local, _ in self.module.named_parameters()}
         self._leaders = {linear.local: group[0].local for group in self._groups() for linear in group[1:]}
         """Linear -> the first of the linears that are quantized with it, on the same inputs."""
+        self._followers: dict[str, list[str]] = {}
+        for linear, leader in self._leaders.items():
+            self._followers.setdefault(leader, []).append(linear)
         self.expert_tokens = dict(restored.expert_tokens) if restored else {}
         self._shown: dict[str, list[float | None]] = {}
         """For each module of experts and each expert: the share of others' tokens that it is shown, None for none."""
@@ -375,6 +430,9 @@ class Block:
                 yield Stage(self, group, self._line(group[0]), [], unseen=idle)
             return
         group_of = {linear.local: group for group in self._groups() for linear in group}
+        if self._rerun:
+            yield from self._rerun_stages(group_of)
+            return
         for walk in self._walks:
             walk.resume()
         while waiting := [walk for walk in self._walks if walk.paused and walk.paused.kind in ("linear", "experts")]:
@@ -404,6 +462,38 @@ class Block:
             del pauses
             for walk in members:
                 walk.resume()
+
+    def _rerun_stages(self, group_of: dict[str, tuple[LinearInfo, ...]]) -> Iterator[Stage]:
+        """The same stages, with nothing kept of a pass but what goes into the block."""
+        while not all(map(self._is_final, group_of)):
+            name = next((pause.name for _, pause in self._beside()), None)
+            if name is None:
+                break
+            yield Stage(self, group_of[name], self._line(self._by_local[name]), Rerun(self, name))
+            if not self._is_final(name):
+                raise AssertionError(f"{self.info.name}.{name} was left unfinished")
+        if self.stream.plan.cache and self.stream.plan.cache.inside(self.info.name):
+            for _ in self._beside():  # as far as its end: what attention caches is known when its linears are
+                pass
+
+    def inputs_of(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What each pass gives to the linear that is quantized next, where it comes to that one next."""
+        for walk, pause in self._beside():
+            if pause.name == name and pause.inputs is not None:
+                yield pause.inputs, self._mask_for(walk)
+
+    def _beside(self) -> Iterator[tuple[_Walk, _Pause]]:
+        """Each pass, walking through the block as it now stands, where it first pauses; one at a time."""
+        for main in self._walks:
+            walk = main.beside()
+            try:
+                walk.resume()
+                if walk.paused:
+                    yield walk, walk.paused
+            finally:
+                if walk:
+                    walk.throw(GreenletExit)
+            del walk
 
     def _share_out(self, module: str, pauses: Sequence[_Pause]) -> None:
         """Decide which experts are shown more tokens than the router gives them, now that all passes have been routed.
@@ -557,12 +647,12 @@ class Block:
             name = f"{self.info.name}.{local}"
             if name in self.quantized:
                 self.quantized[name] = self.quantized[name].scale_rows(1 / channel_scales)
-                self._place(local, self.quantized[name].dequantize(self.stream.dtype))
+                self._folded[local] = self.quantized[name].dequantize(self.stream.dtype)
                 continue
             value, offset = self.value(local), rule.gain_offset if leaf == "weight" else 0.0
             divisor = channel_scales if value.dim() == 1 else channel_scales[:, None]
             self.changed[name] = ((value.to(divisor.device).float() + offset) / divisor - offset).to(value.dtype)
-            self._place(local, self.changed[name])
+            self._folded[local] = self.changed[name]
         for consumer in rule.consumers:
             self._divisors[consumer] = channel_scales
 
@@ -603,10 +693,16 @@ class Block:
 
     def settle(self) -> None:
         """Let the passes go on to the next block, on what this block computes with its final weights."""
+        self._settle_folds()
         self.settled = True
         for walk in self._walks:
             walk.resume()
         self.release()
+
+    def _settle_folds(self) -> None:
+        for local, value in self._folded.items():
+            self._place(local, value)
+        self._folded.clear()
 
     def release(self) -> None:
         """Take the weights out of the module again."""
@@ -619,14 +715,16 @@ class Block:
         if self.settled:
             return output
         _pause(_Pause("exit", self.info.name))
+        self._settle_folds()
         # A fold divided inputs on the fly; what later blocks get is computed by the weights as they are stored.
         return forward(*args, **kwargs) if self._divisors else output
 
     def linear(self, local: str, module: nn.Linear, inputs: Tensor) -> Tensor:
         """What the block's forward pass runs in a linear's place: it waits for its codes, then computes with them."""
         if not self.settled:
-            if not self._is_final(local):
+            if local in self._followers:
                 _walk().group_inputs[local] = inputs
+            if not self._is_final(local):
                 _pause(_Pause("linear", local, inputs))
             elif leader := self._leaders.get(local):
                 self._check_shared(local, leader, inputs)
@@ -639,7 +737,8 @@ class Block:
 
     def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
         """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
-        first = _walk().group_inputs.get(leader)
+        kept = _walk().group_inputs
+        first = kept.pop(leader, None) if local == self._followers[leader][-1] else kept.get(leader)
         if first is None or first is inputs:
             return
         if first.shape != inputs.shape or not torch.equal(first, inputs):
@@ -696,6 +795,8 @@ class BlockStream:
     dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
     device: where passes run and codes are chosen; one block's weights lie there at a time.
     experts: which tokens the experts of a mixture are calibrated on.
+    rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages. The same codes.
+    spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
     """
 
     def __init__(
@@ -710,8 +811,11 @@ class BlockStream:
         dtype: torch.dtype,
         device: torch.device,
         experts: ExpertOptions | None = None,
+        rerun: bool = False,
+        spill: Path | None = None,
     ) -> None:
         self.components, self.plan, self.specs = components, plan, specs
+        self.rerun, self._spill = rerun, spill
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
         self.model_dtype = components.dtype
@@ -811,10 +915,15 @@ class BlockStream:
                 for kind in torch.unique(value)
             ]
             cast = {
-                key: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+                key: self._put_away(
+                    value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+                )
                 for key, value in inputs.items()
             }
-            with passing(batch, self._running):
+            del inputs
+            batch = replace(batch, inputs=cast)
+            walk.guard = functools.partial(passing, batch, self._running)
+            with walk.guard():
                 self._running(**cast, use_cache=False)
 
         return run
@@ -895,11 +1004,24 @@ class BlockStream:
 
     def _block_forward(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            walk = _walk()
+            walk.entering = functools.partial(forward, *args, **kwargs)
             _pause(_Pause("enter", name))
+            walk.entering = None
             assert self._current is not None
-            return self._current.forward(forward, args, kwargs)
+            return self._put_away(self._current.forward(forward, args, kwargs))
 
         return run
+
+    def _put_away(self, value: Any) -> Any:
+        """What waits between blocks, on disk if it is to be there."""
+        if self._spill is None:
+            return value
+        if isinstance(value, tuple) and type(value) is tuple:
+            return tuple(map(self._put_away, value))
+        if isinstance(value, Tensor) and value.device.type == "cpu" and value.nbytes >= SPILL_BYTES:
+            return mapped_copy(value, self._spill)
+        return value
 
 
 def rehearse(
