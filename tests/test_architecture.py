@@ -20,6 +20,7 @@ ROOMS = [
     "report",
     "evaluation",
     "algorithms",
+    "budget",
     "stream",
     "checkpoint",
     "loading",

@@ -371,6 +371,13 @@ def quantize(
     device: Annotated[str, typer.Option(help="Where blocks are quantized, such as cpu or cuda:0.")] = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that the process may hold, such as 20GiB, else what is free: calibration passes keep less "
+            "where they have to (the same codes, in more time), and what cannot fit is refused before any work."
+        ),
+    ] = None,
     family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
@@ -397,6 +404,7 @@ def quantize(
         resume=resume,
         force=force,
         trust_remote_code=trust_remote_code,
+        memory_limit=None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
         command=quantize_command(
             {
                 "--recipe": recipe,
@@ -417,7 +425,8 @@ def quantize(
         say(f"note: {note}")
     say(
         f"{done.path}: written in {done.seconds:.0f} s ({done.user_cpu_seconds:.0f} s of user CPU time), "
-        f"peak memory {done.peak_bytes / 2**20:.0f} MiB, computed in {done.compute_dtype}"
+        f"peak memory {done.peak_bytes / 2**20:.0f} MiB, computed in {done.compute_dtype}; planned: "
+        f"{done.planned.seconds[0]:.0f} to {done.planned.seconds[1]:.0f} s, {done.planned.peak_bytes / 2**20:.0f} MiB"
     )
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 import vlmquant
-from vlmquant import kvcache, signals
+from vlmquant import budget, compiled, kvcache, signals
 from vlmquant.algorithms import ALGORITHMS, rtn
+from vlmquant.budget import Passes, Prediction
 from vlmquant.calibration.encode import Batch, BatchMaker, BatchReport, make_batches
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample
@@ -51,7 +52,7 @@ from vlmquant.report.manifest import recipe_of
 from vlmquant.report.markdown import card_section, to_markdown
 from vlmquant.scratch import unnamed_file
 from vlmquant.shards import dtype_name
-from vlmquant.stream import BlockResult, BlockStream, rehearse
+from vlmquant.stream import BlockResult, BlockStream, Footprint, rehearse
 
 BOOTSTRAP_RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
@@ -91,6 +92,7 @@ class Quantized:
     peak_bytes: int
     """Largest resident size of the process so far."""
     compute_dtype: str
+    planned: Prediction
 
     def to_json(self) -> dict[str, Any]:
         worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
@@ -102,6 +104,7 @@ class Quantized:
             "seconds": round(self.seconds, 1),
             "user_cpu_seconds": round(self.user_cpu_seconds, 1),
             "peak_bytes": self.peak_bytes,
+            "planned": self.planned.to_json(),
             "compute_dtype": self.compute_dtype,
             "largest_errors": dict(worst),
             "notes": list(self.notes),
@@ -122,11 +125,14 @@ def quantize(
     resume: bool = False,
     force: bool = False,
     trust_remote_code: bool = False,
+    memory_limit: int | None = None,
     command: Sequence[str] = (),
 ) -> Quantized:
     """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
 
     calibration: a set's name or folder instead of the recipe's.
+    memory_limit: bytes that the process may hold; DoesNotFitError before any work where it would need more. Without
+    one, what the machine and its limits leave decides how the passes run (budget.WAYS).
     dtype: of the forward passes; None is float32, unless bfloat16 is measured to be far faster here.
     command: what card and manifest call the command that makes the same again, in another place.
     Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
@@ -144,6 +150,7 @@ def quantize(
     notes = [UNTIED] if components.untied else []
     selection = None
     batches: list[BatchMaker] = []
+    footprint = Footprint({}, 0)
     dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
     manifest: dict[str, Any] = {
         "command": _repeatable(command, components.model_dir),
@@ -164,7 +171,10 @@ def quantize(
         notes += _calibration_notes(selection, made, chosen)
         used = [sample for sample in selection.samples if sample.id not in made.too_long]
         notes += _without_images(used, components, plan, set_name=chosen.set)
-        rehearse(components, plan, batches[0].first, dtype=dtype, device=torch.device(device))
+        footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device))
+        gc.collect()  # what the rehearsal held lies in circles
+    planned = _plan_work(components, plan, footprint, dtype, memory_limit)
+    notes += [planned.passes.label] if planned.passes.rerun else []
     fingerprint = _fingerprint(recipe, selection, dtype)
     writer = CheckpointWriter(
         Path(out), components, recipe, plan, fingerprint=fingerprint, inputs=inputs, resume=resume, force=force
@@ -174,7 +184,7 @@ def quantize(
             if recipe.output.format == "bitsandbytes":
                 bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial)
             else:
-                done = quantize_blocks(writer, batches, dtype=dtype, device=torch.device(device))
+                done = quantize_blocks(writer, batches, dtype=dtype, device=torch.device(device), passes=planned.passes)
                 errors, notes = done.errors, [*notes, *done.notes]
                 manifest["settings"]["batch_size"] = batch_size(writer)
                 if done.expert_tokens:
@@ -182,6 +192,7 @@ def quantize(
                     notes.append(_expert_note(done.expert_tokens, recipe))
                 if plan.cache:
                     notes.append(kvcache.note(plan.cache, done.cache))
+            manifest["work"] = _work_record(planned, memory_limit, time.monotonic() - started)
             writer.finish(manifest | {"errors": errors, "notes": notes})
     except AlreadyFinishedError:
         finished = read_manifest(writer.out)
@@ -196,11 +207,44 @@ def quantize(
         user_cpu_seconds=_user_cpu_seconds() - cpu_started,
         peak_bytes=peak_resident_bytes(),
         compute_dtype=dtype_name(dtype),
+        planned=planned,
     )
 
 
+def _plan_work(
+    components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, memory_limit: int | None
+) -> Prediction:
+    """How the passes are to run: the fastest way that fits. Without a limit the smallest is tried where none fits."""
+    compiled.available()  # numba is loaded at its first use
+    base = budget.resident_bytes()
+    ways = budget.WAYS if footprint.components else budget.WAYS[:1]
+    tried = [budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way) for way in ways]
+    if memory_limit is not None:
+        return budget.choose(tried, memory_limit)
+    try:
+        return budget.choose(tried, base + budget.available_bytes())
+    except DoesNotFitError:
+        return tried[-1]
+
+
+def _work_record(planned: Prediction, memory_limit: int | None, seconds: float) -> dict[str, Any]:
+    """Memory and time as they were planned, and as they were."""
+    return {
+        "passes": planned.passes.label,
+        "memory_limit": memory_limit,
+        "planned": planned.to_json(),
+        "peak_bytes": peak_resident_bytes(),
+        "seconds": round(seconds, 1),
+    }
+
+
 def quantize_blocks(
-    writer: CheckpointWriter, batches: Sequence[Callable[[], Batch]], *, dtype: torch.dtype, device: torch.device
+    writer: CheckpointWriter,
+    batches: Sequence[Callable[[], Batch]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    passes: Passes | None = None,
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
@@ -210,7 +254,7 @@ def quantize_blocks(
     """
     size = batch_size(writer)
     try:
-        return _quantize_blocks(writer, batches, size, dtype=dtype, device=device)
+        return _quantize_blocks(writer, batches, size, dtype=dtype, device=device, passes=passes)
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_allocation_failure(error):
             raise
@@ -223,7 +267,7 @@ def quantize_blocks(
     gc.collect()  # the passes that were given up hold their activations in circles
     stderr.print(note, soft_wrap=True, markup=False)
     try:
-        return _quantize_blocks(writer, batches, 1, dtype=dtype, device=device, note=note)
+        return _quantize_blocks(writer, batches, 1, dtype=dtype, device=device, passes=passes, note=note)
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_allocation_failure(error):
             raise
@@ -249,6 +293,7 @@ def _quantize_blocks(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    passes: Passes | None = None,
     note: str | None = None,
 ) -> BlockResult:
     """note: why this size, from here on."""
@@ -267,6 +312,8 @@ def _quantize_blocks(
         dtype=dtype,
         device=device,
         experts=recipe.calibration.experts,
+        rerun=passes is not None and passes.rerun,
+        spill=writer.partial if passes is not None and passes.spill else None,
     )
     errors: dict[str, float] = {}
     notes = list(outside.notes)

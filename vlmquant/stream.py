@@ -21,7 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from vlmquant import signals
-from vlmquant.calibration.encode import Batch
+from vlmquant.calibration.encode import Batch, BatchMaker
 from vlmquant.calibration.refusals import passing
 from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
@@ -365,6 +365,41 @@ def _mirror_upper(total: Tensor) -> Tensor:
     return total
 
 
+@dataclass(frozen=True)
+class Place:
+    """What calibration passes keep before a block."""
+
+    rows: int
+    """Tokens, of images or of text."""
+    width: int
+    nbytes: int
+    """Of all that the block is given."""
+    largest_rows: int
+    """Of one pass."""
+
+    def times(self, factor: float, batch: float) -> "Place":
+        """Of so many times as much, of which the largest pass has so many times as many rows."""
+        return Place(
+            round(self.rows * factor), self.width, round(self.nbytes * factor), round(self.largest_rows * batch)
+        )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What all calibration passes keep: by component, and of their inputs."""
+
+    components: dict[str, Place]
+    input_bytes: int
+
+
+def _storages(value: Any) -> dict[int, int]:
+    """Address and bytes of the memory of every tensor in the arguments of a call."""
+    if isinstance(value, Tensor):
+        return {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()}
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return {address: size for part in parts for address, size in _storages(part).items()}
+
+
 class Block:
     """The block at hand: its stages one after the other, then what became of it."""
 
@@ -408,6 +443,18 @@ class Block:
         """What its attention put into the KV cache over all batches, with the final weights."""
         seen = {name: Maxima(*(tuple(one.tolist()) for one in pair)) for name, pair in self._cached.items()}
         return self._restored_cache | seen
+
+    def place(self) -> Place:
+        """What the passes keep that are paused before this block."""
+        rows, width, memory = [], 0, dict[int, int]()
+        for walk in self._walks:
+            assert isinstance(walk.entering, functools.partial)
+            memory |= _storages((walk.entering.args, walk.entering.keywords))
+            given = [*walk.entering.args, *walk.entering.keywords.values()]
+            hidden = next(one for one in given if isinstance(one, Tensor) and one.is_floating_point())
+            width = hidden.shape[-1]
+            rows.append(hidden.numel() // width)
+        return Place(sum(rows), width, sum(memory.values()), max(rows))
 
     def note_cached(self, name: str, keys: Tensor, values: Tensor) -> None:
         """What an attention module is about to cache in one pass; its linears have their codes by then."""
@@ -759,6 +806,10 @@ def _end_pass(*args: Any, **kwargs: Any) -> Any:
     raise GreenletExit
 
 
+def _look_up(module: nn.Embedding, dtype: torch.dtype, ids: Tensor) -> Tensor:
+    return nn.functional.embedding(ids, module.weight, module.padding_idx).to(dtype)
+
+
 def _linear(line: PlanLine | None, module: nn.Linear, inputs: Tensor, scale: float | None = None) -> Tensor:
     """The product; inputs are rounded as the scheme of the line says, if there is one."""
     if line is not None and isinstance(line.scheme, Scheme):
@@ -795,7 +846,8 @@ class BlockStream:
     dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
     device: where passes run and codes are chosen; one block's weights lie there at a time.
     experts: which tokens the experts of a mixture are calibrated on.
-    rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages. The same codes.
+    rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages; and no embedding
+    once it is done with. The same codes.
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
     """
 
@@ -824,6 +876,8 @@ class BlockStream:
         self._current: Block | None = None
         self.runs_passes = False
         """Whether some block is quantized on data."""
+        self._embeddings: list[nn.Embedding] = []
+        """Which are not needed any more once all passes have come to the language model."""
         self._order = {info.name: index for index, info in enumerate(components.blocks)}
 
     def read(self, name: str) -> Tensor:
@@ -887,6 +941,8 @@ class BlockStream:
                 name = min((walk.paused.name for walk in entering if walk.paused), key=self._order.__getitem__)
                 members = [walk for walk in entering if walk.paused and walk.paused.name == name]
                 info = self.components.blocks[self._order[name]]
+                if info.component == "language":
+                    self._release_embeddings()
                 block = self._current = Block(self, info, members, self._restore(info))
                 block.load()
                 block.settled = block.restored
@@ -928,14 +984,17 @@ class BlockStream:
 
         return run
 
-    def rehearse(self) -> None:
+    def rehearse(self) -> dict[str, Place]:
         """Run the passes on the model's own weights as far as its language model: to where images meet text.
 
-        InputError where the samples do not fit the model.
+        InputError where the samples do not fit the model. Returns what the passes keep before a block, by component.
         """
+        places: dict[str, Place] = {}
         for block in self._walk({info.name for info in self.components.blocks}):
+            places.setdefault(block.info.component, block.place())
             if block.info.component == "language":
-                return
+                break
+        return places
 
     def _load_outside(self) -> None:
         """Weights of everything that lies in no block, except the head: no pass gets that far."""
@@ -949,11 +1008,24 @@ class BlockStream:
                 continue
             codes = self._outside.get(parameter.name)
             value = self.read(parameter.name) if codes is None else codes.dequantize()
-            final = self.cast(value, parameter.name, self.model)
+            owner = self.model.get_submodule(parameter.name.rpartition(".")[0])
+            if self.rerun and type(owner) is nn.Embedding and not self.components.config.is_encoder_decoder:
+                # Its rows are cast when they are looked up: the table may be as large as ten blocks.
+                self._embeddings.append(owner)
+                owner.forward = functools.partial(_look_up, owner, self.dtype)  # type: ignore[method-assign]
+                final = value.to(self.device)
+            else:
+                final = self.cast(value, parameter.name, self.model)
             for name in (parameter.name, *tied.get(parameter.name, ())):
                 assign(self.model, name, final)
         self.components.materialize_buffers(self.model)
         _move_buffers(self.model, self.device)
+
+    def _release_embeddings(self) -> None:
+        """Blocks come in the order of the model: where one of the language model is next, every pass has looked up."""
+        for module in self._embeddings:
+            assign(module, "weight", torch.empty_like(module.weight, device="meta"))
+        self._embeddings.clear()
 
     def _take_over(self) -> None:
         """Put ourselves between the model and its blocks, the blocks and their linears."""
@@ -1025,11 +1097,29 @@ class BlockStream:
 
 
 def rehearse(
-    components: ComponentMap, plan: Plan, make: Callable[[], Batch], *, dtype: torch.dtype, device: torch.device
-) -> None:
-    """One batch through the vision encoder and into the language model, before any work: see BlockStream.rehearse."""
-    finished = BlockResult({}, {})
+    components: ComponentMap,
+    plan: Plan,
+    makers: Sequence[BatchMaker],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Footprint:
+    """The first sample through the vision encoder and into the language model, before any work: BlockStream.rehearse.
+
+    Returns what all of the batches would keep, as that sample's pass does: by images and by tokens with their padding.
+    """
+    finished, first = BlockResult({}, {}), makers[0].first()
     stream = BlockStream(
-        components, plan, {}, [make], outside={}, restore=lambda info: finished, dtype=dtype, device=device
+        components, plan, {}, [lambda: first], outside={}, restore=lambda info: finished, dtype=dtype, device=device
     )
-    stream.rehearse()
+    places = stream.rehearse()
+    sample = makers[0].pairs[0][0]
+    tokens, images = first.answer_mask.shape[1], max(len(sample.images), 1)
+    of_batches = [len(maker.pairs) * maker.longest / tokens for maker in makers]
+    pictures = [sum(len(one.images) for one, _ in maker.pairs) / images for maker in makers]
+    found = {}
+    for component, place in places.items():
+        factors = of_batches if component == "language" else pictures
+        found[component] = place.times(sum(factors), max(factors))
+    inputs = sum(value.nbytes for value in first.inputs.values())
+    return Footprint(found, round(inputs * sum(pictures if sample.images else of_batches)))

@@ -412,6 +412,8 @@ class BatchMaker:
     encoder: Encoder
     pairs: list[tuple[Sample, str | None]]
     pad_side: str
+    longest: int
+    """Tokens that each of them has with its padding."""
 
     def __call__(self) -> Batch:
         return collate([self.encoder.encode(sample, answer) for sample, answer in self.pairs], self.pad_side)
@@ -467,7 +469,8 @@ def batch_pairs(
     start = 0
     for end in range(1, len(kept) + 1):
         if end == len(kept) or end - start == batch_size or kept[end][0] != kept[start][0]:
-            batches.append(BatchMaker(encoder, [pairs[position] for *_, position in kept[start:end]], pad_side))
+            some = [pairs[position] for *_, position in kept[start:end]]
+            batches.append(BatchMaker(encoder, some, pad_side, kept[end - 1][1]))
             start = end
     report = BatchReport(len(kept), tokens, image_tokens, answer_tokens, encoder.prompt_style, too_long)
     return batches, report

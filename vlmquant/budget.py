@@ -1,0 +1,212 @@
+"""What quantizing takes, before it is begun: memory phase by phase, disk, and time; and what to do with less.
+
+The calibration passes can keep what they compute inside a block, or walk through it again for every stage; what lies
+between blocks can be in memory or on disk. The codes are the same; the first that fits is chosen.
+"""
+
+import resource
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from vlmquant.components import BlockInfo, ComponentMap
+from vlmquant.errors import DoesNotFitError
+from vlmquant.kernels.probe import seconds
+from vlmquant.planning import CALIBRATED, Plan
+from vlmquant.stream import Footprint
+
+KEPT_WIDTHS = 3.0
+"""Vectors as wide as the hidden state that a pass keeps for a token inside a block, beside the linear's inputs."""
+SHARE = 0.9
+"""Of the memory that is free, without a limit given: others need some, too."""
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+MATRIX = 768
+"""Side of the matrices by which the speed of products is found."""
+SLOWEST = 3.0
+"""A run takes at most so many times what its products alone would take."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How the calibration passes run: what BlockStream takes."""
+
+    rerun: bool = False
+    spill: bool = False
+
+    @property
+    def label(self) -> str:
+        inside = "walk through a block again for every stage" if self.rerun else "are kept inside a block"
+        return f"calibration passes {inside}; between blocks they wait {'on disk' if self.spill else 'in memory'}"
+
+
+WAYS = (Passes(), Passes(rerun=True), Passes(rerun=True, spill=True))
+"""In order of preference: the fastest first."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one way to run the passes. Bytes of resident memory at the peak of each phase."""
+
+    passes: Passes
+    phases: dict[str, int]
+    disk_bytes: int
+    """Of the output, and of what waits on disk meanwhile."""
+    seconds: tuple[float, float]
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What the peak of each phase is made of."""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.phases.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
+
+
+def predict(
+    components: ComponentMap, plan: Plan, footprint: Footprint, *, base: int, dtype: torch.dtype, passes: Passes
+) -> Prediction:
+    """base: what the process holds before any of it, bytes. footprint: of the calibration passes."""
+    outside = sum(
+        one.nbytes if passes.rerun and one.component == "embedding" else _numbers(one.shape) * dtype.itemsize
+        for one in components.parameters
+        if one.loaded and one.component != "lm_head" and not _inside(one.name, components.blocks)
+    )
+    phases, parts, products = {}, {}, 0.0
+    waiting = 0 if passes.spill else footprint.input_bytes
+    for component in dict.fromkeys(block.component for block in components.blocks):
+        blocks = [block for block in components.blocks if block.component == component]
+        place = footprint.components.get(component)
+        rows, width, between, largest = (
+            (place.rows, place.width, place.nbytes, place.largest_rows) if place else (0, 0, 0, 0)
+        )
+        found: dict[str, int] = {}
+        for block in blocks:
+            sizes = _block_sizes(components, plan, block, dtype)
+            kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + sizes["inputs"]) * dtype.itemsize
+            one = {
+                "process": base,
+                "weights outside blocks": outside,
+                "weights of the block": sizes["weights"],
+                "codes of the block": sizes["codes"],
+                "a stage": sizes["stage"],
+                "inside the passes": round(kept),
+                "between blocks": waiting + (0 if passes.spill else between),
+            }
+            if sum(one.values()) > sum(found.values()):
+                found = one
+            products += _products(components, plan, block, rows, rerun=passes.rerun)
+        parts[component], phases[component] = found, sum(found.values())
+    longest = products / _products_per_second(dtype)
+    spilled = max((place.nbytes for place in footprint.components.values()), default=0) + footprint.input_bytes
+    return Prediction(
+        passes,
+        phases or {"weights": base + outside},
+        plan.bytes_after + (2 * spilled if passes.spill else 0),
+        (round(longest, 1), round(SLOWEST * longest + plan.bytes_before / 50e6, 1)),
+        parts,
+    )
+
+
+def choose(predictions: Iterable[Prediction], limit: int) -> Prediction:
+    """The first that fits into so many bytes; DoesNotFitError says how much would."""
+    tried = list(predictions)
+    for one in tried:
+        if one.peak_bytes <= limit:
+            return one
+    least = min(tried, key=lambda one: one.peak_bytes)
+    phase = max(least.phases, key=lambda name: least.phases[name])
+    told = ", ".join(
+        f"{name} {size / 2**30:.2f}" for name, size in sorted(least.parts[phase].items(), key=lambda item: -item[1])
+    )
+    raise DoesNotFitError(
+        f"quantize needs {least.peak_bytes / 2**30:.2f} GiB of memory at the least, in the {phase} ({told} GiB), "
+        f"and may take {limit / 2**30:.2f}; give it more (--memory-limit), fewer or shorter calibration samples, or a recipe "
+        "that does not calibrate there"
+    )
+
+
+def available_bytes() -> int:
+    """What this process may still take: of the machine, of its control group, of its address space."""
+    found = [SHARE * psutil.virtual_memory().available]
+    for file in CGROUPS:
+        try:
+            content = file.read_text().strip()
+        except OSError:
+            continue
+        if content.isdecimal() and int(content) < psutil.virtual_memory().total:
+            found.append(SHARE * int(content) - resident_bytes())
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        found.append(soft - psutil.Process().memory_info().vms)
+    return int(min(found))
+
+
+def resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def _numbers(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _inside(name: str, blocks: Iterable[BlockInfo]) -> bool:
+    return any(name.startswith(f"{block.name}.") for block in blocks)
+
+
+def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[tuple[str, int, int, bool]]:
+    """Method, rows and columns of each stage of a block; and whether several linears are put together for it."""
+    found = []
+    for group in components.fused_groups(block):
+        lines = [(linear, plan.line(f"{linear.name}.weight")) for linear in group]
+        todo = [(linear, line) for linear, line in lines if line.action == "quantize"]
+        if todo:
+            rows = sum(linear.out_features for linear, _ in todo)
+            found.append((todo[0][1].method or "rtn", rows, todo[0][0].in_features, len(todo) > 1))
+    return found
+
+
+def _block_sizes(components: ComponentMap, plan: Plan, block: BlockInfo, dtype: torch.dtype) -> Mapping[str, int]:
+    own = [one for one in components.parameters if one.loaded and one.name.startswith(f"{block.name}.")]
+    stages = _stages(components, plan, block)
+    return {
+        "weights": sum(_numbers(one.shape) for one in own) * dtype.itemsize,
+        "codes": sum(rows * columns for _, rows, columns, _ in stages),
+        "stage": max((_stage_bytes(*stage) for stage in stages), default=0),
+        "inputs": max((columns for _, _, columns, _ in stages), default=0),
+    }
+
+
+def _stage_bytes(method: str, rows: int, columns: int, together: bool) -> int:
+    """The weights in float32; put together where they are several; second moments; errors, codes twice, or copies."""
+    weights = 4 * rows * columns
+    if method == "gptq":
+        return weights * (2 + together) + 4 * columns**2 + 2 * rows * columns
+    if method == "awq":
+        return weights * 5 + 4 * columns**2
+    return 4 * weights
+
+
+def _products(components: ComponentMap, plan: Plan, block: BlockInfo, rows: int, *, rerun: bool) -> float:
+    """Multiplications: of the passes, of second moments, of factors and of error feedback."""
+    weights = sum(linear.out_features * linear.in_features for linear in block.linears)
+    stages = _stages(components, plan, block)
+    needed = bool(stages) and any(method in CALIBRATED for method, *_ in stages)
+    total = float(rows * weights * (1 + (len(stages) / 2 if rerun else 0))) if needed else 0.0
+    for method, out, columns, _ in stages:
+        if method in ("gptq", "awq"):
+            total += 0.62 * rows * columns**2
+        if method == "gptq":
+            total += columns**3 / 3 + out * columns**2
+    return total
+
+
+def _products_per_second(dtype: torch.dtype) -> float:
+    """Multiplications of a matrix product in a second, on as many threads as torch has."""
+    left, right = torch.ones(MATRIX, MATRIX, dtype=dtype), torch.ones(MATRIX, MATRIX, dtype=dtype)
+    with torch.no_grad():
+        return float(MATRIX**3 / seconds(lambda: left @ right))
