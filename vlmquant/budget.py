@@ -125,8 +125,8 @@ def choose(predictions: Iterable[Prediction], limit: int) -> Prediction:
     )
     raise DoesNotFitError(
         f"quantize needs {least.peak_bytes / 2**30:.2f} GiB of memory at the least, in the {phase} ({told} GiB), "
-        f"and may take {limit / 2**30:.2f}; give it more (--memory-limit), fewer or shorter calibration samples, or a recipe "
-        "that does not calibrate there"
+        f"and may take {limit / 2**30:.2f}; give it more (--memory-limit), fewer or shorter calibration samples, or a "
+        "recipe that does not calibrate there"
     )
 
 

@@ -1,0 +1,132 @@
+"""What quantizing takes: the way that is chosen, sums worked by hand, and the same bytes whatever it may hold."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Run
+from tests.small_set import write_small_set
+from vlmquant import budget
+from vlmquant.budget import WAYS, Prediction, choose, predict
+from vlmquant.checkpoint.manifest import read_manifest
+from vlmquant.components import resolve_components
+from vlmquant.errors import DoesNotFitError
+from vlmquant.pipeline import plan_model
+from vlmquant.recipe import load_recipe
+from vlmquant.stream import Footprint, Place
+
+
+def prediction(way: int, peak: int) -> Prediction:
+    return Prediction(WAYS[way], {"language": peak}, 0, (1.0, 2.0), {"language": {"a stage": peak}})
+
+
+def test_the_fastest_way_that_fits() -> None:
+    ways = [prediction(0, 30), prediction(1, 20), prediction(2, 10)]
+    assert choose(ways, 30) is ways[0]
+    assert choose(ways, 29) is ways[1]
+    assert choose(ways, 10) is ways[2]
+    with pytest.raises(DoesNotFitError, match="in the language") as refused:
+        choose([prediction(0, 3 << 30), prediction(2, 2 << 30)], 1 << 30)
+    assert "needs 2.00 GiB of memory at the least" in str(refused.value)
+    assert refused.value.exit_code == 6
+
+
+def test_a_peak_worked_by_hand(tiny_llava: Path) -> None:
+    """The down projection of the tiny LLaVA: 256 rows and 384 inputs, of 1,000 tokens that are 256 wide."""
+    components, plan = plan_model(tiny_llava, load_recipe("mixed"))
+    place = Place(rows=1000, width=256, nbytes=1_024_000, largest_rows=100)
+    footprint = Footprint({"language": place}, input_bytes=5_000)
+    held = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[0])
+    block = next(one for one in components.blocks if one.component == "language")
+    attention, mlp = 2 * 256**2 + 2 * 256 * 128, 3 * 256 * 384
+    norms = 2 * 256
+    parts = held.parts["language"]
+    assert parts["process"] == 10_000
+    assert parts["weights of the block"] == 4 * (attention + mlp + norms)
+    assert parts["codes of the block"] == attention + mlp
+    gate_up = 4 * 768 * 256 * 3 + 4 * 256**2 + 2 * 768 * 256
+    assert parts["a stage"] == gate_up
+    assert parts["inside the passes"] == 1000 * (3 * 256 + 384) * 4
+    assert parts["between blocks"] == 1_024_000 + 5_000
+    again = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[1]).parts["language"]
+    assert again["inside the passes"] == parts["inside the passes"] // 10
+    spilled = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[2])
+    assert spilled.parts["language"]["between blocks"] == 0
+    assert spilled.disk_bytes == held.disk_bytes + 2 * (1_024_000 + 5_000)
+    assert held.peak_bytes == max(sum(one.values()) for one in held.parts.values())
+    assert block.linears
+
+
+def test_every_way_gives_the_same_files(
+    run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = write_small_set(tmp_path / "set")
+    made = {}
+    for way in WAYS:
+        monkeypatch.setattr(budget, "WAYS", (way,))
+        out = tmp_path / f"out-{way.rerun}-{way.spill}"
+        options = ("-r", "mixed-awq", "--calibration", samples, "-o", out, "--memory-limit", "8GiB", "--json")
+        code, text, _ = run("quantize", tiny_llava, *options)
+        assert code == 0
+        made[way] = {
+            file.name: file.read_bytes() for file in out.iterdir() if file.name not in ("vlmquant.json", "README.md")
+        }
+        found, manifest = json.loads(text), read_manifest(out)
+        assert manifest["work"]["passes"] == way.label
+        assert manifest["work"]["memory_limit"] == 8 * 2**30
+        assert manifest["work"]["planned"] == found["planned"]
+        assert manifest["work"]["peak_bytes"] > 0
+        assert found["planned"]["passes"] == {"rerun": way.rerun, "spill": way.spill}
+    assert made[WAYS[1]] == made[WAYS[0]]
+    assert made[WAYS[2]] == made[WAYS[0]]
+    assert {path.name for path in tmp_path.iterdir()} == {"set", *(f"out-{w.rerun}-{w.spill}" for w in WAYS)}
+
+
+def test_what_cannot_fit_is_refused_before_any_work(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    samples = write_small_set(tmp_path / "set")
+    options = ("-r", "mixed", "--calibration", samples, "-o", tmp_path / "out")
+    code, _, told = run("quantize", tiny_llava, *options, "--memory-limit", "50MiB")
+    assert code == 6
+    assert "quantize needs" in told
+    assert "process" in told
+    assert not (tmp_path / "out").exists()
+    code, _, told = run("quantize", tiny_llava, *options, "--memory-limit", "plenty")
+    assert code == 2
+    assert "--memory-limit: expected a size such as 24GB" in told
+
+
+def test_without_a_limit_what_is_free_decides(
+    run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = write_small_set(tmp_path / "set")
+    for free, way in ((1 << 40, WAYS[0]), (0, WAYS[2])):
+        monkeypatch.setattr(budget, "available_bytes", lambda free=free: free)
+        out = tmp_path / f"out-{free}"
+        assert run("quantize", tiny_llava, "-r", "mixed", "--calibration", samples, "-o", out)[0] == 0
+        assert read_manifest(out)["work"]["passes"] == way.label
+
+
+def test_places_grow_with_their_parts() -> None:
+    place = Place(10, 64, 1000, 10)
+    assert place.times(12.5, 4.0) == Place(125, 64, 12_500, 40)
+    assert replace(place, rows=0).times(2, 2).rows == 0
+
+
+def test_limits_of_this_process_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    free = budget.available_bytes()
+    assert free > 0
+    (tmp_path / "memory.max").write_text(f"{budget.resident_bytes() + 2**20}\n")
+    monkeypatch.setattr(budget, "CGROUPS", (tmp_path / "none", tmp_path / "memory.max"))
+    assert budget.available_bytes() < 2**20
+    (tmp_path / "memory.max").write_text("max\n")
+    assert budget.available_bytes() > 2**20
+
+
+def test_nothing_is_kept_where_nothing_is_calibrated(tiny_llava: Path) -> None:
+    components = resolve_components(tiny_llava)
+    _, plan = plan_model(tiny_llava, load_recipe("rtn-w4"))
+    found = predict(components, plan, Footprint({}, 0), base=1, dtype=torch.float32, passes=WAYS[0])
+    assert all(one["between blocks"] == one["inside the passes"] == 0 for one in found.parts.values())
