@@ -1,6 +1,6 @@
 """Every layout that a CPU may choose, against dequantizing at every call and against an ordinary linear.
 
-    python benchmarks/cpu_layouts.py [--threads N] [--rounds N] [--isa avx2] [--out FILE]
+    python benchmarks/cpu_layouts.py [--threads N] [--rounds N] [--isa avx2] [--schemes NAME ...] [--out FILE]
 
 `packed` is QuantLinear as a loaded model has it; `per call` dequantizes the words on disk, then multiplies, at every
 call; `dense` is a product with the dequantized weight in the same dtype. They take turns, and each time is the median
@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def candidates(linear: Any, weight: Any, inputs: Any) -> dict[str, Callable[[], 
     return {"packed": lambda: linear(inputs), "per_call": per_call, "dense": lambda: multiply(inputs, dense)}
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(rounds: int, schemes: Sequence[str]) -> list[dict[str, Any]]:
     import torch
 
     from vlmquant.algorithms.rtn import quantize_weight
@@ -68,9 +68,9 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     from vlmquant.recipe import SHORT_SCHEMES
 
     found = []
-    for (shape_name, shape), scheme, dtype in itertools.product(SHAPES.items(), SCHEMES, DTYPES):
+    for (shape_name, shape), scheme, dtype in itertools.product(SHAPES.items(), schemes, DTYPES):
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
-        weight = quantize_weight(values, grid_of(SHORT_SCHEMES[scheme], values.shape[1], torch.bfloat16))
+        weight = quantize_weight(values, grid_of(SHORT_SCHEMES[scheme], values.shape[1], torch.bfloat16).fitted(values))
         linear = QuantLinear(weight, SHORT_SCHEMES[scheme], None, dtype=getattr(torch, dtype))
         row = {"shape": shape_name, "scheme": scheme, "dtype": dtype, "layout": linear.layout}
         for tokens in TOKENS:
@@ -92,7 +92,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         head = "".join(f" {tokens} | |" for tokens in TOKENS)
         lines += ["", f"{height} x {width}, packed and (dense) by tokens:", "", f"| scheme | dtype | layout |{head}"]
         lines += ["|---|---|---|" + "---:|---:|" * len(TOKENS)]
-        for scheme in SCHEMES:
+        for scheme in dict.fromkeys(row["scheme"] for row in rows):
             for dtype in DTYPES:
                 chosen = [row for row in rows if (row["shape"], row["scheme"], row["dtype"]) == (shape, scheme, dtype)]
                 cells = "".join(f" {row['packed']:.2f} | ({row['dense']:.2f}) |" for row in chosen)
@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--isa", choices=sorted(ISA))
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     wanted = QUIET_WAIT | ISA.get(arguments.isa, {})
@@ -113,7 +114,7 @@ def main() -> None:
     from vlmquant.threads import set_threads
 
     set_threads(arguments.threads)
-    rows = measure(arguments.rounds)
+    rows = measure(arguments.rounds, arguments.schemes)
     result = {**provenance(), "rounds": arguments.rounds, "rows": rows}
     out = arguments.out or RESULTS / ("cpu_layouts" + (f"_{arguments.isa}" if arguments.isa else ""))
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

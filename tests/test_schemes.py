@@ -234,7 +234,26 @@ def test_a_static_scale_of_no_use_is_refused(value: float | None, made: Callable
     with pytest.raises(CheckpointError, match=r"down_proj.*input_scale"):
         load_model(out)
     (out / "vlmquant.json").unlink()  # as somebody else's checkpoint, which has no digests
-    assert any("input_scale" in problem for problem in check_coded(out))
+    (problem,) = check_coded(out)
+    assert "layers.1.mlp.down_proj" in problem
+    assert ("input_scale is missing" if value is None else "input_scale is no positive number") in problem
+
+
+@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("shape", [(1,), ()], ids=str)
+def test_static_scales_of_others_may_be_float32_and_scalars(
+    name: str, shape: tuple[int, ...], made: Callable[..., Path], tmp_path: Path
+) -> None:
+    ours, theirs = made(name), shutil.copytree(made(name), tmp_path / "out")
+    tensors = load_file(theirs / "model.safetensors")
+    scales = {key: value.float().view(shape) for key, value in tensors.items() if key.endswith(".input_scale")}
+    assert len(scales) == 14
+    save_file(tensors | scales, theirs / "model.safetensors", {"format": "pt"})
+    (theirs / "vlmquant.json").unlink()
+    assert list(check_coded(theirs)) == []
+    with torch.no_grad():
+        found, expected = (load_model(one)(**image_inputs("llava")).logits for one in (theirs, ours))
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(("name", "instead"), [("nvfp4", "nvfp4a16"), ("fp8-static", "fp8-dynamic")])

@@ -23,7 +23,7 @@ PACKED_METHODS = (compressed_tensors.METHOD, gptq.METHOD, awq.METHOD)
 """Values of quant_method for which there is a Coding."""
 COMPRESSED_TENSORS_LEAVES = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    *("weight_global_scale", "input_global_scale"),
+    *("weight_global_scale", *dict.fromkeys(compressed_tensors.INPUT_LEAVES.values())),
 )
 LARGEST = 1 << 31
 """Rows and columns of a weight are fewer."""
@@ -95,6 +95,7 @@ class Coding:
         symmetric = any(scheme.symmetric for _, scheme in self.groups)
         return any(
             name.endswith(".weight_g_idx")
+            or (name.endswith(".input_scale") and entry.shape != (1,))
             or (name.endswith(".weight_zero_point") and (symmetric or entry.dtype != torch.int32))
             for name, entry in entries.items()
         )
@@ -122,6 +123,8 @@ class Coding:
             leaves["weight_zero_point"] = (torch.int8, (shape[0], groups))
         elif zeros is not None and scheme.symmetric:
             leaves["weight_zero_point"] = (zeros.dtype, zeros.shape)
+        if "input_scale" in leaves and (scale := entries.get(f"{disk}.input_scale")) is not None:
+            leaves["input_scale"] = (scale.dtype, scale.shape)
         if (order := entries.get(f"{disk}.weight_g_idx")) is not None:
             leaves["weight_g_idx"] = (order.dtype, (shape[1],))
         return leaves
