@@ -36,6 +36,7 @@ ROOMS = [
     "fp8",
     "guess",
     "families",
+    "headers",
     "experts",
     "conversion",
     "shards",

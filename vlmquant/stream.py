@@ -324,7 +324,6 @@ class Block:
         self, stream: "BlockStream", info: BlockInfo, walks: list[_Walk], restored: BlockResult | None
     ) -> None:
         self.stream, self.info, self.restored = stream, info, restored is not None
-        self.module: nn.Module = stream.model.get_submodule(info.name)
         self.quantized: dict[str, QuantizedWeight] = dict(restored.quantized) if restored else {}
         self.changed: dict[str, Tensor] = dict(restored.changed) if restored else {}
         self.errors: dict[str, float] = dict(restored.errors) if restored else {}
@@ -334,7 +333,6 @@ class Block:
         self._walks = walks
         self._divisors: dict[str, Tensor] = {}
         self._by_local = {linear.local: linear for linear in info.linears}
-        self._parameters = {local for local, _ in self.module.named_parameters()}
         self._leaders = {linear.local: group[0].local for group in self._groups() for linear in group[1:]}
         """Linear -> the first of the linears that are quantized with it, on the same inputs."""
         self.expert_tokens = dict(restored.expert_tokens) if restored else {}
@@ -343,6 +341,15 @@ class Block:
         self._restored_cache = dict(restored.cache) if restored else {}
         self._cached: dict[str, tuple[Tensor, Tensor]] = {}
         """Absolute maxima of K and V for each head, so far."""
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """Its module in the model that is run."""
+        return self.stream.model.get_submodule(self.info.name)
+
+    @functools.cached_property
+    def _parameters(self) -> set[str]:
+        return {local for local, _ in self.module.named_parameters()}
 
     @property
     def result(self) -> BlockResult:
@@ -585,7 +592,8 @@ class Block:
         """The codes of a linear: recorded, and in the weight's place from here on."""
         name = self._weight_name(local)
         self.quantized[name], self.errors[name] = weight, error
-        self._place(f"{local}.weight", weight.dequantize(self.stream.dtype))
+        if self._walks:
+            self._place(f"{local}.weight", weight.dequantize(self.stream.dtype))
 
     def _place(self, local: str, value: Tensor) -> None:
         if self._walks:
@@ -715,12 +723,16 @@ class BlockStream:
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
         self.model_dtype = components.dtype
-        self.model = components.skeleton(dtype)
         self._batches, self._outside, self._restore = batches, outside, restore
         self._current: Block | None = None
         self.runs_passes = False
         """Whether some block is quantized on data."""
         self._order = {info.name: index for index, info in enumerate(components.blocks)}
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """Built where passes run; without data there is none."""
+        return self.components.skeleton(self.dtype)
 
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the model, as it lies on disk."""

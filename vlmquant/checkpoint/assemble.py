@@ -17,7 +17,7 @@ from vlmquant.checkpoint.companions import CARD_NAME, Companions
 from vlmquant.checkpoint.files import TensorSpec, copy_file, sha256_of, write_safetensors, write_text
 from vlmquant.checkpoint.journal import Unit
 from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, digest_of_text, manifest_text, sealed
-from vlmquant.components import CONFIG_NAME, ComponentMap, read_config
+from vlmquant.components import CONFIG_NAME, DTYPE_KEYS, TEXT_CONFIGS, TIED, ComponentMap, read_config
 from vlmquant.errors import CheckpointError
 from vlmquant.formats import FORMATS, Format
 from vlmquant.fp8 import without_quantization
@@ -25,11 +25,6 @@ from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, dtype_name
 
-DTYPE_KEYS = ("dtype", "torch_dtype")
-"""Under which a config gives its model's dtype, today and before transformers 4.56."""
-TIED = "tie_word_embeddings"
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Keys under which configs hold that of their language model."""
 INDEXED = "model-{:05d}-of-{:05d}.safetensors"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of shards."""
