@@ -214,7 +214,8 @@ class ComponentMap:
         return value if info.buffer else self._checked(value, min(info.sources))
 
     def _checked(self, value: Tensor, disk: str) -> Tensor:
-        if bad := int(value.numel() - value.isfinite().sum()):
+        if not all(bool(end.isfinite()) for end in value.aminmax()):
+            bad = int(value.numel() - value.isfinite().sum())
             entry = self.shards.entries[disk]
             if value.dtype.itemsize < entry.dtype.itemsize and Shards({disk: entry}).read(disk).isfinite().all():
                 raise InputError(
@@ -531,7 +532,8 @@ def _map(
 ) -> ComponentMap:
     """The map of a model on meta (experts taken apart, tied as its config says) and its values by parameter name.
 
-    untie: makes it as if its config said that nothing is tied. disk: what each is called where it is stored by itself. exact: those that stay in the dtype they have.
+    untie: makes it as if its config said that nothing is tied. disk: what each is called where it is stored by itself.
+    exact: those that stay in the dtype they have.
     """
     tied = _tied_groups(model, found, shards)
     untied = not tied and bool(_shared_parameters(model))

@@ -155,7 +155,7 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 
 
 def _embedding_by_name(modules: dict[str, nn.Module], names: tuple[str, ...]) -> str | None:
-    """The outermost module of such a name that holds a matrix, outside all layers and of what is no language model's."""
+    """The outermost module of such a name that holds a matrix, outside all layers and all that is no language model."""
     found = []
     for name, module in modules.items():
         parts = name.split(".")
@@ -183,9 +183,7 @@ def _head_by_name(modules: dict[str, nn.Module], embedding: str, shape: tuple[in
 
 def _unfound(what: str, model: nn.Module) -> str:
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    return (
-        f"found no {what} among the names of its {len(names)} tensors, which lie below {some(tops(names))}; {WAY_OUT}"
-    )
+    return f"found no {what} among the names of {len(names)} tensors, which lie below {some(tops(names))}; {WAY_OUT}"
 
 
 def _towers(modules: dict[str, nn.Module], embedding: str, words: re.Pattern[str]) -> list[str]:

@@ -82,7 +82,7 @@ def _form(module: nn.Module) -> Form | None:
     if not isinstance(down, nn.Linear):
         return None
     form = Form(len(experts), down.out_features, down.in_features, gated, False, False, down.bias is not None)
-    wanted = {name: (form.intermediate, form.hidden, form.biased) for name in form.projections}
+    wanted = dict.fromkeys(form.projections, (form.intermediate, form.hidden, form.biased))
     wanted["down_proj"] = (form.hidden, form.intermediate, form.biased)
     for expert in experts:
         found = {

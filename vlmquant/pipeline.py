@@ -387,7 +387,7 @@ def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, Quantiz
     quantized = {}
     for line in plan.lines:
         if isinstance(line.scheme, Scheme) and line.action == "quantize" and not line.name.startswith(inside):
-            weight = components.read(line.name).float()
+            weight = components.read(line.name)
             grid = grid_of(line.scheme, weight.shape[1], components.dtype).fitted(weight)
             quantized[line.name] = rtn.quantize_weight(weight, grid)
     return quantized

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from vlmquant.components import COMPONENTS, OTHER, BlockInfo, ComponentMap, LinearInfo, ParameterInfo
-from vlmquant.errors import PlanError, shown
+from vlmquant.errors import PlanError
 from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.kvcache import CachePlan, plan_cache
 from vlmquant.packing import packed_columns
@@ -347,8 +347,8 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan
         )
     if components.unknown:
         yield (
-            f"{components.unknown}: the parts and linear layers of this {shown(kind)} model are told by the names of its "
-            f"tensors: {components.parts_told}"
+            f"{components.unknown}: its parts and linear layers are told by the names of its tensors: "
+            f"{components.parts_told}"
         )
     if family.source == "guess":
         yield f"model type {kind} is not in the table of families; its parts were guessed: {components.parts_told}"

@@ -119,7 +119,7 @@ def _walk() -> _Walk:
 class Stage:
     """Linears of one block that share an input and a scheme: what an algorithm is given.
 
-    weights: local name -> float32 (out, in) as read from the model.
+    stored: local name -> (out, in) as read from the model.
     """
 
     def __init__(
@@ -140,13 +140,16 @@ class Stage:
         self.options: ComponentSpec = block.stream.specs[line.component]
         self.model_dtype = block.stream.model_dtype
         device = block.stream.device
-        self.weights = {
-            linear.local: block.stream.read(linear.name + ".weight").to(device).float() for linear in linears
-        }
+        self.stored = {linear.local: block.stream.read(linear.name + ".weight").to(device) for linear in linears}
         self._inputs = inputs
         self._hessian: Tensor | None = None
         self._measured: dict[str, tuple[float, float]] = {}
         self._channel_scales: Tensor | None = None
+
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """What is stored, in float32."""
+        return {local: weight.float() for local, weight in self.stored.items()}
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The inputs of all batches as float32 (tokens, in), padding left out; and how much each counts, None for 1."""
@@ -246,7 +249,7 @@ class Stage:
     @property
     def grid(self) -> Grid:
         """That of the stage's scheme; its weights are still to be fitted to it."""
-        columns = next(iter(self.weights.values())).shape[1]
+        columns = next(iter(self.stored.values())).shape[1]
         return grid_of(self.scheme, columns, self.model_dtype)
 
     def note(self, text: str) -> None:
@@ -259,7 +262,7 @@ class Stage:
         scale = self._input_scale() if self.scheme.activations in CALIBRATED_INPUTS else None
         for local, weight in quantized.items():
             weight = replace(weight, input_scale=scale)
-            error = self._relative_error(local, weight)
+            error = self._relative_error(local, weight) if self._inputs else weight.relative_error(self.stored[local])
             if not math.isfinite(error):
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
             self.block.put(local, weight, error=error)
@@ -296,8 +299,6 @@ class Stage:
 
     def _energy(self, rows: Tensor) -> float:
         """tr(X H X^T) of (out, in)."""
-        if not self._inputs:
-            return rows.square().sum().item()
         if self._hessian is None:
             return (rows.square() @ self.mean_square().to(rows.dtype)).sum().item()
         return (rows @ self._hessian.to(rows.dtype) * rows).sum().item()

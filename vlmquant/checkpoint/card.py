@@ -25,8 +25,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REPORT = ("<!-- vlmquant eval: begin -->\n", "<!-- vlmquant eval: end -->\n")
 """Around what `vlmquant eval --card` writes."""
 SECTION = re.compile(re.escape(REPORT[0]) + ".*?" + re.escape(REPORT[1]), re.DOTALL)
-UNKNOWN_CLASS = """The transformers that it was made with has no class for this model: its parts were told by the names of
-its tensors, and it was not run. Serve it with an engine that knows the original and reads compressed-tensors."""
+UNKNOWN_CLASS = """transformers had no class for this model when it was made: its parts were told by the names of its
+tensors, and it was not run. Serve it with an engine that knows the original and reads this format."""
 EVALUATION = "evaluation"
 """The manifest's key of what was measured last."""
 
