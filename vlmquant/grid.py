@@ -175,7 +175,7 @@ def round_e4m3_(values: Tensor) -> Tensor:
 
 
 def _round_by_steps_(values: Tensor, *, least: float, step: float) -> Tensor:
-    """float32 values -> the nearest multiples of `step` times the power of two below them, and of the least; in place."""
+    """float32 values -> the nearest multiples of `step` times the power of two, at least `least`, below; in place."""
     steps = values.view(torch.int32).bitwise_and(FLOAT32_EXPONENT).view(torch.float32)
     steps = steps.clamp_min_(least).mul_(step)
     return values.div_(steps).round_().mul_(steps)
