@@ -26,6 +26,7 @@ from vlmquant.loading import load_model
 from vlmquant.pipeline import plan_model, quantize
 from vlmquant.planning import CALIBRATED, make_plan, needs_class
 from vlmquant.recipe import Recipe, parse_recipe
+from vlmquant.serving import cache_layers
 from vlmquant.stream import BlockStream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -369,6 +370,9 @@ def test_codes_of_another_program_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_class_cannot_be_built(models: dict[str, tuple[Path, Path]]) -> None:
+    components = resolve_from_headers(models["llava"][1], unknown="nobody knows it")
     with pytest.raises(UnknownClassError, match="nobody knows it, so it cannot be built"):
-        resolve_from_headers(models["llava"][1], unknown="nobody knows it").skeleton()
+        components.skeleton()
+    with pytest.raises(UnknownClassError, match="nobody knows it, so it cannot be built"):
+        cache_layers(components)
     assert not issubclass(UnknownClassError, CheckpointError)

@@ -14,7 +14,7 @@ from vlmquant import grid as grid_module
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.errors import RecipeError
 from vlmquant.formats import compressed_tensors
-from vlmquant.grid import E8M0, Grid, e4m3_values, grid_of, join_rows, quantize_nearest
+from vlmquant.grid import E8M0, Grid, grid_of, join_rows, quantize_nearest
 from vlmquant.recipe import SHORT_SCHEMES, Scheme, parse_recipe
 
 NAMES = ("fp8-dynamic", "fp8-block", "nvfp4a16", "mxfp4a16")
@@ -140,8 +140,8 @@ def test_fp8_is_rounded_as_by_the_dtype() -> None:
     """All values of E4M3, all midpoints between them and their neighbours in float32, zeros of both signs."""
     codes = torch.arange(256, dtype=torch.uint8)
     values = codes.view(torch.float8_e4m3fn).float()
-    assert torch.equal(e4m3_values(codes)[values.isfinite()], values[values.isfinite()])
-    assert e4m3_values(codes)[~values.isfinite()].isnan().all()
+    assert torch.equal(FP8.decode(codes)[values.isfinite()], values[values.isfinite()])
+    assert FP8.decode(codes)[~values.isfinite()].isnan().all()
     values = values[values.isfinite()].sort().values
     middles = (values[1:] + values[:-1]) / 2
     exact = torch.cat((values, middles, torch.tensor([-0.0, 1e-30, -1e-30, 500.0, -1e9])))
