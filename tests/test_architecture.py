@@ -37,6 +37,7 @@ ROOMS = [
     "fp8",
     "guess",
     "families",
+    "headers",
     "experts",
     "conversion",
     "shards",

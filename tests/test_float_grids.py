@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import grids
+from vlmquant import grid as grid_module
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.errors import RecipeError
 from vlmquant.formats import compressed_tensors
@@ -133,6 +134,58 @@ def test_the_search_of_powers_of_two_is_exhaustive() -> None:
         best = torch.minimum(best, near.square().sum(1))
     found = (searched.dequantize().double() - weight.double()).square().sum(1)
     torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
+
+
+def test_fp8_is_rounded_as_by_the_dtype() -> None:
+    """All values of E4M3, all midpoints between them and their neighbours in float32, zeros of both signs."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(FP8.decode(codes)[values.isfinite()], values[values.isfinite()])
+    assert FP8.decode(codes)[~values.isfinite()].isnan().all()
+    values = values[values.isfinite()].sort().values
+    middles = (values[1:] + values[:-1]) / 2
+    exact = torch.cat((values, middles, torch.tensor([-0.0, 1e-30, -1e-30, 500.0, -1e9])))
+    inputs = torch.cat((exact, exact.nextafter(exact + 1), exact.nextafter(exact - 1)))
+    wanted = inputs.clamp(-448, 448).to(torch.float8_e4m3fn)
+    rounded = FP8.round_(inputs.clone(), *FP8.bounds())
+    assert torch.equal(rounded, wanted.float())
+    assert torch.equal(rounded.signbit(), wanted.float().signbit())
+    assert torch.equal(FP8.nearest(inputs.clone()), wanted.view(torch.uint8))
+
+
+def test_fp4_codes_by_their_table() -> None:
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert torch.equal(FP4.encode(table), codes)
+    assert torch.equal(FP4.decode(codes), table)
+    assert torch.equal(FP4.decode(codes).signbit(), table.signbit())
+    assert FP4.nearest(torch.tensor([-0.2, 0.2])).tolist() == [8, 0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_in_chunks_are_the_rows_as_a_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scheme = torch.randn(200, 256), SHORT_SCHEMES[name]
+
+    def quantized() -> tuple[Tensor, Tensor, Tensor, float]:
+        grid = grid_of(scheme, 256, torch.bfloat16).fitted(weight)
+        found = quantize_nearest(weight, *search_scales(weight, None, grid, search="minmax"), grid)
+        return found.codes, found.scales, found.dequantize(), found.relative_error(weight)
+
+    *whole, error = quantized()
+    monkeypatch.setattr(grid_module, "CHUNK_ELEMENTS", 7 * 256)
+    *chunks, same = quantized()
+    assert all(map(torch.equal, whole, chunks))
+    assert same == pytest.approx(error)
+    lost = (whole[2].double() - weight.double()).square().sum() / weight.double().square().sum()
+    assert error == pytest.approx(float(lost))
+
+
+def test_an_error_beyond_float32_is_counted() -> None:
+    weight = torch.full((2, 32), 3e25)
+    weight[0, 0] = -1e25
+    grid = grid_of(SHORT_SCHEMES["fp8-dynamic"], 32, torch.float32)
+    found = quantize_nearest(weight, *search_scales(weight, None, grid, search="minmax"), grid)
+    assert 0 <= found.relative_error(weight) < 1e-3
 
 
 def test_weights_that_share_inputs_share_the_global_scale() -> None:

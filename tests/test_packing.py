@@ -11,6 +11,7 @@ from vlmquant.packing import (
     pack_codes,
     pack_vq4,
     packed_columns,
+    pair_nibbles,
     restore_vq4,
     unpack_codes,
     unpack_vq4,
@@ -190,3 +191,11 @@ def test_vq4_of_stacked_weights_is_their_words_stacked() -> None:
     first, second = random_codes(128, 192, 4), random_codes(64, 192, 4, seed=1)
     parts = [pack_vq4(codes, None, bits=4, group_size=64) for codes in (first, second)]
     assert torch.equal(torch.cat(parts), pack_vq4(torch.cat((first, second)), None, bits=4, group_size=64))
+
+
+def test_nibbles_are_paired_wherever_a_row_begins() -> None:
+    codes = torch.arange(14, dtype=torch.uint8)[None]
+    assert pair_nibbles(codes[:, 1:5]).tolist() == [[0x21, 0x43]]
+    assert pair_nibbles(codes[:, 1:4]).tolist() == [[0x21, 0x03]]
+    assert pair_nibbles(codes[:, 8:12].T.contiguous().T).tolist() == [[0x98, 0xBA]]
+    assert pair_nibbles(codes.view(2, 7)[:, ::2]).tolist() == [[0x20, 0x64], [0x97, 0xDB]]

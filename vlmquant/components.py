@@ -6,7 +6,7 @@ encoder, language model or embedding cannot be found. What is neither of these, 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.conversion import Lazy, Matched, Stored, cast, left_aside, match
-from vlmquant.errors import InputError, first_line, shown
+from vlmquant.errors import InputError, UnknownClassError, first_line, shown
 from vlmquant.experts import Form, holds_experts, match_apart, parts_of, take_apart
 from vlmquant.families import FAMILIES, FOLDS, WAY_OUT, Family, Fold, shared_inputs
 from vlmquant.fp8 import Logical, Source, find_source, forget_quantization, logical_tensors
-from vlmquant.guess import guess_family
+from vlmquant.guess import guess_by_names, guess_family
+from vlmquant.headers import forms_in, model_of, tie
 from vlmquant.hub import refuse_misfits, why_no_weights
 from vlmquant.limits import OverLimitError, limited
 from vlmquant.reading import read_json
@@ -55,6 +56,11 @@ COMPONENTS = (*RECIPE_COMPONENTS, OTHER)
 """In the order in which they are shown."""
 NEEDED = ("vision_encoder", "language", "embedding")
 """Without one of these a model is none for us."""
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys under which configs hold that of their language model."""
+DTYPE_KEYS = ("dtype", "torch_dtype")
+"""Under which a config gives its model's dtype, today and before transformers 4.56."""
+TIED = "tie_word_embeddings"
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModel")
 """Names in a config's auto_map, most fitting first."""
 
@@ -135,6 +141,7 @@ class ComponentMap:
         trust_remote_code: bool,
         untied: bool = False,
         source: Source | None = None,
+        unknown: str | None = None,
     ) -> None:
         self.model_dir, self.config, self.family, self.dtype = model_dir, config, family, dtype
         self.shards, self.parameters, self.linears, self.blocks = shards, parameters, linears, blocks
@@ -154,6 +161,8 @@ class ComponentMap:
         """The model_type of each vision encoder and of the language model, by the module's name."""
         self.source = source
         """How weights are stored that are FP8 on disk and dequantized when they are read; None where there are none."""
+        self.unknown = unknown
+        """Why the model has no class here, so that all that is known of it are names and shapes; None where it has."""
         self.restated = False
         """Whether some of it is stored in another dtype than it lies in, so that the config has to say which."""
         self._trust_remote_code = trust_remote_code
@@ -205,7 +214,8 @@ class ComponentMap:
         return value if info.buffer else self._checked(value, min(info.sources))
 
     def _checked(self, value: Tensor, disk: str) -> Tensor:
-        if bad := int(value.numel() - value.isfinite().sum()):
+        if not all(bool(end.isfinite()) for end in value.aminmax()):
+            bad = int(value.numel() - value.isfinite().sum())
             entry = self.shards.entries[disk]
             if value.dtype.itemsize < entry.dtype.itemsize and Shards({disk: entry}).read(disk).isfinite().all():
                 raise InputError(
@@ -255,7 +265,12 @@ class ComponentMap:
         return made
 
     def skeleton(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own."""
+        """The whole model on the meta device, experts taken apart, in eval mode, in `dtype` or its own.
+
+        UnknownClassError where it has no class here.
+        """
+        if self.unknown:
+            raise UnknownClassError(f"{self.model_dir}: {self.unknown}, so it cannot be built")
         model = build(self.config, dtype or self.dtype, trust_remote_code=self._trust_remote_code, untie=not self.tied)
         take_apart(model, check=False, only=set(self.experts))
         return model
@@ -371,7 +386,7 @@ def resolve_components(
     content = read_config(model_dir)
     source = None if logical else find_source(content, model_dir / CONFIG_NAME)
     if "auto_map" in content and not trust_remote_code:
-        raise InputError(
+        raise UnknownClassError(
             f"{model_dir / CONFIG_NAME}: auto_map asks to run code that comes with the model; read it, then pass "
             "--trust-remote-code"
         )
@@ -379,41 +394,167 @@ def resolve_components(
     config = forget_quantization(make_config(model_dir, content, shards, trust_remote_code=trust_remote_code))
     dtype = model_dtype(config, shards)
     model = build(config, dtype, trust_remote_code=trust_remote_code, untie=False)
-    stored = {name: Lazy.of(Stored(name), entry.shape, entry.dtype) for name, entry in shards.entries.items()}
-    tensors = Logical(stored, {}, ())
-    if logical:
-        tensors = logical(shards, dtype)
-    elif source:
-        tensors = logical_tensors(shards, source, dtype)
+    tensors = logical(shards, dtype) if logical else _tensors_of(shards, source, dtype)
     matched, ignored, travelling = _match_names(model, tensors.tensors, model_dir, match_apart if logical else match)
     linears = {name for name, _ in _quantizable(model)}
     family = _family_of(config, model, model_dir, family)
     experts = take_apart(model)
-    order = model.state_dict()
-    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found = parts_of(matched.values, experts)
-    found = {name: found[name] for name in order if name in found}
+    found = {name: found[name] for name in model.state_dict() if name in found}
+    exact = _kept_exact(model)
+
+    def untied_model() -> nn.Module:
+        fresh = build(config, dtype, trust_remote_code=trust_remote_code, untie=True)
+        take_apart(fresh, check=False, only=set(experts))
+        return fresh
+
+    return _map(
+        model,
+        found,
+        model_dir=model_dir,
+        config=config,
+        family=family,
+        dtype=dtype,
+        shards=shards,
+        tensors=tensors,
+        experts=experts,
+        disk={
+            name: _name_on_disk(name, value, experts, matched if name.removesuffix(".weight") in linears else None)
+            for name, value in found.items()
+        },
+        exact={name for name in found if exact.search(name)},
+        travelling=travelling,
+        ignored=ignored,
+        part_types={
+            name: part_type(model.get_submodule(name), config) for name in (*family.vision_encoder, family.language)
+        },
+        trust_remote_code=trust_remote_code,
+        source=source,
+        untie=untied_model,
+    )
+
+
+@dataclass(frozen=True)
+class UnknownConfig:
+    """What is read of a config.json that transformers has no class for."""
+
+    model_type: str
+    dtype: torch.dtype | None
+    auto_map: Any
+    name_or_path: str
+
+
+def resolve_from_headers(model_dir: Path, *, unknown: str, family: Family | None = None) -> ComponentMap:
+    """Place every tensor of a model by its name and shape alone: parameters are called as on disk.
+
+    unknown: why its class is not asked. Its blocks cannot be run, so that it can be quantized without data only. Stacks
+    of experts are not taken apart, as names do not tell which way round they lie. What is stored in more bits than the
+    model's dtype stays so: its class may want it.
+
+    Raises InputError as `resolve_components` does, and where no language model or vision encoder is told by names.
+    """
+    content = read_config(model_dir)
+    source = find_source(content, model_dir / CONFIG_NAME)
+    shards = open_shards(model_dir)
+    config = UnknownConfig(content["model_type"], _named_dtype(content), content.get("auto_map"), str(model_dir))
+    dtype = model_dtype(config, shards)
+    tensors = _tensors_of(shards, source, dtype)
+    try:
+        model = model_of(tensors.tensors)
+    except InputError as error:
+        raise InputError(f"{model_dir}: {error}") from error
+    text = next((content[key] for key in TEXT_CONFIGS if isinstance(content.get(key), dict)), content)
+    layers = text.get("num_hidden_layers")
+    family = family or guess_by_names(model, model_dir, layers=layers if type(layers) is int else None)
+    _check_row(family, model, config, model_dir)
+    embedding, head = next(name for name, owner in family.prefixes().items() if owner == "embedding"), family.lm_head
+    table, other = (tensors.tensors.get(f"{name}.weight") for name in (embedding, head))
+    ties = other is None or (content.get(TIED) or text.get(TIED))
+    if table is not None and head and ties and (other is None or other.shape == table.shape):
+        tie(model, embedding, head)
+    found = {name: tensors.tensors[name] for name in model.state_dict() if name in tensors.tensors}
+    return _map(
+        model,
+        found,
+        model_dir=model_dir,
+        config=config,
+        family=family,
+        dtype=dtype,
+        shards=shards,
+        tensors=tensors,
+        experts=forms_in(model),
+        disk={name: name for name in found},
+        exact={name for name, value in found.items() if value.dtype != dtype},
+        travelling={},
+        ignored=(),
+        part_types={},
+        trust_remote_code=False,
+        source=source,
+        untie=lambda: _untie(model),
+        unknown=unknown,
+    )
+
+
+def _named_dtype(content: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a config names."""
+    found = [getattr(torch, content[key], None) for key in DTYPE_KEYS if isinstance(content.get(key), str)]
+    return next((one for one in found if isinstance(one, torch.dtype) and one.is_floating_point), None)
+
+
+def _tensors_of(shards: Shards, source: Source | None, dtype: torch.dtype) -> Logical:
+    """The tensors as if none were in FP8."""
+    if source:
+        return logical_tensors(shards, source, dtype)
+    stored = {name: Lazy.of(Stored(name), entry.shape, entry.dtype) for name, entry in shards.entries.items()}
+    return Logical(stored, {}, ())
+
+
+def _map(
+    model: nn.Module,
+    found: dict[str, Lazy],
+    *,
+    model_dir: Path,
+    config: Any,
+    family: Family,
+    dtype: torch.dtype,
+    shards: Shards,
+    tensors: Logical,
+    experts: dict[str, Form],
+    disk: Mapping[str, str],
+    exact: Collection[str],
+    travelling: Mapping[str, Lazy],
+    ignored: tuple[str, ...],
+    part_types: dict[str, str],
+    trust_remote_code: bool,
+    source: Source | None,
+    untie: Callable[[], nn.Module],
+    unknown: str | None = None,
+) -> ComponentMap:
+    """The map of a model on meta (experts taken apart, tied as its config says) and its values by parameter name.
+
+    untie: makes it as if its config said that nothing is tied. disk: what each is called where it is stored by itself.
+    exact: those that stay in the dtype they have.
+    """
     tied = _tied_groups(model, found, shards)
     untied = not tied and bool(_shared_parameters(model))
     if not tied:
-        model = build(config, dtype, trust_remote_code=trust_remote_code, untie=True)
-        take_apart(model, check=False, only=set(experts))
+        model = untie()
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     _check_shapes(model, found, tied, shards, model_dir)
     _check_dtypes(model, found, shards)
     owners = _place(found, family, tied, config, model_dir)
     blocks = tuple(_find_blocks(model, family, owners))
-    exact = _kept_exact(model)
     parameters = tuple(
         ParameterInfo(
             name,
             owners[name],
             tuple(value.shape),
             value.dtype,
-            _name_on_disk(name, value, experts, matched if name.removesuffix(".weight") in linears else None),
+            disk[name],
             value.nbytes,
             value,
             buffer=name not in weights,
-            exact=exact.search(name) is not None,
+            exact=name in exact,
         )
         for name, value in found.items()
     ) + tuple(
@@ -441,13 +582,12 @@ def resolve_components(
         ignored=ignored + tensors.dropped,
         experts=experts,
         modules={name: type(module) for name, module in model.named_modules()},
-        part_types={
-            name: part_type(model.get_submodule(name), config) for name in (*family.vision_encoder, family.language)
-        },
+        part_types=part_types,
         unread_experts=frozenset(name for name, module in model.named_modules() if holds_experts(module)),
         trust_remote_code=trust_remote_code,
         untied=untied,
         source=source,
+        unknown=unknown,
     )
 
 
@@ -485,8 +625,20 @@ def make_config(model_dir: Path, content: Mapping[str, Any], shards: Shards, *, 
     except Exception as error:
         kind = content["model_type"]
         if f"`{kind}`" in str(error):
-            raise InputError(f"{file}: model type {shown(kind)} is unknown to this transformers") from error
+            raise UnknownClassError(f"{file}: model type {shown(kind)} is unknown to this transformers") from error
+        if strangers := [one for one in _unknown_types(content) if one in str(error)]:
+            raise UnknownClassError(
+                f"{file}: model type {shown(kind)} has a part of type {shown(strangers[0])}, which is unknown to this "
+                "transformers"
+            ) from error
         raise InputError(f"{file}: transformers refuses this config: {first_line(error)}") from error
+
+
+def _unknown_types(content: Mapping[str, Any]) -> list[str]:
+    from transformers import CONFIG_MAPPING
+
+    named = [part["model_type"] for part in (content, *_parts(content)) if "model_type" in part]
+    return [kind for kind in dict.fromkeys(named) if kind not in CONFIG_MAPPING]
 
 
 def _refuse_too_many(content: Mapping[str, Any], shards: Shards, file: Path) -> None:
@@ -525,7 +677,7 @@ def auto_class(config: Any) -> Any:
     for names, auto in known:
         if config.model_type in names:
             return auto
-    raise InputError(
+    raise UnknownClassError(
         f"{config.name_or_path}: model type {config.model_type} is not an image-text model that transformers can build "
         "(neither AutoModelForImageTextToText nor AutoModelForMultimodalLM knows it)"
     )
@@ -545,15 +697,21 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool, untie: bo
         except Exception as error:
             if attention == "sdpa" and "scaled_dot_product_attention" in str(error):
                 continue
-            raise InputError(f"{config.name_or_path}: {_why_not_built(config, error)}") from error
+            raise UnknownClassError(f"{config.name_or_path}: {_why_not_built(config, error)}") from error
         break
     if untie:
-        for names in _shared_parameters(model):
-            for name in names[1:]:
-                module, _, leaf = name.rpartition(".")
-                value = model.get_parameter(name)
-                setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(value), requires_grad=False))
+        _untie(model)
     return model.eval().requires_grad_(False)
+
+
+def _untie(model: nn.Module) -> nn.Module:
+    """Give every name of a parameter on meta that has several a parameter of its own; the model."""
+    for names in _shared_parameters(model):
+        for name in names[1:]:
+            module, _, leaf = name.rpartition(".")
+            value = model.get_parameter(name)
+            setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(value), requires_grad=False))
+    return model
 
 
 def _why_not_built(config: Any, error: Exception) -> str:
@@ -590,13 +748,18 @@ def model_dtype(config: Any, shards: Shards) -> torch.dtype:
 def _family_of(config: Any, model: nn.Module, model_dir: Path, given: Family | None) -> Family:
     """The row given, the model's own in the table, or a guess."""
     row = given or FAMILIES.get(config.model_type) or guess_family(config, model, model_dir)
+    _check_row(row, model, config, model_dir)
+    return row
+
+
+def _check_row(row: Family, model: nn.Module, config: Any, model_dir: Path) -> None:
+    """InputError where a row names parts that the model has not."""
     modules = dict(model.named_modules())
     if absent := [name for name in (*row.vision_encoder, row.language) if name not in modules]:
         raise InputError(
             f"{model_dir}: model type {config.model_type} has no module {', '.join(absent)}, where its row "
             f"({row.source}) says that its parts are; it is made of {', '.join(outline(model))}"
         )
-    return row
 
 
 def part_type(module: nn.Module, config: Any) -> str:

@@ -33,6 +33,10 @@ class InputError(VlmquantError):
     """A model, data set or report given to us is missing, damaged or of a kind we do not handle."""
 
 
+class UnknownClassError(InputError):
+    """A model whose class the installed transformers does not know, may not run or cannot build."""
+
+
 class PlanError(VlmquantError):
     """The recipe cannot be applied to this model."""
 

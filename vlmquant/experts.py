@@ -106,10 +106,10 @@ class Expert(nn.Module):
             inner, outer = form.hidden, form.intermediate
             if projection == "down_proj":
                 inner, outer = outer, inner
-            self.add_module(projection, _linear(inner, outer, bias=form.biased, dtype=dtype, device=device))
+            self.add_module(projection, bare_linear(inner, outer, bias=form.biased, dtype=dtype, device=device))
 
 
-def _linear(inner: int, outer: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+def bare_linear(inner: int, outer: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     """An nn.Linear without initial values: models have tens of thousands of experts' layers."""
     linear = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(linear)

@@ -20,6 +20,7 @@ from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.components import COMPONENTS, locate_model
 from vlmquant.errors import PlanError, UsageError, shown
 from vlmquant.formats import FORMATS, compressed_tensors
+from vlmquant.formats.gptq import order_of
 from vlmquant.grid import QuantizedWeight
 from vlmquant.planning import Plan, PlanLine, stored_bytes
 from vlmquant.progress import bar
@@ -200,9 +201,10 @@ def _refuse_permuted(coded: Coded, name: str, scheme: Scheme, format: str) -> No
     for leaf in ("g_idx", "weight_g_idx"):
         if f"{disk}.{leaf}" not in coded.components.shards.entries:
             continue
-        groups = coded.tensor(f"{disk}.{leaf}").long()
-        expected = torch.arange(len(groups)) // (scheme.group_size or len(groups))
-        if not bool((groups == -1).all()) and not torch.equal(groups, expected):
+        groups = coded.tensor(f"{disk}.{leaf}")
+        columns = coded.components.parameter(name).shape[1]
+        unsaid = bool((groups == -1).all())  # by compressed-tensors
+        if not unsaid and order_of(disk, groups, columns=columns, group_size=scheme.group_size or columns) is not None:
             raise PlanError(
                 f"{coded.path}: {disk}: its groups are of inputs in an order of their own ({leaf}, desc_act), which "
                 f"{format} files as engines read them today cannot say; `vlmquant.load` runs it as it is"

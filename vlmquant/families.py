@@ -55,7 +55,8 @@ class Family:
     """What is neither of these and always kept: audio towers, talkers, image decoders."""
     runs: str = ""
     """The part whose forward pass is calibrated and evaluated, where it is not the whole model: Omni's thinker."""
-    source: Literal["table", "recipe", "guess"] = "table"
+    source: Literal["table", "recipe", "guess", "names"] = "table"
+    """names: guessed from the names of tensors, where the model's class is not known."""
 
     def prefixes(self) -> dict[str, str]:
         """Module prefix -> component."""

@@ -1,6 +1,6 @@
 """Grids of weights. `QuantizedWeight` is the seam between algorithms and everything that stores or runs weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Literal
@@ -17,10 +17,14 @@ SCALE_FLOOR = 2.0**-14
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of 4-bit floating point, by code; a sign bit stands before them (OCP Microscaling Formats 1.0, 5.3.3)."""
 E4M3 = torch.float8_e4m3fn
+ONE_EIGHTH = 0x20
+"""The code of E4M3's eps, 0.125."""
 E8M0 = torch.float8_e8m0fnu
 """Powers of two (OCP Microscaling Formats 1.0, 5.4.1)."""
 E4M3_MAX = torch.finfo(E4M3).max
 """448."""
+CHUNK_ELEMENTS = 1 << 17
+"""Weights that are handled at a time on a CPU: what is made on the way stays in the caches."""
 LARGEST: dict[int, float] = {4: E2M1[-1], 8: E4M3_MAX}
 """Of a floating point grid, by bits."""
 MX_RANGE = 4.0
@@ -70,10 +74,14 @@ class Grid:
             return ratio.round_().clamp_(low, high)  # type: ignore[arg-type]  # both are floats, or both tensors
         if self.bits == 8:
             return round_e4m3_(ratio)
-        ratio.clamp_(low, high)  # type: ignore[arg-type]
-        magnitudes = ratio.abs()
-        steps = (magnitudes >= 2).to(ratio.dtype).add_(magnitudes >= 4).sub_(1).exp2_()  # .5, 1 and 2
-        return ratio.div_(steps).round_().mul_(steps)
+        return _round_by_steps_(ratio.clamp_(low, high), least=1.0, step=0.5)  # type: ignore[arg-type]
+
+    def nearest(self, ratio: Tensor, zeros: Tensor | None = None) -> Tensor:
+        """float32 weights / scales, which are changed -> the codes of the nearest values within `bounds`."""
+        low, high = self.bounds(zeros)
+        if self.kind == "float" and self.bits == 8:  # where the dtype itself rounds
+            return self.encode(ratio.clamp_(low, high))  # type: ignore[arg-type]
+        return self.encode(self.round_(ratio, low, high), zeros)
 
     def encode(self, values: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Values on the grid -> uint8 codes of the same shape."""
@@ -81,8 +89,10 @@ class Grid:
             return (values + (mid_code(self.bits) if zeros is None else zeros)).to(torch.uint8)
         if self.bits == 8:
             return values.to(E4M3).view(torch.uint8)
-        index = torch.bucketize(values.abs(), torch.tensor(E2M1, device=values.device)).to(torch.uint8)
-        return index | (values.signbit().to(torch.uint8) << 3)
+        halves = values.half().view(torch.int16)  # sign, 5 bits of exponent, 10 of mantissa
+        magnitudes = halves & 0x7FFF
+        codes = (magnitudes >> 9).sub_(28).clamp_(min=0).add_(magnitudes == 0x3800)  # 0.5 is not normal in E2M1
+        return codes.bitwise_or_((halves >> 12) & 8).to(torch.uint8)
 
     def decode(self, codes: Tensor, zeros: Tensor | None = None) -> Tensor:
         """uint8 codes -> float32 values of the same shape. The inverse of `encode`."""
@@ -112,7 +122,10 @@ class Grid:
             scales = scales * self.global_scale
         limits = torch.finfo(self.scale_dtype)
         stored = scales.clamp(max=limits.max).to(self.scale_dtype)
-        if self.kind == "float":  # compressed-tensors' own way with groups of zeros
+        if self.scale_dtype == E4M3:  # compressed-tensors' own way with groups of zeros, here and below
+            codes = stored.view(torch.uint8)
+            return torch.where(codes & 0x7F == 0, ONE_EIGHTH, codes).view(E4M3)
+        if self.kind == "float":
             stored = torch.where(stored.float() == 0, torch.tensor(limits.eps).to(stored.device), stored.float()).to(
                 self.scale_dtype
             )
@@ -132,7 +145,8 @@ class Grid:
         """The grid of weights (out, in) that share a global scale, where the grid has one."""
         if self.scale_dtype != E4M3:
             return self
-        return replace(self, global_scale=nvfp4_divisor(max(float(weight.abs().amax()) for weight in weights)))
+        largest = max(float(weight[rows].abs().amax()) for weight in weights for rows in row_chunks(weight))
+        return replace(self, global_scale=nvfp4_divisor(largest))
 
     def over_blocks(self, values: Tensor, *, largest: bool) -> Tensor:
         """(rows, groups) -> the same shape: the largest, or the sum, over the rows that share a scale."""
@@ -157,9 +171,13 @@ def round_e4m3_(values: Tensor) -> Tensor:
     The same as `.clamp(-448, 448).to(torch.float8_e4m3fn).float()`, which torch 2.13 does one by one on a CPU: ten
     times slower.
     """
-    values.clamp_(-E4M3_MAX, E4M3_MAX)
+    return _round_by_steps_(values.clamp_(-E4M3_MAX, E4M3_MAX), least=E4M3_LEAST, step=E4M3_STEP)
+
+
+def _round_by_steps_(values: Tensor, *, least: float, step: float) -> Tensor:
+    """float32 values -> the nearest multiples of `step` times the power of two, at least `least`, below; in place."""
     steps = values.view(torch.int32).bitwise_and(FLOAT32_EXPONENT).view(torch.float32)
-    steps = steps.clamp_min_(E4M3_LEAST).mul_(E4M3_STEP)
+    steps = steps.clamp_min_(least).mul_(step)
     return values.div_(steps).round_().mul_(steps)
 
 
@@ -248,9 +266,23 @@ class QuantizedWeight:
         """(out, in) in `dtype`: value * scale, computed in float32. The definition of what the codes mean."""
         return dequantize_codes(self.codes, self.scales, self.zeros, self.grid).to(dtype)
 
+    def relative_error(self, weight: Tensor) -> float:
+        """|W' - W|^2 / |W|^2 for the weight W (out, in) that it stands for."""
+        lost, whole = 0.0, 0.0
+        for rows in row_chunks(weight):
+            mine, theirs = self.rows(rows.start, rows.stop - rows.start).dequantize(), weight[rows].float()
+            lost += _sum_of_squares(mine.sub_(theirs))
+            whole += _sum_of_squares(theirs)
+        return lost / max(whole, 1e-30)
+
     def scale_rows(self, factors: Tensor) -> "QuantizedWeight":
         """The weight with row r multiplied by factors[r] > 0: only the scales change (and are rounded)."""
         return replace(self, scales=self.grid.round_scales(self.scales * factors.float()[:, None]))
+
+
+def _sum_of_squares(values: Tensor) -> float:
+    total = float(values.square().sum())
+    return total if isfinite(total) else float(values.double().square().sum())
 
 
 def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
@@ -316,12 +348,15 @@ def minmax_grid(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
     Symmetric: scale = max|w| / half_range (the convention of compressed-tensors), and zeros is None.
     Asymmetric: the range always contains 0, so that 0 is exact, and zeros are integers in [0, 2**bits).
     """
-    groups = split_groups(weight.float(), grid.group_size)
+    parts = (split_groups(weight[rows].float(), grid.group_size) for rows in row_chunks(weight))
     if grid.symmetric:
-        scales = grid.over_blocks(groups.abs().amax(-1), largest=True) / grid.half_range
+        largest = torch.cat([groups.abs().amax(-1) for groups in parts])
+        scales = grid.over_blocks(largest, largest=True) / grid.half_range
         return (scales.clamp_min(SCALE_FLOOR) if grid.kind == "int" else scales), None
     top = 2**grid.bits - 1
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    ends = [(groups.amin(-1), groups.amax(-1)) for groups in parts]
+    low = torch.cat([least for least, _ in ends]).clamp_max(0)
+    high = torch.cat([most for _, most in ends]).clamp_min(0)
     scales = ((high - low) / top).clamp_min(SCALE_FLOOR)
     return scales, (-low / scales).round().clamp(0, top)
 
@@ -333,24 +368,39 @@ def split_groups(matrix: Tensor, group_size: int) -> Tensor:
     return padded.reshape(matrix.shape[0], -1, group_size)
 
 
+def row_chunks(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows that are handled one after the other; on another device than the CPU all rows at once."""
+    rows = len(matrix)
+    step = max(1, CHUNK_ELEMENTS // max(1, matrix.shape[1])) if matrix.device.type == "cpu" else rows
+    yield from (slice(first, min(first + step, rows)) for first in range(0, rows, step))
+
+
 def expand_groups(values: Tensor, *, group_size: int, columns: int) -> Tensor:
     """(rows, groups) -> (rows, columns): each group's value under each of its columns."""
+    if values.shape[1] == 1:
+        return values.expand(-1, columns)
     return values.repeat_interleave(group_size, dim=1)[:, :columns]
 
 
 def quantize_codes(weight: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
     """(out, in) float -> uint8 codes of the values nearest to w / scale."""
     size, columns = grid.group_size, weight.shape[1]
-    ratio = weight.float() / expand_groups(scales, group_size=size, columns=columns)
-    offsets = None if zeros is None else expand_groups(zeros.float(), group_size=size, columns=columns)
-    return grid.encode(grid.round_(ratio, *grid.bounds(offsets)), offsets)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for rows in row_chunks(weight):
+        ratio = weight[rows].float() / expand_groups(scales[rows], group_size=size, columns=columns)
+        offsets = None if zeros is None else expand_groups(zeros[rows].float(), group_size=size, columns=columns)
+        codes[rows] = grid.nearest(ratio, offsets)
+    return codes
 
 
 def dequantize_codes(codes: Tensor, scales: Tensor, zeros: Tensor | None, grid: Grid) -> Tensor:
     """uint8 codes (out, in) -> float32 (out, in)."""
     size, columns = grid.group_size, codes.shape[1]
-    offsets = None if zeros is None else expand_groups(zeros.float(), group_size=size, columns=columns)
-    return scale_groups_(grid.decode(codes, offsets), scales, size)
+    values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+    for rows in row_chunks(codes):
+        offsets = None if zeros is None else expand_groups(zeros[rows].float(), group_size=size, columns=columns)
+        values[rows] = scale_groups_(grid.decode(codes[rows], offsets), scales[rows], size)
+    return values
 
 
 def scale_groups_(values: Tensor, scales: Tensor, group_size: int) -> Tensor:

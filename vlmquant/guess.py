@@ -1,13 +1,17 @@
-"""A row for a model that has none in the table: where its parts are, by its config and its modules' names."""
+"""A row for a model that has none in the table: where its parts are, by its config and its modules' names, or, where
+its class is not known, by the names of its tensors alone."""
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vlmquant.errors import InputError
+from vlmquant.errors import InputError, shown
 from vlmquant.families import WAY_OUT, Family
+from vlmquant.headers import EMBEDDINGS, HEADS, tops
+from vlmquant.shards import some
 
 VISION = re.compile(r"vision|visual|image|vit$|sam_model|radio")
 """In the last part of the names of vision towers."""
@@ -18,6 +22,14 @@ PROJECTOR = re.compile(
 """In the last part of the names of what leads from the vision encoder to the language model."""
 OTHER = re.compile(r"audio|speech|sound|talker|token2wav|code2wav|vq|generation|mtp|action|protein|video_head")
 """In the names of what is neither."""
+TOWERS = re.compile(VISION.pattern + r"|vpm|tower|siglip|clip|dino|img_processor")
+"""The same in the names that checkpoints have of their own."""
+FURTHER_EMBEDDINGS = ("embeddings", "embed")
+"""Names of input embeddings that other tables have as well."""
+BESIDE_LAYERS = re.compile(
+    r"projector|mm_|multi_?modal|vision|visual|image|connector|merger|resampler|aligner|abstractor"
+)
+"""In the names of projectors that lie in the language model."""
 WRAPPED = ("thinker",)
 """Submodels that do the work of a model that has no embedding of its own."""
 
@@ -49,17 +61,7 @@ def guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
         around = [name for name in submodels if embedding.startswith(f"{name}.") and modules[name].config is not config]
         language = around[0] if around else _around_layers(embedding, modules)
     if not towers:
-        towers = _outermost(
-            [
-                name
-                for name, module in modules.items()
-                if VISION.search(name.rpartition(".")[2])
-                and not PROJECTOR.search(name.rpartition(".")[2])
-                and not OTHER.search(name)
-                and not embedding.startswith(f"{name}.")
-                and _has_list(module)
-            ]
-        )
+        towers = _towers(modules, embedding, VISION)
     if not language or not any(isinstance(module, nn.ModuleList) for module in modules[language].modules()):
         raise InputError(f"{model_dir}: {_cannot(config, 'language model', model)}")
     if not towers:
@@ -75,9 +77,128 @@ def guess_family(config: Any, model: nn.Module, model_dir: Path) -> Family:
             (towers if name in modules and _has_list(modules[name]) else projector).append(name)
         else:
             other.append(name)
+    width = getattr(text_config, "hidden_size", None)
     for tower in towers:
-        projector += _ways_out(tower, modules, text_config)
+        own = getattr(getattr(modules[tower], "config", None), "hidden_size", None)
+        projector += _ways_out(tower, modules, width, own)
     return Family(tuple(towers), tuple(projector), language, embedding, head, tuple(other), runs=runs, source="guess")
+
+
+def guess_by_names(model: nn.Module, model_dir: Path, *, layers: int | None = None) -> Family:
+    """Where the parts of a model are that `headers.model_of` made up, named as its tensors.
+
+    layers: of the language model, where the config says so; further ones, which predict several tokens ahead, are kept.
+    InputError says what was looked for in vain, and what is there.
+    """
+    modules = dict(model.named_modules())
+    embedding = _embedding_by_name(modules, EMBEDDINGS) or _embedding_by_name(modules, FURTHER_EMBEDDINGS)
+    if embedding is None:
+        wanted = "input embedding (" + ", ".join(EMBEDDINGS) + ")"
+        raise InputError(f"{model_dir}: {_unfound(wanted, model)}")
+    language = _around_layers(embedding, modules) if "." in embedding else _longest_list(model)
+    if language is None or not _has_list(modules[language]):
+        raise InputError(f"{model_dir}: {_unfound(f'layers of a language model beside {shown(embedding)}', model)}")
+    towers = _towers(modules, embedding, TOWERS)
+    if not towers:
+        raise InputError(f"{model_dir}: {_unfound('vision encoder (vision, visual, image, vit, ...)', model)}")
+    table = _tables(modules[embedding])[0]
+    width = table.shape[1]
+    head = _head_by_name(modules, embedding, table.shape)
+    projector, other = [], []
+    for name in _loose_parts(model, (*towers, language, embedding, head)):
+        leaf, module = name.rpartition(".")[2], modules.get(name)
+        leads = (
+            module is not None and not _has_list(module) and any(one.out_features == width for one in _linears(module))
+        )
+        if not OTHER.search(name) and (PROJECTOR.search(leaf) or TOWERS.search(leaf) or leads):
+            projector.append(name)
+        else:
+            other.append(name)
+    around = modules[language]
+    lists = [one for _, one in around.named_children() if isinstance(one, nn.ModuleList) and _linears(one)]
+    for leaf, _ in (*around.named_children(), *around.named_parameters(recurse=False)):
+        name = f"{language}.{leaf}"
+        module = modules.get(name)
+        if name in (*towers, embedding, head) or isinstance(module, nn.ModuleList):
+            continue
+        if OTHER.search(leaf) or (lists and module is not None and _has_list(module)):
+            other.append(name)  # not what the layers are
+        elif BESIDE_LAYERS.search(leaf):
+            projector.append(name)
+    for tower in towers:
+        sizes = Counter(one.in_features for one in _linears(modules[tower]))
+        projector += _ways_out(tower, modules, width, sizes.most_common(1)[0][0] if sizes else None)
+    for name, one in modules[language].named_children():
+        if isinstance(one, nn.ModuleList) and layers is not None:
+            numbers = (number for number, _ in one.named_children())
+            other += [f"{language}.{name}.{number}" for number in numbers if int(number) >= layers]
+    return Family(tuple(towers), tuple(projector), language, embedding, head or HEADS[0], tuple(other), source="names")
+
+
+def _tables(module: nn.Module) -> list[nn.Parameter]:
+    """The matrices that a module holds itself."""
+    return [one for one in module.parameters(recurse=False) if one.dim() == 2]
+
+
+def _longest_list(model: nn.Module) -> str | None:
+    """The longest list of layers at the top, where all names of a language model are without that of a module."""
+    lists = [
+        (len(module), name)
+        for name, module in model.named_children()
+        if isinstance(module, nn.ModuleList) and not TOWERS.search(name) and not OTHER.search(name)
+    ]
+    return max(lists)[1] if lists else None
+
+
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [one for one in module.modules() if isinstance(one, nn.Linear)]
+
+
+def _embedding_by_name(modules: dict[str, nn.Module], names: tuple[str, ...]) -> str | None:
+    """The outermost module of such a name that holds a matrix, outside all layers and all that is no language model."""
+    found = []
+    for name, module in modules.items():
+        parts = name.split(".")
+        tables = _tables(module)
+        elsewhere = any(VISION.search(part) or PROJECTOR.search(part) for part in parts[:-1]) or OTHER.search(name)
+        strange = elsewhere or any(part.isdecimal() for part in parts)
+        if parts[-1] in names and tables and not strange:
+            found.append((len(parts), -tables[0].shape[0], name))
+    return min(found)[-1] if found else None
+
+
+def _head_by_name(modules: dict[str, nn.Module], embedding: str, shape: tuple[int, ...]) -> str:
+    """A head by its name, or a linear of the embedding's shape outside all layers; empty where there is none."""
+    found = []
+    for name, module in modules.items():
+        parts = name.split(".")
+        strange = name == embedding or OTHER.search(name) or any(part.isdecimal() for part in parts)
+        if isinstance(module, nn.Linear) and not strange:
+            if parts[-1] in HEADS:
+                found.append((0, len(parts), name))
+            elif (module.out_features, module.in_features) == shape:
+                found.append((1, len(parts), name))
+    return min(found)[-1] if found else ""
+
+
+def _unfound(what: str, model: nn.Module) -> str:
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return f"found no {what} among the names of {len(names)} tensors, which lie below {some(tops(names))}; {WAY_OUT}"
+
+
+def _towers(modules: dict[str, nn.Module], embedding: str, words: re.Pattern[str]) -> list[str]:
+    """The outermost modules that are named as vision towers and have layers."""
+    return _outermost(
+        [
+            name
+            for name, module in modules.items()
+            if words.search(name.rpartition(".")[2])
+            and not PROJECTOR.search(name.rpartition(".")[2])
+            and not OTHER.search(name)
+            and not embedding.startswith(f"{name}.")
+            and _has_list(module)
+        ]
+    )
 
 
 def _around_layers(embedding: str, modules: dict[str, nn.Module]) -> str:
@@ -148,8 +269,11 @@ def _loose_parts(model: nn.Module, placed: tuple[str, ...]) -> list[str]:
     return parts
 
 
-def _ways_out(tower: str, modules: dict[str, nn.Module], text_config: Any) -> list[str]:
-    """Parts of a vision tower, outside its longest list of layers, that lead to the language model."""
+def _ways_out(tower: str, modules: dict[str, nn.Module], width: int | None, own: int | None) -> list[str]:
+    """Parts of a vision tower, outside its longest list of layers, that lead to the language model.
+
+    width, own: of the language model's hidden states, and of the tower's.
+    """
     root = modules[tower]
     lists = [
         (len(one), name)
@@ -157,8 +281,6 @@ def _ways_out(tower: str, modules: dict[str, nn.Module], text_config: Any) -> li
         if isinstance(one, nn.ModuleList) and not PROJECTOR.search(name)
     ]
     blocks = max(lists)[1] if lists else ""
-    width = getattr(text_config, "hidden_size", None)
-    own = getattr(getattr(root, "config", None), "hidden_size", None)
     found = []
     for name, child in root.named_children():
         if name == blocks or blocks.startswith(f"{name}.") or not any(True for _ in child.parameters()):

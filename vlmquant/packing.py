@@ -66,8 +66,11 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def pair_nibbles(codes: Tensor) -> Tensor:
     """(rows, columns) of 4-bit codes -> (rows, ceil(columns / 2)) bytes; the even column is the low nibble."""
-    codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
+    rows, columns = codes.shape
+    # Flattened first: a single row may have any stride, and begin anywhere, which `view` to another dtype refuses.
+    flat = (torch.nn.functional.pad(codes, (0, 1)) if columns % 2 else codes).reshape(-1)
+    pairs = (flat.clone() if flat.storage_offset() % 2 else flat).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).view(rows, -1)
 
 
 def split_nibbles(octets: Tensor) -> Tensor:

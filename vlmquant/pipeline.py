@@ -27,9 +27,17 @@ from vlmquant.calibration.sets import SampleSet, image_hashes, load_set
 from vlmquant.checkpoint import AlreadyFinishedError, CheckpointWriter, Inputs, check_output, read_manifest
 from vlmquant.checkpoint.card import base_name, base_revision, record_evaluation
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
-from vlmquant.components import ComponentMap, locate_model, resolve_components
+from vlmquant.components import CONFIG_NAME, ComponentMap, locate_model, resolve_components, resolve_from_headers
 from vlmquant.engines import Contract, check_plan
-from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError, first_line, shown
+from vlmquant.errors import (
+    DoesNotFitError,
+    InputError,
+    PlanError,
+    UnknownClassError,
+    UsageError,
+    first_line,
+    shown,
+)
 from vlmquant.evaluation.environment import peak_resident_bytes
 from vlmquant.evaluation.inputs import check_first
 from vlmquant.evaluation.logprobs import LogProbs
@@ -42,7 +50,7 @@ from vlmquant.grid import QuantizedWeight, grid_of
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
-from vlmquant.planning import Plan, as_written, make_plan
+from vlmquant.planning import Plan, as_written, make_plan, needs_class
 from vlmquant.progress import bar, stderr
 from vlmquant.reading import check
 from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
@@ -51,7 +59,7 @@ from vlmquant.report.html import to_html
 from vlmquant.report.manifest import recipe_of
 from vlmquant.report.markdown import card_section, to_markdown
 from vlmquant.scratch import unnamed_file
-from vlmquant.shards import dtype_name
+from vlmquant.shards import dtype_name, some
 from vlmquant.stream import BlockResult, BlockStream, Footprint, rehearse
 
 BOOTSTRAP_RESAMPLES = 2000
@@ -337,15 +345,25 @@ def _quantize_blocks(
 def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[ComponentMap, Plan]:
     """What becomes of every tensor of a model (a directory or hub id), before any work.
 
+    Where the model has no class here and the recipe needs none, the names and shapes of its tensors say what they are.
     Raises InputError or PlanError for whatever would keep `quantize` from writing it.
     """
-    family = from_spec(recipe.family) if recipe.family else None
-    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code, family=family)
+    family, model_dir = from_spec(recipe.family) if recipe.family else None, locate_model(model)
+    try:
+        components = resolve_components(model_dir, trust_remote_code=trust_remote_code, family=family)
+    except UnknownClassError as error:
+        if needed := needs_class(recipe):
+            raise UnknownClassError(f"{error}; {_WITHOUT_CLASS.format(some(needed))}") from error
+        why = str(error).removeprefix(f"{model_dir / CONFIG_NAME}: ").removeprefix(f"{model_dir}: ")
+        components = resolve_from_headers(model_dir, unknown=why, family=family)
     plan = make_plan(components, recipe)
     components = as_written(components, plan, recipe)
     if recipe.output.format in FORMATS:
         FORMATS[recipe.output.format].quantization_config(plan, components)
     return components, plan
+
+
+_WITHOUT_CLASS = "without its class go recipes that need no calibration (method rtn throughout); this one has {}"
 
 
 def check_target(components: ComponentMap, plan: Plan, recipe: Recipe) -> Contract | None:
@@ -416,7 +434,7 @@ def _quantize_outside(components: ComponentMap, plan: Plan) -> dict[str, Quantiz
     quantized = {}
     for line in plan.lines:
         if isinstance(line.scheme, Scheme) and line.action == "quantize" and not line.name.startswith(inside):
-            weight = components.read(line.name).float()
+            weight = components.read(line.name)
             grid = grid_of(line.scheme, weight.shape[1], components.dtype).fitted(weight)
             quantized[line.name] = rtn.quantize_weight(weight, grid)
     return quantized

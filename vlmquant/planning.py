@@ -29,6 +29,7 @@ NF4_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' NF4."""
 FACTOR_COPIES = 5
 """Matrices in float64, as large as the statistics, that GPTQ's factorization holds."""
+STACK_KEPT = "stacks {} matrices, and which way round they lie only the model's class says: kept as it is"
 LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
 HALF = torch.bfloat16
@@ -72,8 +73,34 @@ class PlanLine:
     @property
     def needs_data(self) -> bool:
         """Whether codes, or the scale of the inputs, are found by calibration."""
-        rounded = isinstance(self.scheme, Scheme) and self.scheme.activations in CALIBRATED_INPUTS
-        return self.action == "quantize" and (self.method in CALIBRATED or rounded)
+        return self.action == "quantize" and looks_at_inputs(self.scheme, self.method)
+
+
+def looks_at_inputs(scheme: Scheme | str | None, method: str | None) -> bool:
+    """Whether a method finds codes, or a scheme has a scale of its inputs, by calibration."""
+    return method in CALIBRATED or (isinstance(scheme, Scheme) and scheme.activations in CALIBRATED_INPUTS)
+
+
+def needs_class(recipe: Recipe) -> list[str]:
+    """What of a recipe takes a model that can be built, such as "components.language (method gptq)".
+
+    Empty where names and shapes of the tensors are enough: no method looks at a layer's inputs.
+    """
+    found = ["kv_cache"] if recipe.kv_cache else []
+    for component, spec in recipe.specs():
+        for scheme, method in _pairs(spec):
+            if looks_at_inputs(scheme, method):
+                inputs = f"scheme {_label(scheme)}" if method not in CALIBRATED else f"method {method}"
+                found.append(f"components.{component} ({inputs})")
+    return [*dict.fromkeys(found), *(["output.format bitsandbytes"] if recipe.output.format == "bitsandbytes" else [])]
+
+
+def _pairs(spec: ComponentSpec) -> list[tuple[Scheme | str, str]]:
+    """The schemes and methods that some layer of a component may get, those that are kept apart."""
+    pairs = [(spec.scheme, spec.method)] + [
+        (override.scheme or spec.scheme, override.method or spec.method) for override in spec.overrides
+    ]
+    return [(scheme, method) for scheme, method in pairs if scheme != KEEP]
 
 
 @dataclass(frozen=True)
@@ -252,6 +279,7 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
             choices[_embedding(components, spec)] = _Choice(spec.scheme, DATA_FREE, "")
             continue
         _check_experts(components, component, spec)
+        choices |= _kept_stacks(components, component, spec)
         groups = list(_groups(components, component))
         if not groups:
             raise PlanError(
@@ -317,6 +345,11 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan
             f"bytes) are stored as {dtype_name(narrowed[0].stored or HALF)}, which is what fp16 in a recipe means for "
             "this model; write output: {kept: fp32} to store them as they are"
         )
+    if components.unknown:
+        yield (
+            f"{components.unknown}: its parts and linear layers are told by the names of its tensors: "
+            f"{components.parts_told}"
+        )
     if family.source == "guess":
         yield f"model type {kind} is not in the table of families; its parts were guessed: {components.parts_told}"
     if travelling := [parameter for parameter in components.parameters if not parameter.loaded]:
@@ -378,12 +411,7 @@ def _quantizes(spec: ComponentSpec) -> bool:
 
 def _check_spec(component: str, spec: ComponentSpec) -> None:
     """Schemes and methods that do not go together."""
-    pairs = [(spec.scheme, spec.method)] + [
-        (override.scheme or spec.scheme, override.method or spec.method) for override in spec.overrides
-    ]
-    for scheme, method in pairs:
-        if scheme == KEEP:
-            continue
+    for scheme, method in _pairs(spec):
         if (scheme in BITSANDBYTES_SCHEMES) != (method == "bitsandbytes"):
             label = scheme.label if isinstance(scheme, Scheme) else scheme
             raise PlanError(
@@ -425,6 +453,8 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
                 f"components.{component}: bitsandbytes does not quantize experts, whose weights are stacked "
                 f"({name}); list them under keep, or use a scheme of compressed-tensors"
             )
+    if components.unknown:
+        return
     own = [parameter for parameter in components.parameters if parameter.component == component]
     whole = sum(prod(parameter.shape) for parameter in own)
     for parameter in own:
@@ -440,6 +470,19 @@ def _check_experts(components: ComponentMap, component: str, spec: ComponentSpec
                 f"that we cannot take apart ({components.modules[module].__name__}); list its module under keep "
                 "to leave it at 16 bits"
             )
+
+
+def _kept_stacks(components: ComponentMap, component: str, spec: ComponentSpec) -> dict[str, _Choice]:
+    """Stacks of experts' weights in a model without a class, which tells how they are to be taken apart."""
+    return {
+        one.name: _Choice(KEEP, None, STACK_KEPT.format(len(one.value)), fallback=True)
+        for one in components.parameters
+        if components.unknown
+        and one.component == component
+        and len(one.shape) == 3
+        and (module := one.name.rpartition(".")[0]) in components.unread_experts
+        and not _matching(spec.keep, _names_of(components, module, component, None))
+    }
 
 
 def _check_expert_schemes(components: ComponentMap, choices: dict[str, _Choice]) -> None:

@@ -68,8 +68,8 @@ class LayerCache:
 
 def cache_layers(components: ComponentMap) -> tuple[list[LayerCache], list[str]]:
     """What each language layer keeps of a sequence; and a sentence for every kind of layer that is not counted."""
-    text = components.config.get_text_config(decoder=True)
     model, found, unknown = components.skeleton(), [], Counter[str]()
+    text = components.config.get_text_config(decoder=True)
     for block in components.blocks:
         if block.component != "language":
             continue

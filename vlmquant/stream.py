@@ -156,7 +156,7 @@ Inputs = Sequence[tuple[Tensor, Tensor | None]] | Rerun
 class Stage:
     """Linears of one block that share an input and a scheme: what an algorithm is given.
 
-    weights: local name -> float32 (out, in) as read from the model.
+    stored: local name -> (out, in) as read from the model.
     """
 
     def __init__(
@@ -177,18 +177,21 @@ class Stage:
         self.options: ComponentSpec = block.stream.specs[line.component]
         self.model_dtype = block.stream.model_dtype
         device = block.stream.device
-        self.weights = {
-            linear.local: block.stream.read(linear.name + ".weight").to(device).float() for linear in linears
-        }
+        self.stored = {linear.local: block.stream.read(linear.name + ".weight").to(device) for linear in linears}
         self._inputs = inputs
         self._hessian: Tensor | None = None
         self._mean_square: Tensor | None = None
         self._measured: dict[str, tuple[float, float]] = {}
         self._channel_scales: Tensor | None = None
 
+    @functools.cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """What is stored, in float32."""
+        return {local: weight.float() for local, weight in self.stored.items()}
+
     @property
     def _columns(self) -> int:
-        return next(iter(self.weights.values())).shape[1]
+        return next(iter(self.stored.values())).shape[1]
 
     def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The inputs of all batches as float32 (tokens, in), padding left out; and how much each counts, None for 1."""
@@ -300,7 +303,10 @@ class Stage:
             raise AssertionError(f"stage {list(self.linears)} got weights for {list(quantized)}")
         scale = self._input_scale() if self.scheme.activations in CALIBRATED_INPUTS else None
         weights = {local: replace(weight, input_scale=scale) for local, weight in quantized.items()}
-        errors = {local: self._relative_error(local, weight) for local, weight in weights.items()}
+        errors = {
+            local: self._relative_error(local, weight) if self._inputs else weight.relative_error(self.stored[local])
+            for local, weight in weights.items()
+        }
         for local, weight in weights.items():  # once the first is in place, passes go on to the next
             if not math.isfinite(errors[local]):
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
@@ -338,8 +344,6 @@ class Stage:
 
     def _energy(self, rows: Tensor) -> float:
         """tr(X H X^T) of (out, in)."""
-        if not self._inputs:
-            return rows.square().sum().item()
         if self._hessian is None:
             return (rows.square() @ self.mean_square().to(rows.dtype)).sum().item()
         return (rows @ self._hessian.to(rows.dtype) * rows).sum().item()
@@ -407,7 +411,6 @@ class Block:
         self, stream: "BlockStream", info: BlockInfo, walks: list[_Walk], restored: BlockResult | None
     ) -> None:
         self.stream, self.info, self.restored = stream, info, restored is not None
-        self.module: nn.Module = stream.model.get_submodule(info.name)
         self.quantized: dict[str, QuantizedWeight] = dict(restored.quantized) if restored else {}
         self.changed: dict[str, Tensor] = dict(restored.changed) if restored else {}
         self.errors: dict[str, float] = dict(restored.errors) if restored else {}
@@ -421,7 +424,6 @@ class Block:
         self._folded: dict[str, Tensor] = {}
         """Producers that took a fold: while passes divide on the fly, they compute as before."""
         self._by_local = {linear.local: linear for linear in info.linears}
-        self._parameters = {local for local, _ in self.module.named_parameters()}
         self._leaders = {linear.local: group[0].local for group in self._groups() for linear in group[1:]}
         """Linear -> the first of the linears that are quantized with it, on the same inputs."""
         self._followers: dict[str, list[str]] = {}
@@ -433,6 +435,15 @@ class Block:
         self._restored_cache = dict(restored.cache) if restored else {}
         self._cached: dict[str, tuple[Tensor, Tensor]] = {}
         """Absolute maxima of K and V for each head, so far."""
+
+    @functools.cached_property
+    def module(self) -> nn.Module:
+        """Its module in the model that is run."""
+        return self.stream.model.get_submodule(self.info.name)
+
+    @functools.cached_property
+    def _parameters(self) -> set[str]:
+        return {local for local, _ in self.module.named_parameters()}
 
     @property
     def result(self) -> BlockResult:
@@ -722,7 +733,8 @@ class Block:
         """The codes of a linear: recorded, and in the weight's place from here on."""
         name = self._weight_name(local)
         self.quantized[name], self.errors[name] = weight, error
-        self._place(f"{local}.weight", weight.dequantize(self.stream.dtype))
+        if self._walks:
+            self._place(f"{local}.weight", weight.dequantize(self.stream.dtype))
 
     def _place(self, local: str, value: Tensor) -> None:
         if self._walks:
@@ -871,7 +883,6 @@ class BlockStream:
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
         self.model_dtype = components.dtype
-        self.model = components.skeleton(dtype)
         self._batches, self._outside, self._restore = batches, outside, restore
         self._current: Block | None = None
         self.runs_passes = False
@@ -879,6 +890,11 @@ class BlockStream:
         self._embeddings: list[nn.Embedding] = []
         """Which are not needed any more once all passes have come to the language model."""
         self._order = {info.name: index for index, info in enumerate(components.blocks)}
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """Built where passes run; without data there is none."""
+        return self.components.skeleton(self.dtype)
 
     def read(self, name: str) -> Tensor:
         """A parameter by its name in the model, as it lies on disk."""

@@ -141,7 +141,12 @@ def component_table(components: ComponentMap) -> Table:
 def _family_lines(components: ComponentMap) -> list[str]:
     """Where the parts are, who says so, and what is special about the model."""
     family = components.family
-    whose = {"table": "in the table of families", "guess": "guessed", "recipe": "as the given row says"}[family.source]
+    whose = {
+        "table": "in the table of families",
+        "guess": "guessed",
+        "recipe": "as the given row says",
+        "names": "by the tensors' names",
+    }[family.source]
     lines = [f"parts ({whose}): {components.parts_told}"]
     if components.source:
         lines.append(f"stored in {components.source.label}, dequantized to {dtype_name(components.dtype)} when read")

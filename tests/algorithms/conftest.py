@@ -28,6 +28,10 @@ class FakeStage:
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @property
+    def stored(self) -> dict[str, Tensor]:
+        return self.weights
+
+    @property
     def grid(self) -> Grid:
         return grid_of(self.scheme, next(iter(self.weights.values())).shape[1], self.scale_dtype)
 

@@ -13,11 +13,11 @@ from vlmquant.stream import Stage
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize each linear of the stage alone; the stage's inputs are not looked at."""
-    grid, options = stage.grid.fitted(*stage.weights.values()), stage.options.rtn
-    return {name: quantize_weight(weight, grid, options) for name, weight in stage.weights.items()}
+    grid, options = stage.grid.fitted(*stage.stored.values()), stage.options.rtn
+    return {name: quantize_weight(weight, grid, options) for name, weight in stage.stored.items()}
 
 
 def quantize_weight(weight: Tensor, grid: Grid, options: RtnOptions | None = None) -> QuantizedWeight:
-    """weight (out, in) float32 -> nearest codes on the grid of each group; options: None for the recipe's defaults."""
+    """weight (out, in) -> nearest codes on the grid of each group; options: None for the recipe's defaults."""
     search = (options or RtnOptions()).scale_search
     return quantize_nearest(weight, *search_scales(weight, None, grid, search=search), grid)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import loops
-from vlmquant.grid import Grid, minmax_grid, split_groups
+from vlmquant.grid import CHUNK_ELEMENTS, Grid, minmax_grid, split_groups
 
 COMPILED_ELEMENTS = 1 << 21
 """The same, where compiled loops search: their working set is a group."""
@@ -22,8 +22,6 @@ SHARES = {("int", 2): (1.0, 0.3), ("int", 3): (1.0, 0.4), ("int", 4): (1.0, 0.6)
 """Largest and smallest share of the min-max range tried, by kind and bits: the fewer the codes, the more clipping pays.
 Floating point has its codes closer together below the largest power of two: a range above 1 maps the maximum to it."""
 OTHER_SHARES = (1.0, 0.9)
-CHUNK_ELEMENTS = 1 << 17
-"""Weights searched at a time: the working set (about 2 MB) stays in the caches."""
 
 
 def search_scales(
@@ -36,12 +34,12 @@ def search_scales(
     search.
     Every candidate scale is rounded as it will be stored before it is tried, so that what was judged is what is stored.
     """
-    groups = split_groups(weight.float(), grid.group_size)
     base, zeros = minmax_grid(weight, grid)
     if search == "minmax":
         return grid.round_scales(base), zeros
+    groups = split_groups(weight.float(), grid.group_size)
     if search == "mse":
-        importance = weight.new_ones(weight.shape[1])
+        importance = groups.new_ones(weight.shape[1])
     elif mean_square is None:
         raise ValueError("a weighted scale search needs the inputs' mean square")
     else:

@@ -17,7 +17,7 @@ from vlmquant.checkpoint.companions import CARD_NAME, Companions
 from vlmquant.checkpoint.files import TensorSpec, copy_file, sha256_of, write_safetensors, write_text
 from vlmquant.checkpoint.journal import Unit
 from vlmquant.checkpoint.manifest import MANIFEST_NAME, MANIFEST_VERSION, digest_of_text, manifest_text, sealed
-from vlmquant.components import CONFIG_NAME, ComponentMap, read_config
+from vlmquant.components import CONFIG_NAME, DTYPE_KEYS, TEXT_CONFIGS, TIED, ComponentMap, read_config
 from vlmquant.errors import CheckpointError
 from vlmquant.formats import FORMATS, Format
 from vlmquant.fp8 import without_quantization
@@ -25,11 +25,6 @@ from vlmquant.planning import Plan, PlanLine
 from vlmquant.recipe import Recipe, Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, dtype_name
 
-DTYPE_KEYS = ("dtype", "torch_dtype")
-"""Under which a config gives its model's dtype, today and before transformers 4.56."""
-TIED = "tie_word_embeddings"
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Keys under which configs hold that of their language model."""
 INDEXED = "model-{:05d}-of-{:05d}.safetensors"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """The names of shards."""
@@ -42,8 +37,10 @@ def write_weights(
     plan: Plan,
     units: Mapping[str, Unit],
     maxima: Mapping[str, kvcache.Maxima],
-) -> None:
+) -> dict[str, str]:
     """Shards and index: the model's tensors in the order of its files, each replaced by what a unit holds for it.
+
+    Returns the sha256 of each shard, as it was written.
 
     maxima: what attention put into the KV cache, whose scales come last.
     """
@@ -82,13 +79,13 @@ def write_weights(
     names = [INDEXED.format(number, len(shards)) for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [SINGLE_NAME]
-    for file, specs in zip(names, shards, strict=True):
-        write_safetensors(target / file, specs, read)
+    digests = {file: write_safetensors(target / file, specs, read) for file, specs in zip(names, shards, strict=True)}
     if len(shards) > 1:
         weight_map = {spec.name: file for file, specs in zip(names, shards, strict=True) for spec in specs}
         total = sum(spec.nbytes for specs in shards for spec in specs)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(target / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+    return digests
 
 
 def _read_parameter(components: ComponentMap, name: str, _: str) -> Tensor:
@@ -185,15 +182,22 @@ def write_rest(
     *,
     companions: Companions,
     changed: Collection[str],
+    digests: Mapping[str, str],
 ) -> None:
-    """What travels along, the card, and last the manifest, with the checksums of all that is there."""
+    """What travels along, the card, and last the manifest, with the checksums of all that is there.
+
+    digests: of files that need not be read again for theirs.
+    """
     for name, file in companions.copied.items():
         (target / name).parent.mkdir(exist_ok=True)
         copy_file(file, target / name)
     text = card(components, recipe, plan, companions, manifest)
     write_text(target / CARD_NAME, text)
     files = {
-        file.relative_to(target).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+        file.relative_to(target).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": digests.get(file.relative_to(target).as_posix()) or sha256_of(file),
+        }
         for file in sorted(target.rglob("*"))
         if file.is_file()
     }

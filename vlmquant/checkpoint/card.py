@@ -25,6 +25,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REPORT = ("<!-- vlmquant eval: begin -->\n", "<!-- vlmquant eval: end -->\n")
 """Around what `vlmquant eval --card` writes."""
 SECTION = re.compile(re.escape(REPORT[0]) + ".*?" + re.escape(REPORT[1]), re.DOTALL)
+UNKNOWN_CLASS = """transformers had no class for this model when it was made: its parts were told by the names of its
+tensors, and it was not run. Serve it with an engine that knows the original and reads this format."""
 EVALUATION = "evaluation"
 """The manifest's key of what was measured last."""
 
@@ -67,7 +69,7 @@ def card(
         _calibration((manifest or {}).get("calibration")),
         _cache(plan),
         _command((manifest or {}).get("command")),
-        _loading(auto_class(components.config).__name__, recipe),
+        _loading(auto_class(components.config).__name__, recipe) if not components.unknown else UNKNOWN_CLASS,
         f"The recipe, what became of every weight, each layer's error and the checksums of all files are in "
         f"`{MANIFEST_NAME}`;\n`vlmquant verify` checks them.",
         f"The original model's card is in [{BASE_CARD_NAME}]({BASE_CARD_NAME})."

@@ -272,8 +272,9 @@ class CheckpointWriter:
         if self.plan.cache:
             manifest = manifest | {"kv_cache": kvcache.manifest_record(self.plan.cache, maxima)}
         with disk_errors(self.partial):
+            digests: dict[str, str] = {}
             if self._quantization_config is not None:
-                assemble.write_weights(
+                digests = assemble.write_weights(
                     self.partial, self.components, self.recipe, self.plan, self._journal.units, maxima
                 )
                 assemble.write_config(self.partial, self.components, self._quantization_config)
@@ -286,6 +287,7 @@ class CheckpointWriter:
                 {"fingerprint": digest_of(self._fingerprint), **manifest},
                 companions=self._inputs.companions,
                 changed=changed,
+                digests=digests,
             )
             self._inputs.check_unchanged()
             self._put_in_place()

@@ -10,19 +10,17 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from vlmquant.components import CONFIG_NAME, ComponentMap, read_config
+from vlmquant.components import CONFIG_NAME, TEXT_CONFIGS, ComponentMap, read_config
 from vlmquant.engines.names import vllm_name
 from vlmquant.engines.table import COLUMN, EMBEDDING, EXPERTS, FORMS, HEAD, LANGUAGE, ROW, VISION, Form
 from vlmquant.errors import InputError, shown
 from vlmquant.formats import FORMATS, compressed_tensors
+from vlmquant.headers import EMBEDDINGS, HEADS
 from vlmquant.planning import Plan
 from vlmquant.reading import check
 from vlmquant.recipe import Scheme
 from vlmquant.shards import dtype_name, open_shards
 
-EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "wte")
-HEADS = ("lm_head", "embed_out")
-TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 VISION_CONFIGS = ("vision_config", "vision_tower_config")
 FLOAT4, WORD_BITS = 4, 32
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

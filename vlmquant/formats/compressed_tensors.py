@@ -331,6 +331,8 @@ def _place(name: str, components: ComponentMap) -> _Place:
     if vision:
         return _Place(name, vision, None, 0, name)
     local = name.removeprefix("model.").removeprefix("language_model.").removeprefix("text_model.")
+    if components.unknown:  # called as on disk, where language_model.model.embed_tokens is usual
+        local = local.removeprefix("model.")
     return _Place(name, vision, None, 0, local)
 
 
