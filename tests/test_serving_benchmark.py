@@ -41,6 +41,7 @@ http.server.HTTPServer((sys.argv[sys.argv.index("--host") + 1], port), Handler).
 """
 LOG = """
 (APIServer pid=1) INFO 11-28 22:00:00 [model.py:1] all is well
+(Worker pid=3) WARNING 11-28 22:00:01 [core.py:9] this can cause errors like `OSError: [Errno 24] Too many files`
 (Worker pid=3) ERROR 11-28 22:00:01 [core.py:9] subprocess.CalledProcessError: Command '['x']' returned non-zero
 (Worker pid=3) ERROR 11-28 22:00:01 [core.py:9]   File "/srv/env/lib/python3.11/vllm/x.py", line 3, in load
 (Worker pid=3) ERROR 11-28 22:00:01 [core.py:9] ValueError: \x1b[0mno kernel in /srv/models/out/config.json for it
@@ -178,9 +179,18 @@ def test_a_server_that_dies_is_a_row_with_its_error(row: Made, right: Any) -> No
 
 
 def test_a_verdict_of_check_that_did_not_come_true_is_marked(row: Made, right: Any) -> None:
-    found = row(right) | {"check": {"fits": False, "refusals": [], "kernels": []}}
-    assert not serve.as_checked(found)
-    assert "**not as checked**" in serve.table([found])[-1]
+    def checked(found: dict[str, Any], fits: bool, notes: list[str]) -> bool:
+        return serve.as_checked(found | {"check": {"fits": fits, "refusals": [], "notes": notes, "kernels": []}})
+
+    good, bad = row(right), {"environment": {}, "down": "it died"}
+    assert checked(good, True, [])
+    assert not checked(good, False, [])
+    assert not checked(bad, True, [])
+    assert not checked(bad, True, ["set VLLM_CPU_INT4_W4A8=0 for the server"])
+    assert checked(bad, True, ["torch's product is a loop"])
+    assert checked(bad, False, [])
+    told = good | {"check": {"fits": False, "refusals": ["a: no kernel"], "notes": [], "kernels": []}}
+    assert "| refused: no kernel | as ours **not as checked** |" in serve.table([told])[-1]
 
 
 def test_the_first_error_of_a_log_is_its_cause() -> None:

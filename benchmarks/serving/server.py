@@ -25,6 +25,8 @@ TOLD = 240
 ERROR = re.compile(r"\b((?:\w+\.)*\w*(?:Error|Exception|Failure)): (.+)")
 FOLLOWS = ("CalledProcessError", "Engine core initialization failed", "Error raised in subprocess", "WorkerProc init")
 """Errors that only say that there was one before."""
+HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d \d\d:|Warning:")
+"""Lines of a log that may quote an error."""
 KERNEL = re.compile(r"(?:Selected|Using) (\w+Kernel) for (\w+)")
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 ENVIRONMENT = {
@@ -43,7 +45,9 @@ class ServerError(Exception):
 
 
 class RequestError(Exception):
-    """A request was not answered, or with an error."""
+    """A request was not answered, or with an error. `late`: the server was still at it."""
+
+    late = False
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,9 @@ def serving(
 
 def first_error(log: str) -> str | None:
     """The error at the bottom of a log of tracebacks: the first that does not merely follow from another."""
-    for found in ERROR.finditer(STYLE.sub("", log)):
-        if not any(words in found[0] for words in FOLLOWS):
+    for line in STYLE.sub("", log).splitlines():
+        found = None if HARMLESS.search(line) else ERROR.search(line)
+        if found and not any(words in line for words in FOLLOWS):
             return shortened(found[0])
     return None
 
@@ -174,6 +179,10 @@ def _post(address: str, request: Mapping[str, Any], *, seconds: float) -> dict[s
             return body
     except urllib.error.HTTPError as error:
         raise RequestError(shortened(f"status {error.code}: {error.read().decode(errors='replace')}")) from error
+    except TimeoutError as error:
+        late = RequestError(f"no answer within {seconds:g} s")
+        late.late = True
+        raise late from error
     except (OSError, ValueError) as error:
         raise RequestError(shortened(f"{type(error).__name__}: {error}")) from error
 
