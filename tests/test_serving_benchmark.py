@@ -189,7 +189,7 @@ def test_a_verdict_of_check_that_did_not_come_true_is_marked(row: Made, right: A
     assert not checked(bad, True, ["set VLLM_CPU_INT4_W4A8=0 for the server"])
     assert checked(bad, True, ["torch's product is a loop"])
     assert checked(bad, False, [])
-    told = good | {"check": {"fits": False, "refusals": ["a: no kernel"], "notes": [], "kernels": []}}
+    told = good | {"check": {"fits": False, "refusals": ["no kernel"], "notes": [], "kernels": []}}
     assert "| refused: no kernel | as ours **not as checked** |" in serve.table([told])[-1]
 
 

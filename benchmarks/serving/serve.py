@@ -236,8 +236,8 @@ def check(path: Path) -> dict[str, Any]:
     contract = check_checkpoint(path, TargetSpec(engine="vllm", gpu="cpu"))
     return {
         "fits": contract.fits,
-        "refusals": [str(finding) for finding in contract.refusals],
-        "notes": [str(finding) for finding in contract.findings if not finding.refused],
+        "refusals": [finding.what for finding in contract.refusals],
+        "notes": [f"{finding.what} ({finding.change})" for finding in contract.findings if not finding.refused],
         "kernels": sorted({served.kernel for served in contract.served}),
     }
 
@@ -394,7 +394,7 @@ def verdict(checked: Mapping[str, Any] | None) -> str:
     if checked is None:
         return "–"
     told = checked["notes"] if checked["fits"] else checked["refusals"]
-    words = [cell(one.split(": ", 1)[-1]) for one in told if W4A8 not in one]
+    words = [cell(one.removesuffix(" (nothing)")) for one in told if W4A8 not in one]
     return ("fits" if checked["fits"] else "refused") + (f": {'; '.join(words)}" if words else "")
 
 
