@@ -238,6 +238,34 @@ def test_a_cache_of_integers_is_refused_and_one_per_head_is_set_aside_by_sglang(
     assert [one.rule for one in contract.findings] == ["kv-cache"]
 
 
+def with_heads(folder: Path, heads: int) -> Path:
+    content = json.loads((folder / "config.json").read_text())
+    text = {**content.get("text_config", {}), "num_attention_heads": heads, "num_key_value_heads": heads}
+    (folder / "config.json").write_text(json.dumps({**content, "text_config": text}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "notes"), [("tensor", ["toward zero"]), ("attn_head", ["toward zero", "largest"])]
+)
+def test_what_becomes_of_a_cache_on_a_cpu_is_told(strategy: str, notes: list[str], tmp_path: Path) -> None:
+    folder = with_cache(tmp_path / "model", {"k_scale": 0.5, "v_scale": 0.5}, KV | {"strategy": strategy})
+    contract = check(with_heads(folder, 2), "vllm", "cpu")
+    assert contract.fits
+    told = [one.what for one in contract.findings if one.rule == "kv-cache"]
+    assert len(told) == len(notes)
+    assert all(word in what for word, what in zip(notes, told, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "fits"), [(1, True), (2, True), (4, True), (8, False)])
+def test_a_cache_on_a_cpu_takes_heads_of_multiples_of_32(heads: int, fits: bool, tmp_path: Path) -> None:
+    folder = with_heads(with_cache(tmp_path / "model", {"k_scale": 0.5, "v_scale": 0.5}), heads)
+    contract = check(folder, "vllm", "cpu")
+    assert contract.fits == fits
+    assert fits or "these have 16" in refusals(contract)["kv-cache"]
+    assert check(folder, "vllm", "sm_90").fits
+
+
 FP8 = group(["Linear"], "float-quantized", FP8_INPUTS, num_bits=8, type="float", strategy="channel", group_size=None)
 BLOCK = group(
     ["Linear"], "float-quantized", FP8_INPUTS, num_bits=8, type="float", strategy="block", group_size=None,
@@ -326,7 +354,10 @@ def test_the_kernels_of_integers_below_16_bit_inputs(tmp_path: Path) -> None:
     assert "no multiple of 32" in refusals(check(tmp_path / "odd", "vllm", "cpu"))["shape"]
     assert check(one("hopper", 4), "vllm", "sm_90").served[0].kernel == "Machete"
     assert check(one("narrow", 4, rows=192), "vllm", "sm_90").served[0].kernel == "Marlin"
-    assert check(tmp_path / "hopper", "vllm", "cpu").served[0].kernel == "CPUWNA16"
+    on_cpu = check(tmp_path / "hopper", "vllm", "cpu")
+    assert on_cpu.fits
+    assert on_cpu.served[0].kernel == "CPUWNA16"
+    assert [one.change for one in on_cpu.findings] == ["set VLLM_CPU_INT4_W4A8=0 for the server"]
     assert "4 bits" in refusals(check(one("eight", 8), "vllm", "cpu"))["scheme"]
     assert check(one("small", 4, group_size=16), "vllm", "sm_80").served[0].kernel == "Humming"
 
@@ -536,7 +567,9 @@ def test_a_shipped_recipe_for_a_target_fits_it(name: str, kind: str, tiny: Calla
     components, plan = plan_model(tiny(kind), recipe)
     contract = check_target(components, plan, recipe)
     assert contract is not None
-    assert contract.findings == ()
+    assert contract.fits
+    noted = {"set VLLM_CPU_INT4_W4A8=0 for the server"} if name == "cpu-int4" else set()
+    assert {one.change for one in contract.findings} == noted
     assert contract.unchecked == ()
     assert {row.part for row in contract.served} == {"vision_encoder", "language"}
 

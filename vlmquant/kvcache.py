@@ -406,20 +406,20 @@ def round_to_fp8(values: Tensor, scale: Tensor) -> Tensor:
     return round_e4m3_(values.float() / factor).mul_(factor).to(values.dtype)
 
 
-def simulate(model: nn.Module) -> int:
+def simulate(model: nn.Module, rounding: Callable[[Tensor, Tensor], Tensor] = round_to_fp8) -> int:
     """Have a loaded model round K and V as an engine with an FP8 cache does, by the scales it holds: in how many
-    modules."""
+    modules. rounding: of values (batch, heads, tokens, size) by a scale, for an engine that does it in another way."""
     count = 0
     for module in model.modules():
         keys, values = (module._buffers.get(leaf) for leaf in LEAVES.values())
         if keys is not None and values is not None and cache_argument(module):
-            intercept(module, _rounding(keys, values))
+            intercept(module, _rounding(keys, values, rounding))
             count += 1
     return count
 
 
-def _rounding(key_scale: Tensor, value_scale: Tensor) -> Change:
+def _rounding(key_scale: Tensor, value_scale: Tensor, rounding: Callable[[Tensor, Tensor], Tensor]) -> Change:
     def change(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        return round_to_fp8(keys, key_scale), round_to_fp8(values, value_scale)
+        return rounding(keys, key_scale), rounding(values, value_scale)
 
     return change

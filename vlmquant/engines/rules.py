@@ -14,6 +14,8 @@ from vlmquant.engines.names import Asked, vllm_answers, vllm_name
 from vlmquant.engines.table import (
     CHANNEL,
     CPU,
+    CPU_CACHE_HEAD,
+    CPU_CACHE_NOTES,
     EMBEDDING,
     ENGINES_THAT_FUSE,
     EXPERTS,
@@ -26,6 +28,7 @@ from vlmquant.engines.table import (
     REFUSALS,
     VERSIONS,
     VISION,
+    VLLM_CPU_CACHE,
     VLLM_NAMES,
     Kernel,
     Refusal,
@@ -329,8 +332,8 @@ def _kernel_for(unit: Unit, stored: Stored, held: Held, target: TargetSpec) -> t
     for row in here:
         problems = list(_unmet(row, unit, stored, held, target, instead))
         if not problems:
-            noted = [Finding("kernel", unit.names, f"{stored.label}: {row.note}", "nothing", row.source, refused=False)]
-            return row, noted if row.note and target.gpu is not None else []
+            noted = Finding("kernel", unit.names, f"{stored.label}: {row.note}", row.change, row.source, refused=False)
+            return row, [noted] if row.note and target.gpu is not None else []
         refused.append((len(problems), row.least_sm, problems))
     return None, min(refused, key=lambda one: one[:2])[2]  # the least to change, on the oldest card
 
@@ -484,8 +487,23 @@ def _cache(held: Held, target: TargetSpec) -> Iterator[Finding]:
         strategy = shown(told["strategy"])
         what = f"scales of the cache are per {strategy}, which {target.engine} sets aside: the cache stays 16 bit"
         yield Finding("kv-cache", (), what, f"use strategy {_either(strategies)}", source, refused=False)
+    if (target.engine, target.gpu) == ("vllm", CPU):
+        yield from _cpu_cache(held, str(told["strategy"]))
     if held.read is not None:
         yield from _cache_scales(held, source)
+
+
+def _cpu_cache(held: Held, strategy: str) -> Iterator[Finding]:
+    _, shared = held.heads.get(LANGUAGE, (0, 0))
+    keys = [layer for layer in held.layers if layer.part == LANGUAGE and layer.leaf == "k_proj"]
+    if shared and (sizes := {layer.rows // shared for layer in keys if layer.rows // shared % CPU_CACHE_HEAD}):
+        what = (
+            f"its float8 cache on a CPU takes heads of multiples of {CPU_CACHE_HEAD}, and these have {_either(sizes)}"
+        )
+        yield Finding("kv-cache", tuple(layer.name for layer in keys), what, "leave kv_cache out", VLLM_CPU_CACHE)
+    for strategies, what in CPU_CACHE_NOTES:
+        if strategy in strategies:
+            yield Finding("kv-cache", (), what, "nothing", VLLM_CPU_CACHE, refused=False)
 
 
 def _cache_scales(held: Held, source: str) -> Iterator[Finding]:

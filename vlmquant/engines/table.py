@@ -85,6 +85,8 @@ class Kernel:
     """True for routed experts only, False for all but them."""
     note: str = ""
     """What is worth knowing where this is the kernel that runs."""
+    change: str = "nothing"
+    """What to do about it."""
 
 
 WNA16 = "vllm S/compressed_tensors_wNa16.py: "
@@ -94,6 +96,9 @@ SGL = "sglang layers/quantization/compressed_tensors/schemes/"
 MARLIN_GROUPS = (CHANNEL, 32, 64, 128)
 HUMMING = "only Humming takes it, which needs the package humming-kernels beside vLLM"
 WEIGHT_ONLY = "inputs stay 16 bit: the kernel is weight-only there"
+SLOW_FP8 = "torch's FP8 product is a plain loop on CPUs without AMX-FP8: minutes a token for a model of 100 M"
+W4A8 = "inputs are rounded to 8 bits on CPUs with AMX"
+NO_W4A8 = "set VLLM_CPU_INT4_W4A8=0 for the server"
 
 KERNELS = (
     # vLLM, integers
@@ -105,7 +110,8 @@ KERNELS = (
            groups=MARLIN_GROUPS, symmetric=False, formats=PACKED),
     Kernel("vllm", "wNa16", "Humming", WNA16 + "2 to 8 bits; " + MP + "humming.py", least_sm=75, formats=PACKED,
            note=HUMMING),
-    Kernel("vllm", "wNa16", "CPUWNA16", MP + "cpu.py", device=CPU, bits=(4,), n=32, k=32, formats=PACKED),
+    Kernel("vllm", "wNa16", "CPUWNA16", MP + "cpu.py", device=CPU, bits=(4,), n=32, k=32, formats=PACKED,
+           note=W4A8, change=NO_W4A8),
     Kernel("vllm", "w8a8-int8", "CUTLASS or Triton",
            "vllm S/compressed_tensors_w8a8_int8.py: 75; csrc/.../scaled_mm_c3x_sm100.cu and _sm120.cu: no int8, found "
            "out at the first forward pass; kernels/linear/scaled_mm/cutlass.py: inputs dynamic or static", least_sm=75,
@@ -119,14 +125,15 @@ KERNELS = (
            "vllm S/compressed_tensors_w8a8_fp8.py: 89; compressed_tensors.py: _is_fp8_w8a8 (inputs dynamic, or static "
            "with one scale)", least_sm=89),
     Kernel("vllm", "fp8", "Marlin W8A16", "vllm S/compressed_tensors_w8a16_fp8.py: 75", least_sm=75, note=WEIGHT_ONLY),
-    Kernel("vllm", "fp8", "torch", "vllm kernels/linear/__init__.py: _POSSIBLE_FP8_KERNELS", device=CPU),
+    Kernel("vllm", "fp8", "torch", "vllm kernels/linear/__init__.py: _POSSIBLE_FP8_KERNELS; run", device=CPU,
+           note=SLOW_FP8, change="use w8a8-dynamic or w4a16 on a CPU"),
     Kernel("vllm", "fp8-block", "FP8 blocks",
            "vllm utils/fp8_utils.py: validate_fp8_block_shape, per_token_group_quant_fp8", least_sm=89, k=128,
            n_each=128),
     Kernel("vllm", "fp8-block", "Marlin W8A16", "vllm S/compressed_tensors_w8a16_fp8.py: 75; validate_fp8_block_shape",
            least_sm=75, k=128, n_each=128, note=WEIGHT_ONLY),
     Kernel("vllm", "fp8-block", "CPU FP8 blocks", "vllm kernels/linear/__init__.py: _POSSIBLE_FP8_BLOCK_KERNELS",
-           device=CPU, k=128, n_each=128),
+           device=CPU, k=128, n_each=128, note=WEIGHT_ONLY),
     Kernel("vllm", "fp8a16", "Marlin W8A16", "vllm S/compressed_tensors_w8a16_fp8.py: 75", least_sm=75),
     Kernel("vllm", "nvfp4", "FlashInfer or CUTLASS", "vllm kernels/linear/nvfp4/: native on Blackwell", least_sm=100,
            k=16),
@@ -142,9 +149,10 @@ KERNELS = (
     Kernel("vllm", "gptq", "Humming", "vllm auto_gptq.py: TYPE_MAP; " + MP + "humming.py", least_sm=75, bits=(4, 8),
            symmetric=True, note=HUMMING),
     Kernel("vllm", "gptq", "CPUWNA16", "vllm auto_gptq.py; " + MP + "cpu.py", device=CPU, bits=(4,), symmetric=True,
-           n=32, k=32),
+           n=32, k=32, note=W4A8, change=NO_W4A8),
     Kernel("vllm", "awq", "Marlin", "vllm auto_awq.py", least_sm=75, bits=(4,), groups=MARLIN_GROUPS),
-    Kernel("vllm", "awq", "CPUWNA16", "vllm auto_awq.py; " + MP + "cpu.py", device=CPU, bits=(4,), n=32, k=32),
+    Kernel("vllm", "awq", "CPUWNA16", "vllm auto_awq.py; " + MP + "cpu.py", device=CPU, bits=(4,), n=32, k=32,
+           note=W4A8, change=NO_W4A8),
     # SGLang
     Kernel("sglang", "wNa16", "Marlin", SGL + "compressed_tensors_wNa16.py: 80; marlin_utils.py", least_sm=80,
            bits=(4, 8), groups=MARLIN_GROUPS, symmetric=True, n=64, k=128, formats=PACKED),
@@ -308,3 +316,12 @@ KV_CACHE = {
     "sglang": (("tensor",), "sglang compressed_tensors.py: CompressedTensorsKVCacheMethod"),
 }
 """The strategies of float8 caches that engines read, and where it is said. transformers ignores such scales."""
+
+VLLM_CPU_CACHE = "vllm v1/attention/backends/cpu_attn.py: _get_attn_isa; run"
+CPU_CACHE_HEAD = 32
+"""Sizes of heads that its float8 cache takes on a CPU are multiples of it."""
+CPU_CACHE_NOTES = (
+    (("tensor", "attn_head"), "vLLM's CPU build cuts keys and values off toward zero where others round to nearest"),
+    (("attn_head",), "vLLM's CPU build takes the largest scale of a layer for all its heads"),
+)
+"""Of which strategies, and what differs there from what the scales were made for."""
