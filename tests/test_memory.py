@@ -14,6 +14,7 @@ from tests.small_set import write_small_set
 from vlmquant import pipeline
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch, BatchMaker
+from vlmquant.checkpoint import read_manifest
 from vlmquant.demo import model_dir
 from vlmquant.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
 from vlmquant.limits import is_allocation_failure
@@ -63,8 +64,10 @@ class Memory:
         return self
 
 
-def digests(out: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir() if file.is_file()}
+def digests(out: Path) -> dict[str, object]:
+    """Of every file; of the manifest all but what the run took."""
+    found: dict[str, object] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()}
+    return found | {"vlmquant.json": {**read_manifest(out), "work": None, "manifest_sha256": None}}
 
 
 def run(model: Path, data: Path, out: Path, **options: bool) -> pipeline.Quantized:
