@@ -19,7 +19,15 @@ from vlmquant.checkpoint import CheckpointWriter, verify_checkpoint
 from vlmquant.cli import app
 from vlmquant.components import ComponentMap, resolve_components, resolve_from_headers
 from vlmquant.conversion import Lazy, Stored
-from vlmquant.errors import EXIT_ERROR, EXIT_OK, CheckpointError, InputError, PlanError, UnknownClassError
+from vlmquant.errors import (
+    EXIT_ERROR,
+    EXIT_OK,
+    CheckpointError,
+    InputError,
+    PlanError,
+    SentinelError,
+    UnknownClassError,
+)
 from vlmquant.headers import StackedExperts, forms_in, model_of
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
@@ -123,7 +131,10 @@ def test_a_killed_run_is_resumed_where_it_stopped(
     resumed = quantize(without, recipe("nvfp4a16"), tmp_path / "out", resume=True)
     assert units == [f"model.language_model.layers.{layer}" for layer in range(3)]
     assert weights(resumed.path) == weights(whole.path)
-    assert (resumed.path / "vlmquant.json").read_bytes() == (whole.path / "vlmquant.json").read_bytes()
+    manifests = [json.loads((path / "vlmquant.json").read_text()) for path in (resumed.path, whole.path)]
+    for manifest in manifests:
+        del manifest["work"], manifest["manifest_sha256"]  # with the seconds it took
+    assert manifests[0] == manifests[1]
 
 
 def test_tensors_of_odd_kinds_travel_unchanged(tmp_path: Path) -> None:
@@ -240,7 +251,7 @@ def test_methods_that_look_at_inputs_are_those_that_ask_for_them(models: dict[st
     for name, algorithm in ALGORITHMS.items():
         try:
             assert algorithm(stage).keys() == stage.linears.keys()
-        except IndexError:  # of its list of inputs
+        except SentinelError:  # of which there are none
             asking.add(name)
     assert asking == CALIBRATED
 
