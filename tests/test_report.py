@@ -24,7 +24,7 @@ from vlmquant.gate import judge
 from vlmquant.recipe import GateSpec
 from vlmquant.report.data import REPORT_VERSION, Report, read_json, write_json, write_text
 from vlmquant.report.html import to_html
-from vlmquant.report.manifest import component_bytes, layer_errors
+from vlmquant.report.manifest import component_bytes, layer_errors, work_of
 from vlmquant.report.markdown import to_markdown
 from vlmquant.report.numbers import fixed, metric_text, size_text
 from vlmquant.report.table import COLUMNS, compare_rows, compare_table, markdown_text, terminal_table
@@ -244,6 +244,10 @@ ODD_MANIFESTS: list[dict[str, Any]] = [
     {"plan": {"components": {"language": {"bytes_before": 10**400, "bytes_after": -1}}}},
     {"plan": {"components": {"language": None, "\x1b[2J": {"bytes_before": True, "bytes_after": 1.5}}}},
     {"errors": [], "recipe": ["x"]},
+    {"work": 3},
+    {"work": {"peak_bytes": "much", "planned": [1], "seconds": 10**400}},
+    {"work": {"peak_bytes": 5, "planned": {"peak_bytes": -1, "seconds": ["a", None]}, "seconds": True}},
+    {"work": {"seconds": 1.0, "planned": {"seconds": [1.0, 10**400]}}},
     {"errors": {f"{LAYERS}.{'9' * 5000}.q.weight": 1.0}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
     {"errors": {f"{LAYERS}.1.mlp.down_proj.weight": 10**400}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
     {"errors": {f"{LAYERS}.1.mlp.down_proj.weight": True}, "plan": {"lines": MANIFEST["plan"]["lines"]}},
@@ -256,6 +260,7 @@ def test_an_odd_manifest_has_less_to_show(one: Report, manifest: dict[str, Any])
     odd = replace(one, candidates=(replace(one.candidates[0], manifest=manifest),))
     assert layer_errors(odd.candidates[0]) == []
     assert component_bytes(odd.candidates[0]) == []
+    assert work_of(odd.candidates[0]) == []
     assert "vlmquant" in to_html(odd)
     assert "vlmquant" in to_markdown(odd)
 
@@ -470,6 +475,19 @@ def test_estimates_that_are_not_finite_are_shown(one: Report) -> None:
     page = to_html(replace(one, summaries=(one.summaries[0], broken)))
     assert "not a number" in page
     assert "∞" in page
+
+
+def test_what_quantizing_took_stands_beside_what_was_planned(one: Report) -> None:
+    work = {
+        "peak_bytes": 1200 * 2**20,
+        "seconds": 84.4,
+        "planned": {"peak_bytes": 1300 * 2**20, "seconds": [40.0, 120.0]},
+    }
+    run = replace(one.candidates[0], manifest={**MANIFEST, "work": work})
+    told = replace(one, candidates=(run,))
+    for page in (to_markdown(told), to_html(told)):
+        assert "1,200 MiB, planned 1,300 MiB" in page
+        assert "84, planned 40 to 120" in page
 
 
 def test_the_manifest_gives_bytes_and_layer_errors(one: Report) -> None:

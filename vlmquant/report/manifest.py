@@ -71,6 +71,25 @@ def layer_errors(run: Run) -> list[LayerError]:
     return found
 
 
+def work_of(run: Run) -> list[tuple[str, str]]:
+    """Memory and seconds that quantizing took, beside what was planned; empty where the manifest does not say."""
+    work = _mapping((run.manifest or {}).get("work"))
+    planned = _mapping(work.get("planned"))
+    took, thought = _size(work.get("peak_bytes")), _size(planned.get("peak_bytes"))
+    found = []
+    if took is not None and thought is not None:
+        found.append(("peak memory of quantizing", f"{took / 2**20:,.0f} MiB, planned {thought / 2**20:,.0f} MiB"))
+    seconds, span = _number(work.get("seconds")), planned.get("seconds")
+    least, most = map(_number, span) if isinstance(span, list) and len(span) == 2 else (None, None)
+    if seconds is not None and least is not None and most is not None:
+        found.append(("seconds of quantizing", f"{seconds:,.0f}, planned {least:,.0f} to {most:,.0f}"))
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and 0 <= value < MOST else None
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 

@@ -8,7 +8,7 @@ from vlmquant.errors import visible
 from vlmquant.evaluation.metrics import bleu_signature
 from vlmquant.evaluation.records import Run
 from vlmquant.report.data import Report, Verdict, overall
-from vlmquant.report.manifest import component_bytes, recipe_of, recipe_text
+from vlmquant.report.manifest import component_bytes, recipe_of, recipe_text, work_of
 from vlmquant.report.numbers import (
     bounds_text,
     fixed,
@@ -188,11 +188,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 
 def run_facts(run: Run) -> list[tuple[str, str]]:
-    """What is to know of one run: path, recipe, settings, versions."""
+    """What is to know of one run: path, recipe, what quantizing took, settings, versions."""
     name = recipe_of(run).get("name")
     return [
         ("model", run.model),
         *([("recipe", str(name))] if name else []),
+        *work_of(run),
         *((key, _plain(value)) for key, value in {**run.settings, **run.environment}.items()),
     ]
 
