@@ -45,10 +45,9 @@ def test_a_peak_worked_by_hand(tiny_llava: Path) -> None:
     norms = 2 * 256
     parts = held.parts["language"]
     assert parts["process"] == 10_000
-    assert parts["weights of the block"] == 4 * (attention + mlp + norms)
+    assert parts["weights of the block"] == 4 * (attention + norms + 2 * 256 * 384)
     assert parts["codes of the block"] == attention + mlp
-    gate_up = 4 * 768 * 256 * 3 + 4 * 256**2 + 2 * 768 * 256
-    assert parts["a stage"] == gate_up
+    assert parts["a stage"] == 256 * 384 * 2 + 10 * 256 * 384 + 4 * 384**2
     assert parts["inside the passes"] == 1000 * (3 * 256 + 384) * 4
     assert parts["between blocks"] == 1_024_000 + 5_000
     again = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[1]).parts["language"]

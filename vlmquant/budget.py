@@ -5,7 +5,7 @@ between blocks can be in memory or on disk. The codes are the same; the first th
 """
 
 import resource
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,14 @@ def predict(
         )
         found: dict[str, int] = {}
         for block in blocks:
-            sizes = _block_sizes(components, plan, block, dtype)
-            kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + sizes["inputs"]) * dtype.itemsize
+            resident, stage, codes, inputs = _block_peak(components, plan, block, dtype)
+            kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
             one = {
                 "process": base,
                 "weights outside blocks": outside,
-                "weights of the block": sizes["weights"],
-                "codes of the block": sizes["codes"],
-                "a stage": sizes["stage"],
+                "weights of the block": resident,
+                "codes of the block": codes,
+                "a stage": stage,
                 "inside the passes": round(kept),
                 "between blocks": waiting + (0 if passes.spill else between),
             }
@@ -130,6 +130,12 @@ def choose(predictions: Iterable[Prediction], limit: int) -> Prediction:
     )
 
 
+def address_space() -> int | None:
+    """What is left of this process's address space, where that is limited."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if soft == resource.RLIM_INFINITY else soft - int(psutil.Process().memory_info().vms)
+
+
 def available_bytes() -> int:
     """What this process may still take: of the machine, of its control group, of its address space."""
     found = [SHARE * psutil.virtual_memory().available]
@@ -140,9 +146,8 @@ def available_bytes() -> int:
             continue
         if content.isdecimal() and int(content) < psutil.virtual_memory().total:
             found.append(SHARE * int(content) - resident_bytes())
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        found.append(soft - psutil.Process().memory_info().vms)
+    if (left := address_space()) is not None:
+        found.append(left)
     return int(min(found))
 
 
@@ -158,50 +163,66 @@ def _inside(name: str, blocks: Iterable[BlockInfo]) -> bool:
     return any(name.startswith(f"{block.name}.") for block in blocks)
 
 
-def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[tuple[str, int, int, bool]]:
-    """Method, rows and columns of each stage of a block; and whether several linears are put together for it."""
+@dataclass(frozen=True)
+class _Stage:
+    method: str
+    rows: int
+    most_rows: int
+    """Of one of its linears."""
+    columns: int
+
+
+def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[_Stage]:
     found = []
     for group in components.fused_groups(block):
         lines = [(linear, plan.line(f"{linear.name}.weight")) for linear in group]
         todo = [(linear, line) for linear, line in lines if line.action == "quantize"]
         if todo:
-            rows = sum(linear.out_features for linear, _ in todo)
-            found.append((todo[0][1].method or "rtn", rows, todo[0][0].in_features, len(todo) > 1))
+            rows = [linear.out_features for linear, _ in todo]
+            found.append(_Stage(todo[0][1].method or "rtn", sum(rows), max(rows), todo[0][0].in_features))
     return found
 
 
-def _block_sizes(components: ComponentMap, plan: Plan, block: BlockInfo, dtype: torch.dtype) -> Mapping[str, int]:
-    own = [one for one in components.parameters if one.loaded and one.name.startswith(f"{block.name}.")]
+def _block_peak(
+    components: ComponentMap, plan: Plan, block: BlockInfo, dtype: torch.dtype
+) -> tuple[int, int, int, int]:
+    """Where a block holds most: weights in it, what its stage takes, all its codes; and the widest inputs of a stage.
+
+    A linear's weights are in the block from when it has its codes.
+    """
     stages = _stages(components, plan, block)
-    return {
-        "weights": sum(_numbers(one.shape) for one in own) * dtype.itemsize,
-        "codes": sum(rows * columns for _, rows, columns, _ in stages),
-        "stage": max((_stage_bytes(*stage) for stage in stages), default=0),
-        "inputs": max((columns for _, _, columns, _ in stages), default=0),
-    }
+    whole = sum(_numbers(one.shape) for one in components.parameters if one.name.startswith(f"{block.name}."))
+    quantized = sum(stage.rows * stage.columns for stage in stages)
+    inside, found = whole - quantized, [(whole * dtype.itemsize, 0)]
+    for stage in stages:
+        found.append((inside * dtype.itemsize, _stage_bytes(stage, components.dtype.itemsize)))
+        inside += stage.rows * stage.columns
+    resident, most = max(found, key=sum)
+    return resident, most, quantized, max((stage.columns for stage in stages), default=0)
 
 
-def _stage_bytes(method: str, rows: int, columns: int, together: bool) -> int:
-    """The weights in float32; put together where they are several; second moments; errors, codes twice, or copies."""
-    weights = 4 * rows * columns
-    if method == "gptq":
-        return weights * (2 + together) + 4 * columns**2 + 2 * rows * columns
-    if method == "awq":
-        return weights * 5 + 4 * columns**2
-    return 4 * weights
+def _stage_bytes(stage: _Stage, itemsize: int) -> int:
+    """Weights as they are stored; of one linear in float32, errors, and codes twice; second moments."""
+    stored = stage.rows * stage.columns * itemsize
+    largest = stage.most_rows * stage.columns
+    if stage.method == "gptq":
+        return stored + 10 * largest + 4 * stage.columns**2
+    if stage.method == "awq":
+        return stored + 4 * stage.rows * stage.columns + 16 * largest + 4 * stage.columns**2
+    return stored + 4 * stage.rows * stage.columns + 12 * largest
 
 
 def _products(components: ComponentMap, plan: Plan, block: BlockInfo, rows: int, *, rerun: bool) -> float:
     """Multiplications: of the passes, of second moments, of factors and of error feedback."""
     weights = sum(linear.out_features * linear.in_features for linear in block.linears)
     stages = _stages(components, plan, block)
-    needed = bool(stages) and any(method in CALIBRATED for method, *_ in stages)
+    needed = bool(stages) and any(stage.method in CALIBRATED for stage in stages)
     total = float(rows * weights * (1 + (len(stages) / 2 if rerun else 0))) if needed else 0.0
-    for method, out, columns, _ in stages:
-        if method in ("gptq", "awq"):
-            total += 0.62 * rows * columns**2
-        if method == "gptq":
-            total += columns**3 / 3 + out * columns**2
+    for stage in stages:
+        if stage.method in ("gptq", "awq"):
+            total += 0.62 * rows * stage.columns**2
+        if stage.method == "gptq":
+            total += stage.columns**3 / 3 + stage.rows * stage.columns**2
     return total
 
 

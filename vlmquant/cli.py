@@ -768,7 +768,7 @@ UNITS = {"B": 1} | {
 
 def parse_bytes(text: str, option: str) -> int:
     """ "24GB" -> 24,000,000,000; "1.5GiB" -> 1,610,612,736."""
-    found = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?)?B", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]i?)?B", text.strip(), re.IGNORECASE)
     if found:
         unit = (found[2] or "").upper().replace("I", "i") + "B"
         if (count := int(float(found[1]) * UNITS[unit])) > 0:

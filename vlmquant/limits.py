@@ -30,6 +30,7 @@ OUT_OF_MEMORY = (
     "failed to map segment",
     "ALLOC_FAILED",
     "std::bad_alloc",
+    "could not create a primitive",
 )
 """How torch, the libraries below it and the loader of libraries say so."""
 LENGTH = struct.Struct("<Q")

@@ -228,7 +228,8 @@ def _plan_work(
     ways = budget.WAYS if footprint.components else budget.WAYS[:1]
     tried = [budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way) for way in ways]
     if memory_limit is not None:
-        return budget.choose(tried, memory_limit)
+        left = budget.address_space()
+        return budget.choose(tried, memory_limit if left is None else min(memory_limit, base + left))
     try:
         return budget.choose(tried, base + budget.available_bytes())
     except DoesNotFitError:

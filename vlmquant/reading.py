@@ -10,7 +10,7 @@ import stat
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -30,6 +30,7 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a directory",
 }
+CHUNK_BYTES = 1 << 20
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Failure = type[VlmquantError]
@@ -41,7 +42,7 @@ def read_bytes(file: Path, *, error: Failure = InputError, max_bytes: int = MAX_
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as stream:
             _refuse_kind(os.fstat(descriptor).st_mode, file, error)
-            content = stream.read(max_bytes + 1)
+            content = _read_up_to(stream, max_bytes + 1)
     except FileNotFoundError as cause:
         raise error(_told(str(file), "missing", remedy)) from cause
     except (OSError, ValueError) as cause:  # ValueError: a NUL or half a surrogate pair in the name
@@ -49,6 +50,15 @@ def read_bytes(file: Path, *, error: Failure = InputError, max_bytes: int = MAX_
     if len(content) > max_bytes:
         raise error(_told(str(file), f"larger than {max_bytes:,} bytes, the most that is read of such a file", remedy))
     return content
+
+
+def _read_up_to(stream: BinaryIO, count: int) -> bytes:
+    """At most so many bytes; `read(count)` would ask for room for all of them first."""
+    parts = []
+    while count > 0 and (part := stream.read(min(count, CHUNK_BYTES))):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 def read_text(file: Path, *, error: Failure = InputError, max_bytes: int = MAX_BYTES, remedy: str = "") -> str:

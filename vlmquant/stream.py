@@ -741,10 +741,16 @@ class Block:
             assign(self.module, local, self.stream.cast(value, local, self.module))
 
     def load(self) -> None:
-        """Give the module its weights and stored buffers: the model's own, or a restored block's."""
+        """Give the module its weights and stored buffers: the model's own, or a restored block's.
+
+        What is to be quantized comes when it has its codes: until then no pass computes with it.
+        """
+        waiting = set() if self.restored else {linear.local for group in self._groups() for linear in group}
         for local in list(self.module.state_dict()):
             name = f"{self.info.name}.{local}"
             final = self.quantized.get(name)
+            if local.removesuffix(".weight") in waiting:
+                continue
             if final is not None:
                 self._place(local, final.dequantize(self.stream.dtype))
             elif local in self._parameters or self.stream.components.holds(name):

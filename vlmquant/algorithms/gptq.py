@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmquant.algorithms import loops
 from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.algorithms.scales import search_scales
-from vlmquant.grid import Grid, QuantizedWeight, split_rows
+from vlmquant.grid import Grid, QuantizedWeight
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage
 
@@ -36,18 +36,11 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
         stage.note("the Hessian stayed singular however it was damped; rounded to nearest, without error feedback")
     elif factor.damping != options.damping:
         stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
-    grid = stage.grid.fitted(*stage.weights.values())
-    if grid.group_rows > 1:  # blocks of rows end where a linear does
-        found = {name: quantize_weight(one, factor, grid, options) for name, one in stage.weights.items()}
-        quantized = {name: weight for name, (weight, _) in found.items()}
-        lost = {name: rows for name, (_, rows) in found.items()}
-    else:
-        counts = [len(weight) for weight in stage.weights.values()]
-        together, rows = quantize_weight(torch.cat(list(stage.weights.values())), factor, grid, options)
-        quantized = dict(zip(stage.weights, split_rows(together, counts), strict=True))
-        lost = dict(zip(stage.weights, torch.split(rows, counts), strict=True))
-    for name, weight in stage.weights.items():
-        stage.measured(name, lost[name].sum().item(), factor.energy(weight).double().sum().item())
+    grid, quantized = stage.grid.fitted(*stage.stored.values()), dict[str, QuantizedWeight]()
+    for name, stored in stage.stored.items():  # their rows are independent, and in float32 one is enough at a time
+        weight = stored.float()
+        quantized[name], lost = quantize_weight(weight, factor, grid, options)
+        stage.measured(name, lost.sum().item(), factor.energy(weight).double().sum().item())
     return quantized
 
 
