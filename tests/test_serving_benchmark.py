@@ -213,6 +213,13 @@ def test_a_server_that_does_not_come_up_is_ended(tmp_path: Path) -> None:
         assert "sleep" not in names
 
 
+def test_a_cache_cut_off_toward_zero() -> None:
+    """By hand: 1.99 lies between the codes of 1.875 and 2, 500 beyond the largest, 448."""
+    scale = torch.tensor([[[0.5]], [[0.25]]])
+    values = torch.tensor([0.995, -0.995, 1.0, 0.0, -250.0])[None, None, None]
+    assert serve.toward_zero(values, scale).flatten().tolist() == [0.9375, -0.9375, 1.0, 0.0, -224.0]
+
+
 def test_inputs_of_three_dimensions_go_through_rows() -> None:
     """What is appended to vLLM's file, on a class of the same name."""
 

@@ -51,7 +51,8 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import load_set
 from vlmquant.engines import check_checkpoint
 from vlmquant.errors import VlmquantError
-from vlmquant.kvcache import FP8, FP8_MAX, round_to_fp8, simulate
+from vlmquant.grid import E4M3, E4M3_MAX
+from vlmquant.kvcache import round_to_fp8, simulate
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
 from vlmquant.recipe import Recipe, TargetSpec, load_recipe, parse_recipe
@@ -207,10 +208,10 @@ def logprobs(model: Any, prompt: Prompt, tokens: Sequence[int]) -> Tensor:
 def toward_zero(values: Tensor, scale: Tensor) -> Tensor:
     """What vLLM's CPU build makes of keys and values: FP8 codes cut off toward zero, one scale for a layer's heads."""
     factor = scale.float().max()
-    exact = (values.float() / factor).clamp(-FP8_MAX, FP8_MAX)
-    nearest = exact.to(FP8)
+    exact = (values.float() / factor).clamp(-E4M3_MAX, E4M3_MAX)
+    nearest = exact.to(E4M3)
     codes = nearest.view(torch.uint8)  # sign and magnitude: one less is the next toward zero
-    cut = torch.where(nearest.float().abs() > exact.abs(), codes - 1, codes).view(FP8)
+    cut = torch.where(nearest.float().abs() > exact.abs(), codes - 1, codes).view(E4M3)
     return (cut.float() * factor).to(values.dtype)
 
 
