@@ -195,6 +195,11 @@ def test_a_verdict_of_check_that_did_not_come_true_is_marked(row: Made, right: A
 
 def test_the_first_error_of_a_log_is_its_cause() -> None:
     assert server.first_error(LOG) == "ValueError: no kernel in config.json for it"
+    more = LOG.replace(
+        "for it\n", "for it. Reasons:\n(Worker pid=3) ERROR 11-28 22:00:01 [core.py:9]  It takes 4 bits\n"
+    )
+    assert server.first_error(more) == "ValueError: no kernel in config.json for it. Reasons: It takes 4 bits"
+    assert server.first_error("all is well") is None
 
 
 def test_a_server_that_does_not_come_up_is_ended(tmp_path: Path) -> None:
