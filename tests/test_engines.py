@@ -238,6 +238,18 @@ def test_a_cache_of_integers_is_refused_and_one_per_head_is_set_aside_by_sglang(
     assert [one.rule for one in contract.findings] == ["kv-cache"]
 
 
+@pytest.mark.parametrize(
+    ("gpu", "fits"), [("sm_80", False), ("sm_89", False), ("sm_90a", True), ("sm_100", True), ("sm_120", False)]
+)
+def test_scales_per_head_need_flash_attention_3_or_4(gpu: str, fits: bool, tmp_path: Path) -> None:
+    scales = {"k_scale": 0.5, "v_scale": 0.5}
+    heads = with_cache(tmp_path / "a", scales, KV | {"strategy": "attn_head"})
+    contract = check(heads, "vllm", gpu)
+    assert contract.fits == fits
+    assert fits or "FlashAttention" in refusals(contract)["kv-cache"]
+    assert check(with_cache(tmp_path / "b", scales), "vllm", gpu).fits
+
+
 def with_heads(folder: Path, heads: int) -> Path:
     content = json.loads((folder / "config.json").read_text())
     text = {**content.get("text_config", {}), "num_attention_heads": heads, "num_key_value_heads": heads}

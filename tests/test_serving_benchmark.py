@@ -195,6 +195,11 @@ def test_a_verdict_of_check_that_did_not_come_true_is_marked(row: Made, right: A
 
 def test_the_first_error_of_a_log_is_its_cause() -> None:
     assert server.first_error(LOG) == "ValueError: no kernel in config.json for it"
+    more = LOG.replace(
+        "for it\n", "for it. Reasons:\n(Worker pid=3) ERROR 11-28 22:00:01 [core.py:9]  It takes 4 bits\n"
+    )
+    assert server.first_error(more) == "ValueError: no kernel in config.json for it. Reasons: It takes 4 bits"
+    assert server.first_error("all is well") is None
 
 
 def test_a_server_that_does_not_come_up_is_ended(tmp_path: Path) -> None:
@@ -211,6 +216,13 @@ def test_a_server_that_does_not_come_up_is_ended(tmp_path: Path) -> None:
     if children.exists():
         names = [Path(f"/proc/{one}/comm").read_text().strip() for one in children.read_text().split()]
         assert "sleep" not in names
+
+
+def test_a_cache_cut_off_toward_zero() -> None:
+    """By hand: 1.99 lies between the codes of 1.875 and 2, 500 beyond the largest, 448."""
+    scale = torch.tensor([[[0.5]], [[0.25]]])
+    values = torch.tensor([0.995, -0.995, 1.0, 0.0, -250.0])[None, None, None]
+    assert serve.toward_zero(values, scale).flatten().tolist() == [0.9375, -0.9375, 1.0, 0.0, -224.0]
 
 
 def test_inputs_of_three_dimensions_go_through_rows() -> None:

@@ -81,6 +81,7 @@ RECIPES = {
     "gptq-files": "components: {language: {scheme: w4a16, method: rtn}}\noutput: {format: gptq}",
     "awq-files": "components: {language: {scheme: w4a16-asym, method: awq}}\noutput: {format: awq}",
     "int8-all": "components: {vision_encoder: w8a8-dynamic, language: w8a8-dynamic}",
+    "int8-static": "components: {vision_encoder: w8a8-static, language: w8a8-static}",
     "fp8-dynamic": "components: {vision_encoder: fp8-dynamic, language: fp8-dynamic}",
     "fp8-block": "components: {language: fp8-block}",
     "nvfp4a16": "components: {language: nvfp4a16}",
@@ -122,6 +123,7 @@ ROWS = (
     *(Row(REFERENCE, recipe) for recipe in ("mixed-kv", "gptq-files", "awq-files")),
     *(Row(model, recipe) for model in TINY for recipe in (UNQUANTIZED, "mixed", "mixed-kv", "gptq-files", "awq-files")),
     *(Row(model, "fp8-dynamic", prompts=1, tokens=4) for model in (*TINY, REFERENCE)),  # half a second a linear
+    *(Row(TINY[1], recipe) for recipe in ("fp8-block", "int8-static")),
     *(Row(REFERENCE, recipe) for recipe in ("nvfp4a16", "mxfp4a16", "mixed-kv-head", "mixed-asym", "int8-all")),
     *(Row(REFERENCE, recipe) for recipe in ("fp8-block", "w8a16", "embedding-w8", "nvfp4", "w4afp8", "w3a16")),
 )

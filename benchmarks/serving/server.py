@@ -27,6 +27,8 @@ FOLLOWS = ("CalledProcessError", "Engine core initialization failed", "Error rai
 """Errors that only say that there was one before."""
 HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING) \d\d-\d\d \d\d:|Warning:")
 """Lines of a log that may quote an error."""
+PREFIX = re.compile(r"^(?:\([^)]*\) )?(?:ERROR [\d: -]+\[[^\]]*\])?")
+"""Of a line of vLLM's log: process, level, time, place."""
 KERNEL = re.compile(r"(?:Selected|Using) (\w+Kernel) for (\w+)")
 STYLE = re.compile(r"\x1b\[[0-9;]*m")
 ENVIRONMENT = {
@@ -148,10 +150,12 @@ def serving(
 
 def first_error(log: str) -> str | None:
     """The error at the bottom of a log of tracebacks: the first that does not merely follow from another."""
-    for line in STYLE.sub("", log).splitlines():
+    lines = STYLE.sub("", log).splitlines()
+    for line, after in zip(lines, [*lines[1:], ""], strict=True):
         found = None if HARMLESS.search(line) else ERROR.search(line)
         if found and not any(words in line for words in FOLLOWS):
-            return shortened(found[0])
+            text = found[0].rstrip()
+            return shortened(f"{text} {PREFIX.sub('', after)}" if text.endswith(":") else text)
     return None
 
 

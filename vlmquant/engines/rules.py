@@ -25,6 +25,8 @@ from vlmquant.engines.table import (
     KV_CACHE,
     LANGUAGE,
     NEEDS_US,
+    PER_HEAD,
+    PER_HEAD_SM,
     REFUSALS,
     VERSIONS,
     VISION,
@@ -487,6 +489,11 @@ def _cache(held: Held, target: TargetSpec) -> Iterator[Finding]:
         strategy = shown(told["strategy"])
         what = f"scales of the cache are per {strategy}, which {target.engine} sets aside: the cache stays 16 bit"
         yield Finding("kv-cache", (), what, f"use strategy {_either(strategies)}", source, refused=False)
+    sm = compute_capability(target)
+    if target.engine == "vllm" and told["strategy"] == "attn_head" and sm is not None and sm // 10 not in PER_HEAD_SM:
+        majors = _either(f"sm_{major}x" for major in PER_HEAD_SM)
+        what = f"scales of the cache for each head need FlashAttention 3 or 4, that is {majors}; it does not start else"
+        yield Finding("kv-cache", (), what, "use one scale for a layer (kv_cache: fp8)", PER_HEAD)
     if (target.engine, target.gpu) == ("vllm", CPU):
         yield from _cpu_cache(held, str(told["strategy"]))
     if held.read is not None:

@@ -317,6 +317,12 @@ KV_CACHE = {
 }
 """The strategies of float8 caches that engines read, and where it is said. transformers ignores such scales."""
 
+PER_HEAD_SM = (9, 10)
+"""Major compute capabilities on which vLLM has FlashAttention 3 or 4, the only backends with scales for each head."""
+PER_HEAD = (
+    "vllm v1/attention/backends/flash_attn.py: supports_per_head_quant_scales; fa_utils.py: get_flash_attn_version"
+)
+
 VLLM_CPU_CACHE = "vllm v1/attention/backends/cpu_attn.py: _get_attn_isa; run"
 CPU_CACHE_HEAD = 32
 """Sizes of heads that its float8 cache takes on a CPU are multiples of it."""
