@@ -97,6 +97,21 @@ def test_what_cannot_fit_is_refused_before_any_work(run: Run, tiny_llava: Path, 
     assert "--memory-limit: expected a size such as 24GB" in told
 
 
+def test_plan_says_whether_it_fits(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    samples = write_small_set(tmp_path / "set")
+    options = ("-r", "mixed", "--calibration", samples, "--memory-limit")
+    code, text, _ = run("plan", tiny_llava, *options, "8GiB", "--json")
+    assert code == 0
+    ways = json.loads(text)["quantizing"]
+    assert [way["passes"] for way in ways] == [{"rerun": way.rerun, "spill": way.spill} for way in WAYS]
+    assert ways[0]["peak_bytes"] >= ways[1]["peak_bytes"] >= ways[2]["peak_bytes"] > 2**26
+    assert all(way["disk_bytes"] > 0 and 0 <= way["seconds"][0] <= way["seconds"][1] for way in ways)
+    code, text, told = run("plan", tiny_llava, *options, "40MiB")
+    assert code == 6
+    assert "Quantizing" in text
+    assert "quantize needs" in told
+
+
 def test_without_a_limit_what_is_free_decides(
     run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,6 +164,11 @@ def plan(
     ] = None,
     image_size: Annotated[str | None, typer.Option(help="Their width and height in pixels, else 1024x768.")] = None,
     tp: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs that share the model, else 1.")] = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(help="Memory that quantizing may hold, such as 20GiB: would it fit, and in which time?"),
+    ] = None,
+    calibration: Annotated[str | None, typer.Option(help="Calibration set for that, instead of the recipe's.")] = None,
     family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
@@ -171,11 +176,13 @@ def plan(
     """Show what becomes of every weight, and the bytes before and after. Reads no weights.
 
     Where the recipe has a target, also whether its engine takes the result: exit 1 if it does not. With --gpu-memory,
-    --batch, --context, --images, --image-size or --tp, also what serving it takes: exit 6 if that does not fit.
+    --batch, --context, --images, --image-size or --tp, also what serving it takes; with --memory-limit, what quantizing
+    takes, for which one sample is sent through the vision encoder. Exit 6 if that does not fit.
     """
-    from vlmquant.pipeline import check_target, plan_model
+    from vlmquant.budget import choose
+    from vlmquant.pipeline import check_target, plan_model, plan_work
     from vlmquant.serving import Wish, serve
-    from vlmquant.tables import engine_table, plan_lines_table, plan_table, serving_table
+    from vlmquant.tables import engine_table, plan_lines_table, plan_table, serving_table, work_table
 
     wanted = load_wanted(recipe, family)
     asked: dict[str, Any] = {
@@ -190,9 +197,12 @@ def plan(
     components, planned = plan_model(model, wanted, trust_remote_code=trust_remote_code)
     contract = check_target(components, planned, wanted)
     serving = serve(components, planned, Wish(**asked)) if asked else None
+    limit = None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit")
+    ways = [] if limit is None else plan_work(components, planned, wanted, calibration=calibration)
     if as_json:
         extra = {} if contract is None else {"target": contract.to_json()}
-        emit(planned.to_json() | extra | ({} if serving is None else {"serving": serving.to_json()}))
+        extra |= {} if serving is None else {"serving": serving.to_json()}
+        emit(planned.to_json() | extra | ({"quantizing": [way.to_json() for way in ways]} if ways else {}))
     else:
         if every_weight:
             show(plan_lines_table(planned))
@@ -201,6 +211,10 @@ def plan(
             show(engine_table(contract))
         if serving is not None:
             show(serving_table(serving))
+        if limit is not None:
+            show(work_table(ways, limit))
+    if limit is not None:
+        choose(ways, limit)
     if contract is not None and not contract.fits:
         raise typer.Exit(EXIT_ERROR)
     raise typer.Exit(EXIT_OK if serving is None or serving.fits else EXIT_DOES_NOT_FIT)

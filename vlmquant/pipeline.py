@@ -165,11 +165,7 @@ def quantize(
         "settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()},
     }
     if plan.cache or any(line.needs_data for line in plan.lines):
-        chosen = (
-            recipe.calibration
-            if calibration is None
-            else recipe.calibration.model_copy(update={"set": str(calibration)})
-        )
+        chosen = _calibration_of(recipe, calibration)
         selection = choose_samples(load_set(chosen.set), chosen)
         inputs.watch(path for sample in selection.samples for path in sample.images)
         batches, made = make_batches(
@@ -219,19 +215,49 @@ def quantize(
     )
 
 
+def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> CalibrationSpec:
+    """The recipe's, or with another set."""
+    spec = recipe.calibration
+    return spec if calibration is None else spec.model_copy(update={"set": str(calibration)})
+
+
+def plan_work(
+    components: ComponentMap, plan: Plan, recipe: Recipe, *, calibration: str | Path | None = None
+) -> list[Prediction]:
+    """What quantizing on the CPU would take, for each way to run the calibration passes: budget.WAYS.
+
+    Encodes the calibration set and sends its first sample through the vision encoder; the weights on its way are read.
+    """
+    _return_freed_memory()
+    dtype, footprint = compute_dtype("cpu", least_gain=CALIBRATION_GAIN), Footprint({}, 0)
+    if plan.cache or any(line.needs_data for line in plan.lines):
+        chosen = _calibration_of(recipe, calibration)
+        samples = choose_samples(load_set(chosen.set), chosen).samples
+        processor = load_processor(components.model_dir)
+        batches, _ = make_batches(samples, processor, max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE)
+        footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
+        gc.collect()
+    return _predictions(components, plan, footprint, dtype)
+
+
+def _predictions(components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype) -> list[Prediction]:
+    compiled.available()  # numba is loaded at its first use
+    base = budget.resident_bytes()
+    ways = budget.WAYS if footprint.components else budget.WAYS[:1]
+    return [budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way) for way in ways]
+
+
 def _plan_work(
     components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, memory_limit: int | None
 ) -> Prediction:
     """How the passes are to run: the fastest way that fits. Without a limit the smallest is tried where none fits."""
-    compiled.available()  # numba is loaded at its first use
-    base = budget.resident_bytes()
-    ways = budget.WAYS if footprint.components else budget.WAYS[:1]
-    tried = [budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way) for way in ways]
+    tried = _predictions(components, plan, footprint, dtype)
+    held = budget.resident_bytes()
     if memory_limit is not None:
         left = budget.address_space()
-        return budget.choose(tried, memory_limit if left is None else min(memory_limit, base + left))
+        return budget.choose(tried, memory_limit if left is None else min(memory_limit, held + left))
     try:
-        return budget.choose(tried, base + budget.available_bytes())
+        return budget.choose(tried, held + budget.available_bytes())
     except DoesNotFitError:
         return tried[-1]
 

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from vlmquant.budget import Prediction
 from vlmquant.calibration.build import SourceUse
 from vlmquant.calibration.sampling import Stratum
 from vlmquant.components import COMPONENTS, ComponentMap
@@ -291,6 +292,26 @@ def serving_table(serving: Serving) -> Table:
     table = make_table(f"Serving, on each of {wish.tp} GPUs" if wish.tp > 1 else "Serving", ("", "bytes"), rows)
     _add_caption(table, lines)
     return table
+
+
+def work_table(ways: Sequence[Prediction], limit: int) -> Table:
+    """What quantizing takes, for each way to run the calibration passes, and what its peak is made of."""
+    rows = []
+    for way in ways:
+        phase = max(way.phases, key=way.phases.__getitem__)
+        largest = sorted(way.parts[phase].items(), key=lambda item: -item[1])[:3]
+        rows.append(
+            (
+                way.passes.label,
+                f"{phase}: " + ", ".join(f"{name} {megabytes(size)}" for name, size in largest),
+                megabytes(way.peak_bytes),
+                megabytes(way.disk_bytes),
+                f"{way.seconds[0]:,.0f} to {way.seconds[1]:,.0f}",
+                "yes" if way.peak_bytes <= limit else "no",
+            )
+        )
+    columns = ("passes", "most of the peak", "peak", "disk", "seconds", f"fits {megabytes(limit)}")
+    return make_table("Quantizing", columns, rows, left=2)
 
 
 def upload_table(upload: Upload) -> Table:
