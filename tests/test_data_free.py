@@ -285,8 +285,7 @@ def test_the_commands_on_a_model_without_a_class(models: dict[str, tuple[Path, P
     assert json.loads(checked.stdout)["served"]
     with pytest.raises(InputError, match="model type unheard_of is unknown to this transformers"):
         load_model(out)
-    shown = run(app, ["inspect", str(model_dir)])
-    assert shown.exit_code == EXIT_ERROR
+    assert run(app, ["inspect", str(model_dir)]).exit_code == EXIT_OK
     (next(iter(out.glob("*.safetensors")))).write_bytes(b"")
     assert run(app, ["verify", str(out)]).exit_code == EXIT_ERROR
 
@@ -387,3 +386,14 @@ def test_a_model_without_a_class_cannot_be_built(models: dict[str, tuple[Path, P
     with pytest.raises(UnknownClassError, match="nobody knows it, so it cannot be built"):
         cache_layers(components)
     assert not issubclass(UnknownClassError, CheckpointError)
+
+
+def test_inspect_shows_what_names_tell(models: dict[str, tuple[Path, Path]]) -> None:
+    known, unknown = models["qwen3_vl"]
+    told = [CliRunner().invoke(app, ["inspect", str(model), "--json"]) for model in (known, unknown)]
+    assert [one.exit_code for one in told] == [EXIT_OK, EXIT_OK]
+    parts = [json.loads(one.stdout)["components"] for one in told]
+    for name in ("vision_encoder", "language", "lm_head"):
+        assert parts[1][name]["bytes"] == parts[0][name]["bytes"]
+    shown = CliRunner().invoke(app, ["inspect", str(unknown)]).stdout
+    assert "by the tensors' names" in " ".join(shown.split())

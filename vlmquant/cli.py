@@ -124,8 +124,8 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show the component map: parameters, bytes, blocks, quantizable linears, fused groups, experts."""
-    from vlmquant.components import locate_model, resolve_components
     from vlmquant.families import from_spec
+    from vlmquant.pipeline import find_components
     from vlmquant.recipe import load_family
     from vlmquant.support import load_support
     from vlmquant.tables import component_summary, component_table, support_table
@@ -140,7 +140,7 @@ def inspect(
             show(support_table(support))
         return
     row = from_spec(load_family(family)) if family else None
-    components = resolve_components(locate_model(model), trust_remote_code=trust_remote_code, family=row)
+    components = find_components(model, trust_remote_code=trust_remote_code, family=row)
     if as_json:
         emit(component_summary(components))
     else:

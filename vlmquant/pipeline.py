@@ -43,7 +43,7 @@ from vlmquant.evaluation.inputs import check_first
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.scoring import score_model
 from vlmquant.evaluation.settings import Settings
-from vlmquant.families import from_spec
+from vlmquant.families import Family, from_spec
 from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.gate import judge
 from vlmquant.grid import QuantizedWeight, grid_of
@@ -369,20 +369,35 @@ def _quantize_blocks(
     return BlockResult({}, {}, errors, tuple(notes), expert_tokens, cache)
 
 
+def find_components(
+    model: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    family: Family | None = None,
+    needing_class: Sequence[str] = (),
+) -> ComponentMap:
+    """The components of a model (a directory or hub id): as its class has them; else, where nothing needs the class,
+    as the names and shapes of its tensors tell."""
+    model_dir = locate_model(model)
+    try:
+        return resolve_components(model_dir, trust_remote_code=trust_remote_code, family=family)
+    except UnknownClassError as error:
+        if needing_class:
+            raise UnknownClassError(f"{error}; {_WITHOUT_CLASS.format(some(needing_class))}") from error
+        why = str(error).removeprefix(f"{model_dir / CONFIG_NAME}: ").removeprefix(f"{model_dir}: ")
+        return resolve_from_headers(model_dir, unknown=why, family=family)
+
+
 def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[ComponentMap, Plan]:
     """What becomes of every tensor of a model (a directory or hub id), before any work.
 
     Where the model has no class here and the recipe needs none, the names and shapes of its tensors say what they are.
     Raises InputError or PlanError for whatever would keep `quantize` from writing it.
     """
-    family, model_dir = from_spec(recipe.family) if recipe.family else None, locate_model(model)
-    try:
-        components = resolve_components(model_dir, trust_remote_code=trust_remote_code, family=family)
-    except UnknownClassError as error:
-        if needed := needs_class(recipe):
-            raise UnknownClassError(f"{error}; {_WITHOUT_CLASS.format(some(needed))}") from error
-        why = str(error).removeprefix(f"{model_dir / CONFIG_NAME}: ").removeprefix(f"{model_dir}: ")
-        components = resolve_from_headers(model_dir, unknown=why, family=family)
+    family = from_spec(recipe.family) if recipe.family else None
+    components = find_components(
+        model, trust_remote_code=trust_remote_code, family=family, needing_class=needs_class(recipe)
+    )
     plan = make_plan(components, recipe)
     components = as_written(components, plan, recipe)
     if recipe.output.format in FORMATS:
