@@ -116,6 +116,8 @@ def test_to_the_meta_device_and_back_keeps_shapes() -> None:
 @pytest.fixture
 def packed_by_onednn(monkeypatch: pytest.MonkeyPatch) -> tuple[QuantLinear, QuantizedWeight]:
     """A linear with an opaque weight, as on a CPU where that is fast."""
+    if not int8_onednn.is_right():
+        pytest.skip("oneDNN's product of int8 saturates on this CPU, or torch has none")
     monkeypatch.setattr(int8_onednn, "_wins", lambda: True)
     scheme = SHORT_SCHEMES["w8a8-dynamic"]
     weight = round_to(scheme, 96, 250)

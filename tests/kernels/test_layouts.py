@@ -153,6 +153,8 @@ def test_a_weight_is_held_once() -> None:
 def test_dynamic_int8_multiplies_the_rounded_inputs(
     dtype: torch.dtype, integers: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if integers and not int8.integers_are_exact():
+        pytest.skip("torch's integer product saturates on this CPU")
     monkeypatch.setattr(loops, "usable", lambda inputs: compiled)
     monkeypatch.setattr(int8, "_integers_win", lambda: integers)
     weight, inputs = packed(96, 128, 8, 128, True, torch.bfloat16), tokens(9, 128, dtype)

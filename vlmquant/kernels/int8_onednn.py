@@ -74,22 +74,26 @@ def _unpack(packed: Tensor) -> Tensor:
 
 @measured
 def _wins() -> bool:
-    """Whether torch has the operators here, and they are exact, give the codes back, and are the fastest."""
-    if not compiled.available():
+    """Whether there are such tensors here, and their product is the fastest."""
+    if not compiled.available() or not is_right():
         return False
+    rounded, extreme = int8.extreme_codes()
+    packed = _pack(extreme)
+    if seconds(lambda: loops.onednn_sums(rounded, packed)) > SMALL_SECONDS:
+        return False
+    return fastest({way: _product(way) for way in loops.PRODUCTS}) == "onednn"
+
+
+@measured
+def is_right() -> bool:
+    """Whether torch has the operators here, they are exact, and what they pack can be unpacked."""
+    rounded, extreme = int8.extreme_codes()
+    all_codes = torch.arange(64 * 128).remainder(255).sub(127).to(torch.int8).view(64, 128)
     try:
-        return _is_right() and fastest({way: _product(way) for way in loops.PRODUCTS}) == "onednn"
+        found, unpacked = loops.onednn_sums(rounded, _pack(extreme)), _unpack(_pack(all_codes))
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-
-
-def _is_right() -> bool:
-    """Also that it is not the reference, before that is asked for a large product."""
-    rounded, extreme = int8.extreme_codes()
-    packed, all_codes = _pack(extreme), torch.arange(64 * 128).remainder(255).sub(127).to(torch.int8).view(64, 128)
-    exact = torch.equal(loops.onednn_sums(rounded, packed).double(), rounded.double() @ extreme.double().T)
-    fast = seconds(lambda: loops.onednn_sums(rounded, packed)) < SMALL_SECONDS
-    return exact and fast and torch.equal(_unpack(_pack(all_codes)), all_codes)
+    return torch.equal(found.double(), rounded.double() @ extreme.double().T) and torch.equal(unpacked, all_codes)
 
 
 def _product(way: str) -> Callable[[], Tensor]:
