@@ -4,8 +4,8 @@
 
 `packed` is QuantLinear as a loaded model has it; `per call` dequantizes the words on disk, then multiplies, at every
 call; `dense` is a product with the dequantized weight in the same dtype. They take turns, and each time is the median
-of the rounds. --isa avx2 keeps torch and oneDNN from everything newer, as on a CPU without 16-bit floats. Writes
-benchmarks/results/cpu_layouts[_ISA].{json,md}.
+of the rounds. --isa avx2 keeps torch, oneDNN and compiled loops from everything newer, as on a CPU without 16-bit
+floats. Writes benchmarks/results/cpu_layouts[_ISA].{json,md}.
 """
 
 import argparse
@@ -23,12 +23,22 @@ from vlmquant.grid import grid_of
 from vlmquant.threads import QUIET_WAIT
 
 RESULTS = Path(__file__).parent / "results"
-SHAPES = {"768 wide": (2304, 768), "4096 wide": (4096, 4096)}
-"""Rows and columns: the query, key and value of a small language model; a linear of a large one."""
-TOKENS = (1, 4, 16, 64, 256)
+SHAPES = {"768 wide": (2304, 768), "4096 wide": (4096, 4096), "vision": (4304, 1152)}
+"""Rows and columns: the query, key and value of a small language model; a linear of a large one, and of a vision
+encoder (SigLIP so400m)."""
+TOKENS = (1, 4, 16, 64, 256, 729)
+"""An image of 384 x 384 pixels in patches of 14 has 729."""
 SCHEMES = ("w4a16", "w4a16-asym", "w3a16", "w8a16", "w8a8-dynamic")
 DTYPES = ("bfloat16", "float32", "float16")
-ISA = {"avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
+ISA = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "",
+    },
+}
 LEAST_SECONDS = 0.02
 """A candidate's turn takes at least so long."""
 
@@ -60,7 +70,7 @@ def candidates(linear: Any, weight: Any, inputs: Any) -> dict[str, Callable[[], 
     return {"packed": lambda: linear(inputs), "per_call": per_call, "dense": lambda: multiply(inputs, dense)}
 
 
-def measure(rounds: int, schemes: Sequence[str]) -> list[dict[str, Any]]:
+def measure(rounds: int, shapes: Sequence[str], schemes: Sequence[str]) -> list[dict[str, Any]]:
     import torch
 
     from vlmquant.algorithms.rtn import quantize_weight
@@ -68,7 +78,8 @@ def measure(rounds: int, schemes: Sequence[str]) -> list[dict[str, Any]]:
     from vlmquant.recipe import SHORT_SCHEMES
 
     found = []
-    for (shape_name, shape), scheme, dtype in itertools.product(SHAPES.items(), schemes, DTYPES):
+    for shape_name, scheme, dtype in itertools.product(shapes, schemes, DTYPES):
+        shape = SHAPES[shape_name]
         values = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
         weight = quantize_weight(values, grid_of(SHORT_SCHEMES[scheme], values.shape[1], torch.bfloat16).fitted(values))
         linear = QuantLinear(weight, SHORT_SCHEMES[scheme], None, dtype=getattr(torch, dtype))
@@ -87,8 +98,15 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"Measured {result['date']} by `{result['command']}`: {machine['cpu']}, {machine['threads']} threads, "
         f"torch {machine['torch']}. Milliseconds, medians of {result['rounds']} rounds.",
         f"Slower than dequantizing at every call: {len(slower)} of {len(rows)} rows.",
+        "Largest time as a multiple of dense's, by scheme, for 256 tokens and more, in bfloat16 and float32: "
+        + "; ".join(
+            f"{scheme} {', '.join(_largest(rows, scheme, dtype) for dtype in DTYPES[:2])}"
+            for scheme in dict.fromkeys(row["scheme"] for row in rows)
+        )
+        + ".",
     ]
-    for shape, (height, width) in SHAPES.items():
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        height, width = SHAPES[shape]
         head = "".join(f" {tokens} | |" for tokens in TOKENS)
         lines += ["", f"{height} x {width}, packed and (dense) by tokens:", "", f"| scheme | dtype | layout |{head}"]
         lines += ["|---|---|---|" + "---:|---:|" * len(TOKENS)]
@@ -100,12 +118,18 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _largest(rows: list[dict[str, Any]], scheme: str, dtype: str) -> str:
+    chosen = [row for row in rows if (row["scheme"], row["dtype"]) == (scheme, dtype) and row["tokens"] >= 256]
+    return f"{max(row['packed'] / row['dense'] for row in chosen):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--isa", choices=sorted(ISA))
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     wanted = QUIET_WAIT | ISA.get(arguments.isa, {})
@@ -114,7 +138,7 @@ def main() -> None:
     from vlmquant.threads import set_threads
 
     set_threads(arguments.threads)
-    rows = measure(arguments.rounds, arguments.schemes)
+    rows = measure(arguments.rounds, arguments.shapes, arguments.schemes)
     result = {**provenance(), "rounds": arguments.rounds, "rows": rows}
     out = arguments.out or RESULTS / ("cpu_layouts" + (f"_{arguments.isa}" if arguments.isa else ""))
     out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

@@ -131,3 +131,9 @@ def test_pipes_and_links_in_the_cache_are_damaged_and_not_waited_for(tmp_path: P
     (kernels / "b.cubin").symlink_to("/dev/zero")
     found = doctor.examine()["cache"]
     assert (found["kernels"], found["damaged"]) == (2, 2)
+
+
+def test_loops_that_cannot_be_compiled_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no loops can be compiled" not in "\n".join(doctor.lines(doctor.examine()))
+    monkeypatch.setattr(doctor.compiled, "unavailable", lambda: "numba does not work here")
+    assert "no loops can be compiled (numba does not work here)" in "\n".join(doctor.lines(doctor.examine()))

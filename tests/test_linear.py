@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from tests import grids
 from vlmquant.grid import QuantizedWeight, split_rows
-from vlmquant.kernels import int4, int8, int8_cuda, reference
+from vlmquant.kernels import int4, int8, int8_cuda, int8_onednn, reference
 from vlmquant.linear import FollowingActivation, PackedRows, QuantEmbedding, QuantLinear, can_share, share
 from vlmquant.recipe import SHORT_SCHEMES, Scheme
 
@@ -110,6 +111,81 @@ def test_to_the_meta_device_and_back_keeps_shapes() -> None:
     there = copy.deepcopy(layer).to("meta")
     assert {tensor.device.type for tensor in there.packed.held.values()} == {"meta"}
     assert there.packed_bytes == layer.packed_bytes
+
+
+@pytest.fixture
+def packed_by_onednn(monkeypatch: pytest.MonkeyPatch) -> tuple[QuantLinear, QuantizedWeight]:
+    """A linear with an opaque weight, as on a CPU where that is fast."""
+    if not int8_onednn.is_right():
+        pytest.skip("oneDNN's product of int8 saturates on this CPU, or torch has none")
+    monkeypatch.setattr(int8_onednn, "_wins", lambda: True)
+    scheme = SHORT_SCHEMES["w8a8-dynamic"]
+    weight = round_to(scheme, 96, 250)
+    layer = QuantLinear(weight, scheme, torch.linspace(-1, 1, 96))
+    assert layer.layout == "int8_onednn"
+    assert 96 * 250 < layer.packed_bytes < 96 * 250 * 1.5
+    return layer, weight
+
+
+@pytest.mark.parametrize("path", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "file"])
+@pytest.mark.parametrize("there", [True, False], ids=["fast", "slow where it is read"])
+def test_an_opaque_weight_can_be_copied_and_saved(
+    path: Callable[[QuantLinear], QuantLinear],
+    there: bool,
+    packed_by_onednn: tuple[QuantLinear, QuantizedWeight],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (layer, weight), inputs = packed_by_onednn, torch.randn(3, 250, generator=torch.Generator().manual_seed(1))
+    expected = layer(inputs)
+    monkeypatch.setattr(int8_onednn, "_wins", lambda: there)
+    again = path(layer)
+    assert (layer.layout, again.layout) == ("int8_onednn", "int8_onednn" if there else "int8")
+    assert torch.equal(again.to_weight().codes, weight.codes)
+    assert torch.equal(again.to_weight().scales, weight.scales)
+    assert torch.equal(again.bias, layer.bias)
+    torch.testing.assert_close(again(inputs), expected)
+    assert not again.state_dict().keys() - layer.state_dict().keys()
+
+
+def test_an_opaque_weight_moves(packed_by_onednn: tuple[QuantLinear, QuantizedWeight]) -> None:
+    layer, weight = packed_by_onednn
+    inputs = torch.randn(3, 250, generator=torch.Generator().manual_seed(1))
+    layer.to(torch.float32)
+    assert layer(inputs).dtype == torch.float32
+    assert layer.layout == "int8_onednn"
+    assert torch.equal(layer.to_weight().codes, weight.codes)
+    there = layer.to("meta")
+    assert {tensor.device.type for tensor in there.packed.held.values()} == {"meta"}
+    assert there(inputs.to("meta")).shape == (3, 96)
+
+
+def test_an_opaque_weight_does_not_stand_in_the_way_of_gradients(
+    packed_by_onednn: tuple[QuantLinear, QuantizedWeight], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, weight = packed_by_onednn
+    monkeypatch.setattr(int8_onednn, "_wins", lambda: False)
+    plain = QuantLinear(weight, layer.scheme, layer.bias)
+    assert plain.layout == "int8"
+    found = []
+    for one in (layer, plain):
+        inputs = torch.randn(3, 250, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        one(inputs).square().sum().backward()
+        found.append(inputs.grad)
+    assert found[0].any()
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_opaque_weight_compiles_without_a_break(
+    dtype: torch.dtype, packed_by_onednn: tuple[QuantLinear, QuantizedWeight]
+) -> None:
+    layer = packed_by_onednn[0].to(dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for count in (1, 40, 5):
+        inputs = torch.randn(count, 250, generator=torch.Generator().manual_seed(3)).to(dtype)
+        with torch.no_grad():
+            assert torch.equal(compiled(inputs), layer(inputs))
 
 
 # --- one product for several linears ---
@@ -294,6 +370,7 @@ def test_an_activation_is_left_out_only_where_the_product_has_applied_it(monkeyp
     weight, bias = round_to(scheme, 96, 256), torch.linspace(-1, 1, 96)
     inputs = torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
     expected = nn.functional.gelu(reference.linear(inputs, weight, bias, rounded="dynamic-int8"))
+    monkeypatch.setattr(int8_onednn, "fits", lambda form, place: False)
     for layout in ("int8", "int8_cuda"):
         if layout == "int8_cuda":
             monkeypatch.setattr(int8_cuda, "fits", int8.fits)

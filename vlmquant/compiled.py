@@ -28,7 +28,7 @@ AS_WORDS = {
 }
 """What numba has no type for reaches a loop as its bits."""
 ROWS_AT_LEAST = 8
-"""Fewer rows than this are not worth another thread."""
+"""Fewer rows than this are not worth another thread, where a loop does not say otherwise."""
 
 _compiling = threading.Lock()
 
@@ -51,16 +51,18 @@ def available() -> bool:
     return unavailable() is None
 
 
-def compiled(*, rows: int = 0, fastmath: bool = False) -> Callable[[Callable[..., Any]], "Loop"]:
+def compiled(
+    *, rows: int = 0, at_least: int = ROWS_AT_LEAST, fastmath: bool = False
+) -> Callable[[Callable[..., Any]], "Loop"]:
     """A function over arrays, in the Python that numba takes, becomes a `Loop`.
 
     rows: so many of the first arguments have one row per row of the result, or are None; those may be cut along their
-    first axis.
+    first axis. at_least: fewer rows than this are not worth another thread.
     fastmath: sums may be made in another order, and no value is infinite or NaN.
     """
 
     def loop(function: Callable[..., Any]) -> Loop:
-        return Loop(function, rows=rows, fastmath=fastmath)
+        return Loop(function, rows=rows, at_least=at_least, fastmath=fastmath)
 
     return loop
 
@@ -68,8 +70,10 @@ def compiled(*, rows: int = 0, fastmath: bool = False) -> Callable[[Callable[...
 class Loop:
     """A compiled function. Called with tensors in CPU memory, which it sees as numpy arrays, and with plain values."""
 
-    def __init__(self, function: Callable[..., Any], *, rows: int, fastmath: bool) -> None:
-        self._function, self._rows, self._fastmath = function, rows, fastmath
+    def __init__(
+        self, function: Callable[..., Any], *, rows: int, fastmath: bool, at_least: int = ROWS_AT_LEAST
+    ) -> None:
+        self._function, self._rows, self._at_least, self._fastmath = function, rows, at_least, fastmath
         self._machine: Any = None
         functools.update_wrapper(self, function)
 
@@ -79,7 +83,7 @@ class Loop:
         if not self._rows:
             return self._run(machine, values)
         count = len(values[0])
-        parts = max(1, min(torch.get_num_threads(), count // ROWS_AT_LEAST))
+        parts = max(1, min(torch.get_num_threads(), count // self._at_least))
         if parts == 1:
             return self._run(machine, values)
         step = -(-count // parts)

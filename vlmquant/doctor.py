@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vlmquant
+from vlmquant import compiled
 from vlmquant.cache import cache_home, cache_problem
 from vlmquant.errors import KernelError
 from vlmquant.grid import Grid
@@ -22,7 +23,7 @@ from vlmquant.kernels.form import Form, Place
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.shards import dtype_name
 
-PACKAGES = ("torch", "transformers", "cuda-bindings", "nvidia-cuda-nvrtc", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "numba", "cuda-bindings", "nvidia-cuda-nvrtc", "bitsandbytes")
 SHOWN_SHAPE = (4096, 4096)
 """Rows and columns of the weight that stands for all in the list of kernels."""
 SHOWN_TOKENS = (1, 16, 32, 64, 128, 256, 1024)
@@ -31,7 +32,7 @@ GROUP_SIZE = 128
 
 
 def examine() -> dict[str, Any]:
-    """Everything, as data. Starts no kernel and compiles none."""
+    """Everything, as data. Starts no kernel of a GPU and compiles none."""
     return {
         "vlmquant": vlmquant.__version__,
         "python": platform.python_version(),
@@ -57,6 +58,9 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     cpu = found["cpu"]
     layouts = ", ".join(f"{layout} for {dtype}" for dtype, layout in cpu["layouts"].items())
     yield f"CPU: {cpu['threads']} threads, computes fastest in {cpu['dtype']}, holds 4-bit weights as {layouts}"
+    yield f"  int8 weights with inputs rounded to int8 as {cpu['int8_layout']}"
+    if cpu["loops_problem"]:
+        yield f"  no loops can be compiled ({cpu['loops_problem']}): torch expands packed weights, more slowly"
     if not found["gpus"]:
         yield "GPU: torch finds none, so packed weights are multiplied on the CPU"
     for gpu in found["gpus"]:
@@ -137,11 +141,14 @@ def _gpu(index: int) -> dict[str, Any]:
 
 def _cpu() -> dict[str, Any]:
     form = Form(SHOWN_SHAPE, Grid(4, GROUP_SIZE, torch.bfloat16))
+    int8_form = Form(SHOWN_SHAPE, Grid(8, SHOWN_SHAPE[1], torch.bfloat16), "dynamic-int8")
     cpu = torch.device("cpu")
     return {
         "threads": torch.get_num_threads(),
         "dtype": dtype_name(compute_dtype("cpu")),
         "layouts": {dtype_name(dtype): choose(form, Place(cpu, dtype)) for dtype in SHOWN_DTYPES},
+        "int8_layout": choose(int8_form, Place(cpu, torch.bfloat16)),
+        "loops_problem": compiled.unavailable(),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, join_rows
-from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, ROUNDS_INPUTS, choose, prepare, words
+from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, OPAQUE, ROUNDS_INPUTS, choose, nbytes, prepare, words
 from vlmquant.kernels.form import Form, Place, form_of
 from vlmquant.kernels.probe import needs_gradient
 from vlmquant.kernels.reference import round_inputs
@@ -54,7 +54,8 @@ class PackedRows(nn.Module):
         for name in self.held_names:
             delattr(self, f"held_{name}")
         for name, tensor in held.items():
-            self.register_buffer(f"held_{name}", tensor.contiguous(), persistent=False)
+            buffer = tensor if tensor.is_mkldnn else tensor.contiguous()
+            self.register_buffer(f"held_{name}", buffer, persistent=False)
         self.held_names = list(held)
         self.form = replace(self.form, activation=self.activation if self.activates else "")
         prepare(self.layout, held, self.form, self.place)
@@ -74,7 +75,7 @@ class PackedRows(nn.Module):
 
     @property
     def packed_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.held.values())
+        return nbytes(self.held)
 
     def to_weight(self) -> QuantizedWeight:
         weight: QuantizedWeight = LAYOUTS[self.layout].release(self.held, self.form)
@@ -92,15 +93,18 @@ class PackedRows(nn.Module):
         before, kept, held = self.place, {id(tensor) for tensor in self.held.values()}, None
         mark = fn(self.mark)
         place = Place(mark.device, mark.dtype)
-        layout = self.layout if place.device.type == "meta" else self._layout_at(place)
+        if place.device.type == "meta":
+            layout = OPAQUE.get(self.layout, self.layout)
+        else:
+            layout = self._layout_at(place)
         if layout != self.layout:
             held = LAYOUTS[layout].hold(self.to_weight().to(place.device))
 
         def move(tensor: Tensor) -> Tensor:
             if id(tensor) not in kept:
                 return fn(tensor)
-            if held is not None:
-                return tensor  # to be replaced
+            if held is not None or tensor.is_mkldnn:
+                return tensor  # to be replaced, or where it can only be
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
@@ -109,6 +113,30 @@ class PackedRows(nn.Module):
             self.layout = layout
             self._hold(held or self.held)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files, which can have no opaque tensors."""
+        if self.layout not in OPAQUE:
+            return dict(self.__dict__)
+        names, layout = {f"held_{name}" for name in self.held_names}, OPAQUE[self.layout]
+        held = LAYOUTS[layout].hold(self.to_weight())
+        kept = {name: buffer for name, buffer in self._buffers.items() if name not in names}
+        return {
+            **self.__dict__,
+            "_buffers": {**kept, **{f"held_{name}": tensor for name, tensor in held.items()}},
+            "_non_persistent_buffers_set": self._non_persistent_buffers_set - names | {f"held_{name}" for name in held},
+            "held_names": list(held),
+            "layout": layout,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.layout in OPAQUE.values() and self.place.device.type != "meta":
+            layout = self._layout_at(self.place)
+            if layout != self.layout:
+                held = LAYOUTS[layout].hold(self.to_weight())
+                self.layout = layout
+                self._hold(held)
 
 
 class SharedRows(PackedRows):
@@ -147,7 +175,7 @@ class SharedRows(PackedRows):
         return outputs[..., first : first + count].contiguous()  # for one token no copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "made": None}  # no activations in copies and files
+        return {**super().__getstate__(), "made": None}  # no activations in copies and files
 
 
 def _version(inputs: Tensor) -> int | None:

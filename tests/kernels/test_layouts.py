@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmquant.algorithms import rtn
 from vlmquant.grid import Grid, QuantizedWeight
-from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, probe
+from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, loops, probe, words
 from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
 
@@ -90,12 +90,19 @@ def _every_way_has_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4, "_beats_bags", lambda: True)
     monkeypatch.setattr(int4, "_op_tokens", lambda: 4)
     monkeypatch.setattr(bag4, "_bag_tokens", lambda: 4)
+    for layout in (int4, bag4, int8):
+        monkeypatch.setattr(layout, "_loops_win", lambda: True)
+    monkeypatch.setattr(words, "_loops_win", lambda bits: True)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE_ERROR, ids=str)
-@pytest.mark.parametrize("count", [1, 3, 150])
+@pytest.mark.parametrize(("count", "compiled"), [(1, True), (3, True), (150, True), (150, False)])
 @pytest.mark.parametrize("case", HELD, ids=str)
-def test_product_is_that_of_float64(case: tuple, count: int, dtype: torch.dtype) -> None:
+def test_product_is_that_of_float64(
+    case: tuple, count: int, compiled: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(loops, "usable", lambda inputs: False)
     weight, bias = packed(*case[:-1]), torch.linspace(-9, 9, case[0])
     layout = LAYOUTS[case[-1]]
     held, form = layout.hold(weight), form_of(weight)
@@ -142,9 +149,13 @@ def test_a_weight_is_held_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
 def test_dynamic_int8_multiplies_the_rounded_inputs(
-    dtype: torch.dtype, integers: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, integers: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if integers and not int8.integers_are_exact():
+        pytest.skip("torch's integer product saturates on this CPU")
+    monkeypatch.setattr(loops, "usable", lambda inputs: compiled)
     monkeypatch.setattr(int8, "_integers_win", lambda: integers)
     weight, inputs = packed(96, 128, 8, 128, True, torch.bfloat16), tokens(9, 128, dtype)
     codes, scales = activation_codes(inputs)
@@ -195,13 +206,19 @@ def test_the_faster_of_tiles_and_bags_is_chosen(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("layout", ["int4", "int8", "words"])
 def test_products_are_in_float32_where_the_cpu_has_none_in_16_bits(
-    layout: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+    layout: str, compiled: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     multiplied: list[torch.dtype] = []
+    real_mm = torch.mm
     record = lambda real: lambda one, other: multiplied.append(one.dtype) or real(one, other)  # noqa: E731
     monkeypatch.setattr(probe, "_is_fast", lambda dtype: fast)
+    monkeypatch.setattr(loops, "usable", lambda inputs: compiled)
+    monkeypatch.setattr(
+        torch, "mm", lambda one, other, *, out: multiplied.append(one.dtype) or real_mm(one, other, out=out)
+    )
     monkeypatch.setattr(torch.nn.functional, "linear", record(torch.nn.functional.linear))
     monkeypatch.setattr(Tensor, "__matmul__", record(Tensor.__matmul__))
     bits = 8 if layout == "int8" else 4

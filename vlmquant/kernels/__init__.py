@@ -9,7 +9,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from vlmquant.kernels import bag4, floats, fp8_cuda, int4, int8, int8_cuda, vq4, words
+from vlmquant.kernels import bag4, floats, fp8_cuda, int4, int8, int8_cuda, int8_onednn, vq4, words
 from vlmquant.kernels.form import Form, Place
 from vlmquant.notices import tell_once, warn_once
 
@@ -19,6 +19,7 @@ LAYOUTS: dict[str, ModuleType] = {
     "bag4": bag4,
     "fp8_cuda": fp8_cuda,
     "int8_cuda": int8_cuda,
+    "int8_onednn": int8_onednn,
     "int8": int8,
     "floats": floats,
     "words": words,
@@ -32,10 +33,12 @@ HAS_KERNEL = frozenset({"vq4", "fp8_cuda", "int8_cuda"})
 """Layouts that a GPU multiplies as they are."""
 ON_CUDA = frozenset({"vq4", "int8_cuda"})
 """Layouts with a `prepare`."""
+OPAQUE = {"int8_onednn": "int8"}
+"""Layouts of tensors that torch can neither copy nor save, and which layout holds the same meanwhile."""
 APPLIES_ACTIVATIONS = frozenset({"int8_cuda"})
 """Layouts whose products of rounded inputs can end with an activation, at no cost: `Form.activation`."""
 
-ROUNDS_INPUTS = frozenset({"fp8_cuda", "int8_cuda", "int8"})
+ROUNDS_INPUTS = frozenset({"fp8_cuda", "int8_cuda", "int8_onednn", "int8"})
 """Layouts whose `matmul` rounds the inputs as the form says."""
 
 
@@ -53,6 +56,11 @@ def choose(form: Form, place: Place) -> str:
     elif place.device.type == "cpu" and chosen in EXPANDS:
         tell_once(f"{form.kind} become floats at every call")
     return chosen
+
+
+def nbytes(held: dict[str, Tensor]) -> int:
+    """Bytes of memory that a held weight takes."""
+    return sum(int8_onednn.nbytes(tensor) if tensor.is_mkldnn else tensor.nbytes for tensor in held.values())
 
 
 def prepare(layout: str, held: dict[str, Tensor], form: Form, place: Place) -> None:

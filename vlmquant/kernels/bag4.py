@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import Grid, QuantizedWeight, mid_code
+from vlmquant.kernels import loops
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of
 from vlmquant.kernels.probe import measured, most_tokens, needs_gradient
 from vlmquant.kernels.reference import add_bias
@@ -73,11 +74,23 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype; computed in float32."""
-    values = inputs.float()
     few = 0 < len(inputs) <= _bag_tokens() and not needs_gradient(inputs)
-    multiply = _bag_matmul if few else _column_matmul
-    outputs = multiply(values, held, form)[:, : form.shape[0]]
-    return add_bias(outputs, bias).to(inputs.dtype)
+    outputs = _bag_matmul(inputs.float(), held, form) if few else _many_matmul(inputs, held, form)
+    return add_bias(outputs[:, : form.shape[0]], bias).to(inputs.dtype)
+
+
+def _many_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """By a compiled loop where that is faster."""
+    if loops.usable(inputs) and _loops_win():
+        return _loop_matmul(inputs, held, form)
+    return _column_matmul(inputs.float(), held, form)
+
+
+def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    outputs: Tensor = torch.ops.vlmquant.bag_linear(
+        inputs, held["table"], held["scales"], held.get("zeros"), mid_code(form.grid.bits)
+    )
+    return outputs
 
 
 def _bag_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
@@ -140,14 +153,25 @@ def _available() -> bool:
 @measured
 def _bag_tokens() -> int:
     """Up to how many tokens bags are faster than dequantizing."""
-    codes, scales = torch.zeros(PROBE_SHAPE, dtype=torch.uint8), torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
-    weight = QuantizedWeight(codes, scales, None, Grid(4, 128, torch.bfloat16))
-    held, form = hold(weight), form_of(weight)
+    held, form = _probe_weight()
     return most_tokens(
         lambda tokens: _bag_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
-        lambda tokens: _column_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
+        lambda tokens: _many_matmul(torch.ones(tokens, PROBE_SHAPE[1]), held, form),
         PROBE_TOKENS,
     )
+
+
+@measured
+def _loops_win() -> bool:
+    """Whether a compiled loop makes floats of a table faster than torch."""
+    held, form = _probe_weight()
+    return loops.faster(_loop_matmul, _column_matmul, torch.ones(PROBE_TOKENS[-1], PROBE_SHAPE[1]), held, form)
+
+
+def _probe_weight() -> tuple[dict[str, Tensor], Form]:
+    codes, scales = torch.zeros(PROBE_SHAPE, dtype=torch.uint8), torch.ones(PROBE_SHAPE[0], PROBE_SHAPE[1] // 128)
+    weight = QuantizedWeight(codes, scales, None, Grid(4, 128, torch.bfloat16))
+    return hold(weight), form_of(weight)
 
 
 def _bag_sums(table: Tensor, rows: Tensor, bags: Tensor, weights: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import Grid, QuantizedWeight, mid_code
-from vlmquant.kernels import bag4
+from vlmquant.kernels import bag4, loops
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of, rows_at_once
 from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
@@ -77,7 +77,7 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
     few = inputs.dtype == torch.bfloat16 and 0 < len(inputs) <= _op_tokens() and not needs_gradient(inputs)
-    outputs = _op_matmul(inputs, held) if few else _tile_matmul(inputs, held, form)
+    outputs = _op_matmul(inputs, held) if few else _many_matmul(inputs, held, form)
     return add_bias(outputs[:, : form.shape[0]], bias)
 
 
@@ -90,6 +90,21 @@ def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
         totals = inputs.reshape(len(inputs), len(held["rest"]), -1).sum(2, dtype=torch.float32)
         product = product.addmm(totals.to(product.dtype), held["rest"])
     return product
+
+
+def _many_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    """By a compiled loop where that is faster."""
+    return (_loop_matmul if loops.usable(inputs) and _loops_win() else _tile_matmul)(inputs, held, form)
+
+
+def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    shape, groups = _tile_shape(), -(-form.shape[1] // form.grid.group_size)
+    assert shape is not None, "a weight is held in tiles only where there are tiles"
+    table = held["table"][:: len(held["table"]) // groups]
+    outputs: Tensor = torch.ops.vlmquant.tile_linear(
+        inputs, held["tiles"], table, shape[1], mid_code(form.grid.bits), form.grid.symmetric
+    )
+    return outputs
 
 
 def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
@@ -196,9 +211,17 @@ def _op_tokens() -> int:
     held = hold(weight)
     return most_tokens(
         lambda tokens: _op_matmul(_probe_inputs(tokens), held),
-        lambda tokens: _tile_matmul(_probe_inputs(tokens), held, form),
+        lambda tokens: _many_matmul(_probe_inputs(tokens), held, form),
         PROBE_TOKENS,
     )
+
+
+@measured
+def _loops_win() -> bool:
+    """Whether compiled loops make floats of tiles faster than torch."""
+    weight, form = _probe_weight()
+    held, inputs = hold(weight), _probe_inputs(PROBE_TOKENS[-1])
+    return loops.faster(_loop_matmul, _tile_matmul, inputs, held, form)
 
 
 def _probe_weight() -> tuple[QuantizedWeight, Form]:

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
+from vlmquant.kernels import loops
 from vlmquant.kernels.form import Form, Place, rows_at_once
-from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
+from vlmquant.kernels.probe import fastest, measured, most_tokens, needs_gradient, product_dtype
 from vlmquant.kernels.reference import activation_codes, add_bias
 
 PROBE_SHAPE = (1024, 1024)
 """Outputs and inputs of the probe weight."""
 PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-COLUMN_MULTIPLE = 32
+COLUMN_MULTIPLE = loops.INT8_COLUMNS
 """Columns are padded to a multiple of this: torch 2.13's mixed product reads past the end of rows of other lengths
 (wrong results, crashes), and its integer product is wrong for rows of a single column."""
 MANY_TOKENS = 64
@@ -46,13 +47,17 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype; bias is added before outputs are rounded to it."""
     codes, scales = held["codes"], held["scales"].float()
+    if form.int8_inputs and loops.usable(inputs):
+        way = "integers" if _integers_win() else "floats"
+        outputs: Tensor = torch.ops.vlmquant.rounded_linear(inputs, codes, scales, bias, form.input_scale, way)
+        return outputs
     if form.int8_inputs:
         rounded, input_scales = activation_codes(inputs, form.input_scale)
         product = _rounded_product(_pad(rounded), codes).mul_(input_scales).mul_(scales)
     elif _op_fits(inputs, form) and len(inputs) <= _op_tokens() and not needs_gradient(inputs):
         product = _op_matmul(_pad(inputs), codes, scales)
     else:
-        product = _float_product(_pad(inputs), codes).float().mul_(scales)
+        product = _many_matmul(_pad(inputs), codes, scales)
     return add_bias(product, bias).to(inputs.dtype)
 
 
@@ -94,13 +99,51 @@ def _op_tokens() -> int:
 
     return most_tokens(
         lambda tokens: _op_matmul(inputs(tokens), codes, scales),
-        lambda tokens: _float_product(inputs(tokens), codes),
+        lambda tokens: _many_matmul(inputs(tokens), codes, scales.float()),
         PROBE_TOKENS,
     )
 
 
+def _many_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """inputs (tokens, padded in) -> (tokens, out), by a compiled loop where that is faster."""
+    return (_loop_matmul if loops.usable(inputs) and _loops_win() else _float_matmul)(inputs, codes, scales)
+
+
+def _loop_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    outputs: Tensor = torch.ops.vlmquant.int8_linear(inputs, codes, scales)
+    return outputs
+
+
+def _float_matmul(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return _float_product(inputs, codes).float().mul_(scales)
+
+
+@measured
+def _loops_win() -> bool:
+    """Whether compiled loops make floats of codes faster than torch."""
+    inputs, codes = torch.ones(MANY_TOKENS, PROBE_SHAPE[1]), torch.ones(PROBE_SHAPE, dtype=torch.int8)
+    return loops.faster(_loop_matmul, _float_matmul, inputs, codes, torch.ones(PROBE_SHAPE[0]))
+
+
+def extreme_codes() -> tuple[Tensor, Tensor]:
+    """Inputs (tokens, in) and a weight (out, in) of int8, whose products of neighbours together need 17 bits."""
+    inputs, codes = torch.tensor([127, -128], dtype=torch.int8), torch.tensor([127, -127], dtype=torch.int8)
+    return inputs.repeat(8)[:, None].repeat(1, 128), codes.repeat(32)[:, None].repeat(1, 128)
+
+
+@measured
+def integers_are_exact() -> bool:
+    """Whether torch's integer product is: without VNNI oneDNN adds pairs of products in 16 bits, which saturate."""
+    rounded, codes = extreme_codes()
+    return torch.equal(torch._int_mm(rounded, codes.T).double(), rounded.double() @ codes.double().T)
+
+
 @measured
 def _integers_win() -> bool:
-    """Whether the integer product is faster than that of float32."""
+    """Whether the integer product is exact, and faster than that of float32."""
     codes, rounded = (torch.ones(rows, PROBE_SHAPE[1], dtype=torch.int8) for rows in (PROBE_SHAPE[0], MANY_TOKENS))
-    return seconds(lambda: torch._int_mm(rounded, codes.T)) < seconds(lambda: _float_product(rounded.float(), codes))
+    runs = {
+        "integers": lambda: torch._int_mm(rounded, codes.T),
+        "floats": lambda: _float_product(rounded.float(), codes),
+    }
+    return integers_are_exact() and fastest(runs) == "integers"

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ ROUNDS = 5
 LEAST_SECONDS = 0.01
 """Timings of a candidate go on for this long: another process may hold a core for several milliseconds at a time."""
 TURNS = 4
-"""Times that each candidate for the compute dtype is timed; they take turns, so that no disturbance meets one alone."""
+"""Times that each candidate of `fastest`, and for the compute dtype, is timed."""
 MATMUL_SHAPE = (128, 512, 512)
 """Tokens, inputs, outputs of the probe: under a millisecond in float32, and short even where bfloat16 is emulated."""
 GPU_TIMES = 16
@@ -55,6 +55,12 @@ def seconds(run: Callable[[], object], device: torch.device | str = "cpu") -> fl
     while len(taken) < ROUNDS or sum(taken) < LEAST_SECONDS:
         taken.append(once())
     return min(taken)
+
+
+def fastest(runs: Mapping[str, Callable[[], object]]) -> str:
+    """The name of what takes the least time. They take turns, so that no disturbance meets one alone."""
+    costs = [{name: seconds(run) for name, run in runs.items()} for _ in range(TURNS)]
+    return min(runs, key=lambda name: min(turn[name] for turn in costs))
 
 
 def most_tokens(fast: Callable[[int], object], other: Callable[[int], object], counts: tuple[int, ...]) -> int:

@@ -3,11 +3,15 @@
 import torch
 from torch import Tensor, nn
 
-from vlmquant.grid import Grid, QuantizedWeight, dequantize_codes
-from vlmquant.kernels.form import Form, Place, rows_at_once
-from vlmquant.kernels.probe import product_dtype
+from vlmquant.grid import Grid, QuantizedWeight, dequantize_codes, mid_code
+from vlmquant.kernels import loops
+from vlmquant.kernels.form import Form, Place, form_of, rows_at_once
+from vlmquant.kernels.probe import measured, product_dtype
 from vlmquant.kernels.reference import add_bias
 from vlmquant.packing import pack_codes, unpack_codes
+
+PROBE_SHAPE = (1024, 1024)
+"""Outputs and inputs of the probe weight."""
 
 
 def fits(form: Form, place: Place) -> bool:
@@ -41,6 +45,20 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
+    if form.grid.kind == "int" and loops.usable(inputs) and _loops_win(form.grid.bits):
+        return add_bias(_loop_matmul(inputs, held, form), bias)
+    return add_bias(_torch_matmul(inputs, held, form), bias)
+
+
+def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+    bits, size = form.grid.bits, min(form.grid.group_size, form.shape[1])
+    outputs: Tensor = torch.ops.vlmquant.words_linear(
+        inputs, held["words"], held["scales"], held.get("zeros"), bits, mid_code(bits), size
+    )
+    return outputs
+
+
+def _torch_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
     values = inputs.to(product_dtype(inputs))
     outputs = inputs.new_empty(len(inputs), form.shape[0])
     at_once = rows_at_once(form.shape[1])
@@ -54,7 +72,16 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
             form.grid,
         )
         outputs[:, rows] = nn.functional.linear(values, weight.to(values.dtype))
-    return add_bias(outputs, bias)
+    return outputs
+
+
+@measured
+def _loops_win(bits: int) -> bool:
+    """Whether a compiled loop makes floats of integer codes faster than torch."""
+    codes, scales = torch.zeros(PROBE_SHAPE, dtype=torch.uint8), torch.ones(PROBE_SHAPE[0], 1)
+    weight = QuantizedWeight(codes, scales, None, Grid(bits, PROBE_SHAPE[1], torch.float32))
+    inputs = torch.ones(1, PROBE_SHAPE[1])
+    return loops.faster(_loop_matmul, _torch_matmul, inputs, hold(weight), form_of(weight))
 
 
 def read_rows(indices: Tensor, held: dict[str, Tensor], form: Form, dtype: torch.dtype) -> Tensor:
