@@ -209,9 +209,20 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen3_vl", "gemma3"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "method", "spilled"),
+    [
+        *(("llava", method, True) for method in METHODS),
+        ("qwen3_vl", "gptq", False),
+        ("gemma3", "awq", True),
+        *(
+            pytest.param(kind, method, spilled, marks=pytest.mark.slow)
+            for kind in ("qwen3_vl", "gemma3")
+            for method in METHODS
+            for spilled in (False, True)
+        ),
+    ],
+)
 def test_passes_that_are_not_kept_give_the_same(
     kind: str, method: str, spilled: bool, tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
