@@ -21,6 +21,8 @@ from vlmquant.stream import Footprint
 
 KEPT_WIDTHS = 3.0
 """Vectors as wide as the hidden state that a pass keeps for a token inside a block, beside the linear's inputs."""
+SCRATCH_BYTES = 64 << 20
+"""Of compiled loops, of the libraries' own buffers, of the writer, and what allocators do not give back."""
 SHARE = 0.9
 """Of the memory that is free, without a limit given: others need some, too."""
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -90,6 +92,7 @@ def predict(
             kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
             one = {
                 "process": base,
+                "scratch": SCRATCH_BYTES,
                 "weights outside blocks": outside,
                 "weights of the block": resident,
                 "codes of the block": codes,
@@ -105,7 +108,7 @@ def predict(
     spilled = max((place.nbytes for place in footprint.components.values()), default=0) + footprint.input_bytes
     return Prediction(
         passes,
-        phases or {"weights": base + outside},
+        phases or {"weights": base + SCRATCH_BYTES + outside},
         plan.bytes_after + (2 * spilled if passes.spill else 0),
         (round(longest, 1), round(SLOWEST * longest + plan.bytes_before / 50e6, 1)),
         parts,
