@@ -54,6 +54,9 @@ WORTH = 1e7
 """Multiplications that are worth being shared out: they take some milliseconds, as the messages do."""
 ROWS = 64
 """A rank gets rows by this many, as loops and matrix products take them, so that they come out as in one process."""
+LENGTH = 8
+INLINE = 1 << 14
+"""Bytes of a message that come with its length; the rest follows. Smaller tensors travel inside of it."""
 IN_FLIGHT = 8
 """Messages on their way from a rank, each of which holds its content."""
 RESUME = "the finished blocks are kept, so run again with --resume, with as many processes as you like"
@@ -440,15 +443,23 @@ class _Joined(Ranks):
             pickler = _Pickler(buffer)
             pickler.dump(value)
             content = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-            self._broadcast(torch.tensor([len(content)]), source)
-            self._broadcast(content, source)
+            head = torch.zeros(LENGTH + INLINE, dtype=torch.uint8)
+            head[:LENGTH] = torch.tensor([len(content)]).view(torch.uint8)
+            begin = content[:INLINE]
+            head[LENGTH : LENGTH + len(begin)] = begin
+            self._broadcast(head, source)
+            if len(content) > INLINE:
+                self._broadcast(content[INLINE:], source)
             for tensor in pickler.tensors:
                 self._spread(tensor.detach().contiguous(), source)
             return value
-        length = torch.zeros(1, dtype=torch.int64)
-        self._broadcast(length, source)
-        content = torch.empty(int(length), dtype=torch.uint8)
-        self._broadcast(content, source)
+        head = torch.empty(LENGTH + INLINE, dtype=torch.uint8)
+        self._broadcast(head, source)
+        length = int(head[:LENGTH].view(torch.int64))
+        content = torch.empty(length, dtype=torch.uint8)
+        content[:INLINE] = head[LENGTH:][:length]
+        if length > INLINE:
+            self._broadcast(content[INLINE:], source)
         return _Unpickler(io.BytesIO(content.numpy().tobytes()), self._receive_new, source, self.device).load()
 
     def _receive_new(self, tensor: Tensor, source: int) -> Tensor:
@@ -499,7 +510,7 @@ class _Joined(Ranks):
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, in `tensors`."""
+    """Leaves large tensors out, in `tensors`."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -508,6 +519,8 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
+            return None
+        if value.device.type == "cpu" and value.untyped_storage().nbytes() <= INLINE // 2:
             return None
         if id(value) not in self._places:
             self._places[id(value)] = len(self.tensors)

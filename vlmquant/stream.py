@@ -49,6 +49,8 @@ TOKENS_PER_INPUT = 2
 
 With fewer, others' tokens help; with more, they harm (benchmarks/results/moe.md)."""
 
+SMALL_MATRIX = 1 << 20
+"""Bytes of second moments that go from process to process in one piece."""
 WAITING = ("linear", "experts")
 """Pauses inside a block."""
 SPILL_BYTES = 1 << 16
@@ -421,11 +423,13 @@ def _upper_slices(total: Tensor) -> list[Tensor]:
 
 def _add_gram(total: Tensor, rows: Tensor | None, turn: Turn) -> None:
     """Add rows^T rows to the upper slices of `total`, each as soon as the batches before this one are in it."""
-    for part in _upper_slices(total):
-        with turn.adding(part):
+    slices = _upper_slices(total)
+    for piece, parts in [(total, slices)] if total.nbytes <= SMALL_MATRIX else [(one, [one]) for one in slices]:
+        with turn.adding(piece):
             if rows is not None:
-                end = rows.shape[1] - part.shape[1] + len(part)
-                part.addmm_(rows[:, end - len(part) : end].T, rows[:, end - len(part) :])
+                for part in parts:
+                    first = len(total) - part.shape[1]
+                    part.addmm_(rows[:, first : first + len(part)].T, rows[:, first:])
 
 
 def _mirror_upper(total: Tensor) -> Tensor:
