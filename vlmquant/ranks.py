@@ -361,6 +361,7 @@ class Watch:
         try:
             yield
         except StoppedElsewhere:
+            self._wait_until_heard()
             raise
         except BaseException as error:
             self._leaving = time.monotonic()
@@ -375,11 +376,14 @@ class Watch:
 
     def _wait_until_heard(self) -> None:
         """The store ends with the rank that holds it, so that goes last."""
-        if not self._serves:
-            return
         ended = time.monotonic() + HEARD
         with contextlib.suppress(RuntimeError):
-            while time.monotonic() < ended and not self.store.check([f"heard/{other}" for other in self._seen]):
+            self.store.set(f"heard/{self.rank}", "")
+            while (
+                self._serves
+                and time.monotonic() < ended
+                and not self.store.check([f"heard/{other}" for other in self._seen])
+            ):
                 time.sleep(BEAT / 20)
 
     def stop(self) -> None:
