@@ -319,7 +319,7 @@ def test_an_error_in_one_process_is_told_once(
             def broken(*given: Any) -> None:
                 raise SentinelError("the inputs of this rank are broken")
 
-            monkeypatch.setattr(gptq, "_quantize_shared", broken)
+            monkeypatch.setattr(gptq, "quantize_weight", broken)
         run(rank)
 
     forked = Forked(3, work, tmp_path)

@@ -47,7 +47,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     for name, stored in stage.stored.items():  # their rows are independent, and in float32 one is enough at a time
         parts = stage.by_rows(stored, rounded, work=len(stored) * stored.shape[1] ** 2)
         quantized[name] = join_rows([weight for weight, *_ in parts])
-        lost, whole = (torch.cat([part[place] for part in parts]) for place in (1, 2))
+        lost, whole = torch.cat([rows for _, rows, _ in parts]), torch.cat([rows for _, _, rows in parts])
         stage.measured(name, lost.sum().item(), whole.double().sum().item())
     return quantized
 
