@@ -46,6 +46,7 @@ ROOMS = [
     "grid",
     "recipe",
     "pages",
+    "ranks",
     "progress",
     "streams",
     "scratch",

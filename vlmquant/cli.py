@@ -397,7 +397,7 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a model by a recipe."""
-    from vlmquant import pipeline
+    from vlmquant import pipeline, ranks
     from vlmquant.tables import plan_table
 
     wanted = load_wanted(recipe, family)
@@ -408,29 +408,33 @@ def quantize(
         )
         wanted = wanted.model_copy(update={"calibration": chosen})
     set_threads(threads)
-    done = pipeline.quantize(
-        model,
-        wanted,
-        out,
-        calibration=calibration,
-        device=device,
-        dtype=parse_dtype(dtype),
-        resume=resume,
-        force=force,
-        trust_remote_code=trust_remote_code,
-        memory_limit=None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
-        command=quantize_command(
-            {
-                "--recipe": recipe,
-                "--calibration": calibration,
-                "--samples": samples,
-                "--device": None if device == "cpu" else device,
-                "--dtype": None if dtype == "auto" else dtype,
-                "--family": family,
-                "--trust-remote-code": trust_remote_code,
-            }
-        ),
-    )
+    with ranks.join(device) as joined:
+        done = pipeline.quantize(
+            model,
+            wanted,
+            out,
+            calibration=calibration,
+            device=joined.device,
+            dtype=parse_dtype(dtype),
+            resume=resume,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            memory_limit=None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
+            command=quantize_command(
+                {
+                    "--recipe": recipe,
+                    "--calibration": calibration,
+                    "--samples": samples,
+                    "--device": None if device == "cpu" else device,
+                    "--dtype": None if dtype == "auto" else dtype,
+                    "--family": family,
+                    "--trust-remote-code": trust_remote_code,
+                }
+            ),
+            ranks=joined,
+        )
+    if not joined.leads:
+        return
     if as_json:
         emit(done.to_json())
         return

@@ -9,6 +9,7 @@ EXIT_SENTINEL = 5
 EXIT_DOES_NOT_FIT = 6
 EXIT_STARVED_EXPERTS = 7
 EXIT_CACHE_SCALE = 8
+EXIT_RANK_LOST = 9
 
 
 class VlmquantError(Exception):
@@ -67,6 +68,12 @@ class DoesNotFitError(VlmquantError):
     """The work needs more memory or disk than there is."""
 
     exit_code = EXIT_DOES_NOT_FIT
+
+
+class RankLostError(VlmquantError):
+    """Of several processes that share a run, one is gone or never came."""
+
+    exit_code = EXIT_RANK_LOST
 
 
 class KernelError(VlmquantError):

@@ -288,6 +288,8 @@ def _sum_of_squares(values: Tensor) -> float:
 def join_rows(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights of the same inputs and on the same grid, one behind the other."""
     first = weights[0]
+    if len(weights) == 1:
+        return first
     return replace(
         first,
         codes=torch.cat([one.codes for one in weights]),

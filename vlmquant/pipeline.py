@@ -5,9 +5,11 @@ import ctypes
 import gc
 import hashlib
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -52,6 +54,7 @@ from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
 from vlmquant.progress import bar, stderr
+from vlmquant.ranks import ALONE, Ranks, refuse_different
 from vlmquant.reading import check
 from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
 from vlmquant.report.data import Report, Verdict, build_report, check_report_paths, overall, write_json, write_text
@@ -135,6 +138,7 @@ def quantize(
     trust_remote_code: bool = False,
     memory_limit: int | None = None,
     command: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Quantized:
     """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
 
@@ -143,6 +147,8 @@ def quantize(
     one, what the machine and its limits leave decides how the passes run (budget.WAYS).
     dtype: of the forward passes; None is float32, unless bfloat16 is measured to be far faster here.
     command: what card and manifest call the command that makes the same again, in another place.
+    ranks: the processes that share the work (ranks.join), each of which calls this with the same arguments. The first
+    writes; the same codes as one process makes, where their machines compute alike.
     Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
@@ -159,7 +165,7 @@ def quantize(
     selection = None
     batches: list[BatchMaker] = []
     footprint = Footprint({}, 0)
-    dtype = dtype or compute_dtype(device, least_gain=CALIBRATION_GAIN)
+    dtype = dtype or ranks.first(lambda: compute_dtype(device, least_gain=CALIBRATION_GAIN))
     manifest: dict[str, Any] = {
         "command": _repeatable(command, components.model_dir),
         "settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()},
@@ -171,35 +177,39 @@ def quantize(
         batches, made = make_batches(
             selection.samples, load_processor(components.model_dir), max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE
         )
+        _refuse_idle(ranks, batches)
         manifest["calibration"] = _calibration_record(selection, made, set_name=chosen.set)
         notes += _calibration_notes(selection, made, chosen)
         used = [sample for sample in selection.samples if sample.id not in made.too_long]
         notes += _without_images(used, components, plan, set_name=chosen.set)
-        footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device))
+        footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device), ranks=ranks)
         gc.collect()  # what the rehearsal held lies in circles
-    planned = _plan_work(components, plan, footprint, dtype, memory_limit)
+    planned = _plan_work(components, plan, footprint, dtype, memory_limit, ranks)
     notes += [planned.passes.label] if planned.passes.rerun else []
     fingerprint = _fingerprint(recipe, selection, dtype)
+    refuse_different(ranks, fingerprint)
     writer = CheckpointWriter(
         Path(out), components, recipe, plan, fingerprint=fingerprint, inputs=inputs, resume=resume, force=force
     )
     try:
-        with writer:
+        with ranks.leading(writer):
             if recipe.output.format == "bitsandbytes":
-                bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial)
+                ranks.first(lambda: bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial))
             else:
-                done = quantize_blocks(writer, batches, dtype=dtype, device=torch.device(device), passes=planned.passes)
+                done = quantize_blocks(
+                    writer, batches, dtype=dtype, device=torch.device(device), passes=planned.passes, ranks=ranks
+                )
                 errors, notes = done.errors, [*notes, *done.notes]
-                manifest["settings"]["batch_size"] = batch_size(writer)
+                manifest["settings"]["batch_size"] = ranks.first(lambda: batch_size(writer))
                 if done.expert_tokens:
                     manifest["experts"] = done.expert_tokens
                     notes.append(_expert_note(done.expert_tokens, recipe))
                 if plan.cache:
                     notes.append(kvcache.note(plan.cache, done.cache))
-            manifest["work"] = _work_record(planned, memory_limit, time.monotonic() - started)
-            writer.finish(manifest | {"errors": errors, "notes": notes})
+            manifest["work"] = _work_record(planned, memory_limit, time.monotonic() - started, ranks)
+            ranks.first(lambda: writer.finish(manifest | {"errors": errors, "notes": notes}))
     except AlreadyFinishedError:
-        finished = read_manifest(writer.out)
+        finished = ranks.first(lambda: read_manifest(writer.out))
         errors, notes = finished["errors"], [*finished["notes"], "an earlier run had finished this checkpoint"]
     return Quantized(
         path=Path(out),
@@ -208,7 +218,7 @@ def quantize(
         notes=tuple(notes),
         calibration=manifest.get("calibration"),
         seconds=time.monotonic() - started,
-        user_cpu_seconds=_user_cpu_seconds() - cpu_started,
+        user_cpu_seconds=sum(ranks.gather(_user_cpu_seconds() - cpu_started)),
         peak_bytes=peak_resident_bytes(),
         compute_dtype=dtype_name(dtype),
         planned=planned,
@@ -248,24 +258,41 @@ def _predictions(components: ComponentMap, plan: Plan, footprint: Footprint, dty
 
 
 def _plan_work(
-    components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, memory_limit: int | None
+    components: ComponentMap,
+    plan: Plan,
+    footprint: Footprint,
+    dtype: torch.dtype,
+    memory_limit: int | None,
+    ranks: Ranks,
 ) -> Prediction:
-    """How the passes are to run: the fastest way that fits. Without a limit the smallest is tried where none fits."""
+    """How the passes are to run: the fastest way that fits, for each of the processes. Without a limit the smallest is
+    tried where none fits."""
     tried = _predictions(components, plan, footprint, dtype)
     held = budget.resident_bytes()
     if memory_limit is not None:
         left = budget.address_space()
-        return budget.choose(tried, memory_limit if left is None else min(memory_limit, held + left))
-    try:
-        return budget.choose(tried, held + budget.available_bytes())
-    except DoesNotFitError:
-        return tried[-1]
+        chosen = budget.choose(tried, memory_limit if left is None else min(memory_limit, held + left))
+    else:
+        try:
+            chosen = budget.choose(tried, held + budget.available_bytes() // ranks.here)
+        except DoesNotFitError:
+            chosen = tried[-1]
+    return tried[max(ranks.gather(tried.index(chosen)))]
 
 
-def _work_record(planned: Prediction, memory_limit: int | None, seconds: float) -> dict[str, Any]:
+def _refuse_idle(ranks: Ranks, batches: Sequence[BatchMaker]) -> None:
+    if ranks.size > len(batches):
+        raise UsageError(
+            f"{ranks.size} processes cannot share {len(batches)} batches of calibration samples; start at most "
+            f"{len(batches)}, or take more samples"
+        )
+
+
+def _work_record(planned: Prediction, memory_limit: int | None, seconds: float, ranks: Ranks) -> dict[str, Any]:
     """Memory and time as they were planned, and as they were."""
     return {
         "passes": planned.passes.label,
+        "processes": ranks.size,
         "memory_limit": memory_limit,
         "planned": planned.to_json(),
         "peak_bytes": peak_resident_bytes(),
@@ -280,20 +307,21 @@ def quantize_blocks(
     dtype: torch.dtype,
     device: torch.device,
     passes: Passes | None = None,
+    ranks: Ranks = ALONE,
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
     Returns errors, notes, tokens per expert and cached maxima of all blocks together; codes are with the writer. Where
     memory runs out, the calibration passes begin anew with single samples, for the blocks that are left; then
-    DoesNotFitError.
+    DoesNotFitError, which several processes raise at once.
     """
-    size = batch_size(writer)
+    size = ranks.first(lambda: batch_size(writer))
     try:
-        return _quantize_blocks(writer, batches, size, dtype=dtype, device=device, passes=passes)
+        return _quantize_blocks(writer, batches, size, dtype=dtype, device=device, passes=passes, ranks=ranks)
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_allocation_failure(error):
             raise
-        if size == 1 or not batches:
+        if size == 1 or not batches or ranks.size > 1:
             raise _out_of_memory(error) from error
         note = (
             f"calibration: memory ran out with {size} samples in a batch, when {len(writer.records()) - 1} of "
@@ -329,38 +357,42 @@ def _quantize_blocks(
     dtype: torch.dtype,
     device: torch.device,
     passes: Passes | None = None,
+    ranks: Ranks = ALONE,
     note: str | None = None,
 ) -> BlockResult:
     """note: why this size, from here on."""
     components, plan, recipe = writer.components, writer.plan, writer.recipe
-    outside = _restore(writer, None)
+    outside = ranks.first(lambda: _restore(writer, None))
     if outside is None or note:
-        outside = BlockResult(_quantize_outside(components, plan), {}, notes=(note,) if note else ())
-        _record(writer, None, outside, batch_size=size)
+        codes = ranks.first(lambda: _quantize_outside(components, plan))
+        outside = made = BlockResult(codes, {}, notes=(note,) if note else ())
+        ranks.first(lambda: _record(writer, None, made, batch_size=size))
     stream = BlockStream(
         components,
         plan,
         dict(recipe.specs()),
         [piece for make in batches for piece in (make.split(size) if isinstance(make, BatchMaker) else [make])],
         outside=outside.quantized,
-        restore=lambda info: _restore(writer, info.name),
+        restore=lambda info: ranks.first(lambda: _restore(writer, info.name)),
         dtype=dtype,
         device=device,
         experts=recipe.calibration.experts,
         rerun=passes is not None and passes.rerun,
-        spill=writer.partial if passes is not None and passes.spill else None,
+        spill=_spill_folder(writer, ranks) if passes is not None and passes.spill else None,
+        ranks=ranks,
     )
     errors: dict[str, float] = {}
     notes = list(outside.notes)
     expert_tokens: dict[str, list[int]] = {}
     cache: dict[str, Maxima] = {}
-    with bar("quantize", total=len(components.blocks)) as progress:
+    with bar("quantize", total=len(components.blocks), visible=ranks.leads) as progress:
         for block in stream:
             for stage in block.stages():
                 signals.check()
                 stage.finish(ALGORITHMS[stage.method](stage))
             if not block.restored:
-                _record(writer, block.info.name, block.result)
+                result = block.result
+                ranks.first(partial(_record, writer, block.info.name, result))
             errors |= block.errors
             notes += block.notes
             expert_tokens |= block.expert_tokens
@@ -386,6 +418,12 @@ def find_components(
             raise UnknownClassError(f"{error}; {_WITHOUT_CLASS.format(some(needing_class))}") from error
         why = str(error).removeprefix(f"{model_dir / CONFIG_NAME}: ").removeprefix(f"{model_dir}: ")
         return resolve_from_headers(model_dir, unknown=why, family=family)
+
+
+def _spill_folder(writer: CheckpointWriter, ranks: Ranks) -> Path:
+    """On the disk of the output; a process on a machine that does not have it takes the one for temporary files."""
+    folder = writer.partial if ranks.leads else writer.out.parent
+    return folder if folder.is_dir() else Path(tempfile.gettempdir())
 
 
 def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[ComponentMap, Plan]:

@@ -27,7 +27,7 @@ class Bar:
 
 
 @contextmanager
-def bar(label: str, total: int) -> Iterator[Bar]:
+def bar(label: str, total: int, *, visible: bool = True) -> Iterator[Bar]:
     """A bar of `total` steps with elapsed and remaining time; plain final line where stderr is no terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -36,5 +36,5 @@ def bar(label: str, total: int) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal) as progress:
+    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=not visible) as progress:
         yield Bar(progress, label, total)

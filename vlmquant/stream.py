@@ -5,6 +5,9 @@ where a linear that is about to be quantized receives its inputs, and where the 
 embeddings, feature merging and whatever else stands between blocks need no second implementation, every linear is
 quantized on what the already quantized part of the model gives it (vision encoder and projector included), and each
 block runs once. Only the block at hand has weights; the others stay on the meta device.
+
+Where several processes share the work (ranks), each runs some of the batches; what they collect, and where to go next,
+is put together in the order of all batches.
 """
 
 import contextlib
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -31,9 +34,12 @@ from vlmquant.grid import Grid, QuantizedWeight, grid_of, scale_problem
 from vlmquant.kernels.reference import input_scale, round_inputs
 from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
+from vlmquant.ranks import ALONE, ROWS, Ranks, Relay, Turn
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
 from vlmquant.scratch import mapped_copy
 from vlmquant.shards import some
+
+T = TypeVar("T")
 
 GRAM_SLICES = 4
 """X^T X is symmetric: computed in 4 column slices, only the upper ones, it takes 62 % of the multiplications."""
@@ -43,6 +49,10 @@ TOKENS_PER_INPUT = 2
 
 With fewer, others' tokens help; with more, they harm (benchmarks/results/moe.md)."""
 
+SMALL_MATRIX = 1 << 20
+"""Bytes of second moments that go from process to process in one piece."""
+WAITING = ("linear", "experts")
+"""Pauses inside a block."""
 SPILL_BYTES = 1 << 16
 """Smaller tensors are not worth a file."""
 LEAST_ENERGY = 1e-30
@@ -78,13 +88,17 @@ class _Pause:
     """Real tokens routed to each expert."""
     tokens: int = 0
     """Real tokens that were routed."""
+    blend: bool = True
+    """Whether other experts' tokens are to be had."""
 
 
 class _Walk(greenlet):
     """One batch's forward pass."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, run: Callable[[], None], number: int) -> None:
         super().__init__(run)
+        self.number = number
+        """Of its batch."""
         self.token_mask: Tensor | None = None
         self.kinds_of_tokens: list[Tensor] = []
         """Which tokens are of which type, for models whose experts see those of one type only."""
@@ -107,7 +121,7 @@ class _Walk(greenlet):
             with guard():
                 entering()
 
-        walk = _Walk(run)
+        walk = _Walk(run, self.number)
         walk.token_mask, walk.kinds_of_tokens = self.token_mask, self.kinds_of_tokens
         return walk
 
@@ -145,12 +159,13 @@ class Rerun:
     def __init__(self, block: "Block", name: str) -> None:
         self._block, self._name = block, name
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None] | None]:
         return self._block.inputs_of(self._name)
 
 
-Inputs = Sequence[tuple[Tensor, Tensor | None]] | Rerun
-"""What a linear is given by each pass, and a mask of its real tokens, or how much each counts. Empty: no data."""
+Inputs = Sequence[tuple[Tensor, Tensor | None] | None] | Rerun
+"""What a linear is given by each pass of this process, and a mask of its real tokens, or how much each counts. None for
+a pass that does not come there."""
 
 
 class Stage:
@@ -164,12 +179,13 @@ class Stage:
         block: "Block",
         linears: Sequence[LinearInfo],
         line: PlanLine,
-        inputs: Inputs,
+        inputs: Inputs | None,
         *,
         unseen: bool = False,
     ) -> None:
         assert isinstance(line.scheme, Scheme)
         self.block = block
+        self.ranks = block.stream.ranks
         self.linears = {linear.local: linear for linear in linears}
         self.scheme: Scheme = line.scheme
         self.method = "rtn" if unseen else line.method or "rtn"
@@ -193,9 +209,14 @@ class Stage:
     def _columns(self) -> int:
         return next(iter(self.stored.values())).shape[1]
 
-    def _rows(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The inputs of all batches as float32 (tokens, in), padding left out; and how much each counts, None for 1."""
-        for inputs, mask in self._inputs:
+    def _rows(self) -> Iterator[tuple[Tensor, Tensor | None] | None]:
+        """The inputs of each batch of this process as float32 (tokens, in), padding left out; and how much each token
+        counts, None for 1. None for a batch that does not come here."""
+        for given in self._inputs or ():
+            if given is None:
+                yield None
+                continue
+            inputs, mask = given
             flat = inputs.reshape(-1, inputs.shape[-1])
             if mask is None:
                 yield flat.float(), None
@@ -208,19 +229,38 @@ class Stage:
     def hessian(self) -> Tensor:
         """E[x x^T] over all tokens, float32 (in, in)."""
         if self._hessian is None:
-            total, tokens = torch.zeros(self._columns, self._columns, device=self.block.stream.device), 0.0
-            for rows, weights in self._rows():
-                _add_gram(total, rows if weights is None else rows * weights.sqrt()[:, None])
-                tokens += len(rows) if weights is None else weights.sum().item()
-            total = _mirror_upper(total).div_(tokens or 1)
-            self._refuse_bad_inputs(total.diagonal(), tokens)
-            self._hessian = total
+            total, tokens, holder = self._second_moments()
+            self.ranks.spread(_upper_slices(total), holder)
+            self._hessian = self._mean_of_squares(total, tokens)
         return self._hessian
 
-    def take_hessian(self) -> Tensor:
-        """The same, for an algorithm that works in its memory."""
-        hessian, self._hessian = self.hessian(), None
-        return hessian
+    def of_hessian(self, make: Callable[[Tensor], T]) -> T:
+        """What an algorithm makes of the same, in its memory: where it was summed up, for all processes."""
+        if self._hessian is not None:
+            taken, self._hessian = [self._hessian], None
+            return self.ranks.first(lambda: make(taken.pop()))
+        total, tokens, holder = self._second_moments()
+        kept = [total]  # which is let go of before others' results arrive
+        del total
+        if self.ranks.rank != holder:
+            kept.clear()
+        return self.ranks.made_by(holder, lambda: make(self._mean_of_squares(kept.pop(), tokens)))
+
+    def _second_moments(self) -> tuple[Tensor, float, int]:
+        """The upper block triangle of the sum of x x^T, the tokens in it, and which process it is right in."""
+        total = torch.zeros(self._columns, self._columns, device=self.block.stream.device)
+        relay, tokens = self.block.relay(), dict[int, float]()
+        for turn, number, found in zip(relay, self.block.numbers, self._rows(), strict=True):
+            rows, weights = found or (None, None)
+            if rows is not None:
+                tokens[number] = len(rows) if weights is None else weights.sum().item()
+            _add_gram(total, rows if rows is None or weights is None else rows * weights.sqrt()[:, None], turn)
+        return total, sum(self.ranks.in_order(tokens), 0.0), relay.last
+
+    def _mean_of_squares(self, total: Tensor, tokens: float) -> Tensor:
+        mean = _mirror_upper(total).div_(tokens or 1)
+        self._refuse_bad_inputs(mean.diagonal(), tokens)
+        return mean
 
     def measured(self, local: str, lost: float, whole: float) -> None:
         """tr(E H E^T) and tr(W H W^T) of a linear whose weight loses E, where an algorithm comes by them."""
@@ -239,10 +279,17 @@ class Stage:
         return self._mean(lambda rows: rows.abs())
 
     def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        own: dict[int, tuple[Tensor, float]] = {}
+        for number, found in zip(self.block.numbers, self._rows(), strict=True):
+            if found is not None:
+                rows, weights = found
+                own[number] = (
+                    (of(rows).sum(0), len(rows)) if weights is None else (weights @ of(rows), weights.sum().item())
+                )
         total, tokens = torch.zeros(self._columns, device=self.block.stream.device), 0.0
-        for rows, weights in self._rows():
-            total += of(rows).sum(0) if weights is None else weights @ of(rows)
-            tokens += len(rows) if weights is None else weights.sum().item()
+        for part, count in self.ranks.in_order(own):
+            total += part
+            tokens += count
         mean = total / (tokens or 1)
         self._refuse_bad_inputs(mean, tokens)
         return mean
@@ -260,7 +307,7 @@ class Stage:
     @property
     def fold_rule(self) -> Fold | None:
         """The rule that says what produces this stage's inputs, if channel scales can be folded into it."""
-        return self.block.fold_for(list(self.linears)) if self._inputs else None
+        return self.block.fold_for(list(self.linears)) if self._inputs is not None else None
 
     @property
     def can_fold(self) -> bool:
@@ -294,6 +341,14 @@ class Stage:
         """That of the stage's scheme; its weights are still to be fitted to it."""
         return grid_of(self.scheme, self._columns, self.model_dtype)
 
+    def by_rows(self, weight: Tensor, make: Callable[[Tensor], T], *, work: float) -> list[T]:
+        """What `make` makes of the rows of a weight (out, in), where no row's result depends on others: of all of them,
+        or of the parts that processes take where the work (multiplications) is worth it, in their order."""
+        shares = self.ranks.shares(len(weight), step=math.lcm(ROWS, self.grid.group_rows), work=work)
+        share = weight[shares[self.ranks.rank]]
+        parts = self.ranks.gather(make(share) if len(share) else None)
+        return [part for part in parts if part is not None]
+
     def note(self, text: str) -> None:
         self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")
 
@@ -303,22 +358,29 @@ class Stage:
             raise AssertionError(f"stage {list(self.linears)} got weights for {list(quantized)}")
         scale = self._input_scale() if self.scheme.activations in CALIBRATED_INPUTS else None
         weights = {local: replace(weight, input_scale=scale) for local, weight in quantized.items()}
-        errors = {
-            local: self._relative_error(local, weight) if self._inputs else weight.relative_error(self.stored[local])
-            for local, weight in weights.items()
-        }
+        if self._inputs is not None and not all(map(self._is_measured, weights)):
+            self.mean_square()  # together; the rest is the first's
+        errors = self.ranks.first(
+            lambda: {
+                local: weight.relative_error(self.stored[local])
+                if self._inputs is None
+                else self._relative_error(local, weight)
+                for local, weight in weights.items()
+            }
+        )
         for local, weight in weights.items():  # once the first is in place, passes go on to the next
             if not math.isfinite(errors[local]):
                 raise SentinelError(f"{self.block.info.name}: {local} cannot be quantized; {self.block.suspect()}")
             self.block.put(local, weight, error=errors[local])
-        self._inputs = []
+        self._inputs = None
 
     def _input_scale(self) -> float:
         """The number that inputs are rounded by, of their largest magnitude as the weights meet them."""
         largest = 0.0
-        for rows, _ in self._rows():
+        for rows, _ in filter(None, self._rows()):
             met = rows if self._channel_scales is None else rows / self._channel_scales
             largest = max(largest, met.abs().max().item() if len(met) else 0.0)
+        largest = max(self.ranks.gather(largest))
         scale = input_scale(largest, self.scheme.activations, self.model_dtype)
         if not largest or not math.isfinite(largest) or scale_problem(scale):
             raise SentinelError(
@@ -330,8 +392,8 @@ class Stage:
 
     def _relative_error(self, local: str, quantized: QuantizedWeight) -> float:
         """tr(E H E^T) / tr(W H W^T), or of the diagonal of H alone where no method needed more of it."""
-        lost, whole = self._measured.get(local, (math.nan, math.nan))
-        if math.isfinite(lost) and math.isfinite(whole):
+        if self._is_measured(local):
+            lost, whole = self._measured[local]
             return lost / max(whole, LEAST_ENERGY)
         weight, effective = self.weights[local], quantized.dequantize()
         if self._channel_scales is not None:
@@ -342,6 +404,9 @@ class Stage:
         weight, effective = weight.double(), effective.double()  # squares of such weights are beyond float32
         return self._energy(effective - weight) / max(self._energy(weight), LEAST_ENERGY)
 
+    def _is_measured(self, local: str) -> bool:
+        return all(map(math.isfinite, self._measured.get(local, (math.nan,))))
+
     def _energy(self, rows: Tensor) -> float:
         """tr(X H X^T) of (out, in)."""
         if self._hessian is None:
@@ -349,13 +414,22 @@ class Stage:
         return (rows @ self._hessian.to(rows.dtype) * rows).sum().item()
 
 
-def _add_gram(total: Tensor, rows: Tensor) -> None:
-    """Add rows^T rows to the upper block triangle of `total`."""
-    columns = rows.shape[1]
+def _upper_slices(total: Tensor) -> list[Tensor]:
+    """The parts of a square matrix that are computed of a symmetric one: slices of columns from the diagonal on."""
+    columns = len(total)
     step = -(-columns // GRAM_SLICES)
-    for start in range(0, columns, step):
-        end = min(start + step, columns)
-        total[start:end, start:].addmm_(rows[:, start:end].T, rows[:, start:])
+    return [total[start : start + step, start:] for start in range(0, columns, step)]
+
+
+def _add_gram(total: Tensor, rows: Tensor | None, turn: Turn) -> None:
+    """Add rows^T rows to the upper slices of `total`, each as soon as the batches before this one are in it."""
+    slices = _upper_slices(total)
+    for piece, parts in [(total, slices)] if total.nbytes <= SMALL_MATRIX else [(one, [one]) for one in slices]:
+        with turn.adding(piece):
+            if rows is not None:
+                for part in parts:
+                    first = len(total) - part.shape[1]
+                    part.addmm_(rows[:, first : first + len(part)].T, rows[:, first:])
 
 
 def _mirror_upper(total: Tensor) -> Tensor:
@@ -408,8 +482,14 @@ class Block:
     """The block at hand: its stages one after the other, then what became of it."""
 
     def __init__(
-        self, stream: "BlockStream", info: BlockInfo, walks: list[_Walk], restored: BlockResult | None
+        self,
+        stream: "BlockStream",
+        info: BlockInfo,
+        walks: list[_Walk],
+        restored: BlockResult | None,
+        everywhere: Sequence[int] = (),
     ) -> None:
+        """everywhere: the numbers of the batches that come to it, those of other processes' too."""
         self.stream, self.info, self.restored = stream, info, restored is not None
         self.quantized: dict[str, QuantizedWeight] = dict(restored.quantized) if restored else {}
         self.changed: dict[str, Tensor] = dict(restored.changed) if restored else {}
@@ -418,6 +498,7 @@ class Block:
         self.settled = False
         """True once every weight is final: the block then computes what it will compute in service."""
         self._walks = walks
+        self._everywhere = everywhere
         self._rerun = stream.rerun and not any(home.startswith(f"{info.name}.") for home in stream.components.experts)
         """Experts are hundreds of stages on few tokens each: there, passes are kept."""
         self._divisors: dict[str, Tensor] = {}
@@ -455,6 +536,15 @@ class Block:
         seen = {name: Maxima(*(tuple(one.tolist()) for one in pair)) for name, pair in self._cached.items()}
         return self._restored_cache | seen
 
+    @property
+    def numbers(self) -> list[int]:
+        """Of the batches of this process that come to it."""
+        return [walk.number for walk in self._walks]
+
+    def relay(self) -> Relay:
+        """For a sum over all batches that come to it."""
+        return self.stream.ranks.relay(self._everywhere)
+
     def place(self) -> Place:
         """What the passes keep that are paused before this block."""
         rows, width, memory = [], 0, dict[int, int]()
@@ -480,53 +570,71 @@ class Block:
         """The stages in the order of the forward pass; the caller finishes each before it asks for the next."""
         if self.restored:
             return
-        if not self._walks:
+        if not self._everywhere:
             idle = self.stream.runs_passes and any(self._line(linear).needs_data for linear in self.info.linears)
             if idle:
                 self.notes.append(f"{self.info.name}: never ran during calibration: rounded to nearest")
             for group in self._groups():
-                yield Stage(self, group, self._line(group[0]), [], unseen=idle)
+                yield Stage(self, group, self._line(group[0]), None, unseen=idle)
             return
         group_of = {linear.local: group for group in self._groups() for linear in group}
-        if self._rerun:
-            yield from self._rerun_stages(group_of)
-            return
+        yield from self._rerun_stages(group_of) if self._rerun else self._kept_stages(group_of)
+        self._collect_cached()
+
+    def _kept_stages(self, group_of: dict[str, tuple[LinearInfo, ...]]) -> Iterator[Stage]:
+        """The stages of passes that wait where they are."""
         for walk in self._walks:
             walk.resume()
-        while waiting := [walk for walk in self._walks if walk.paused and walk.paused.kind in ("linear", "experts")]:
-            name = waiting[0].paused.name  # type: ignore[union-attr]  # filtered just above
-            members = [walk for walk in waiting if walk.paused and walk.paused.name == name]
-            pauses = [pause for walk in members if (pause := walk.paused)]
-            if pauses[0].kind == "experts":
-                self._share_out(name, pauses)
+        while place := self._next_place():
+            kind, name = place
+            members = [
+                walk for walk in self._walks if walk.paused and walk.paused.kind in WAITING and walk.paused.name == name
+            ]
+            if kind == "experts":
+                self._share_out(name, [pause for walk in members if (pause := walk.paused)])
             else:
                 inputs = [
-                    (pause.inputs, self._mask_for(walk))
-                    for walk, pause in zip(members, pauses, strict=True)
-                    if pause.inputs is not None
+                    (walk.paused.inputs, self._mask_for(walk))
+                    if walk in members and walk.paused and walk.paused.inputs is not None
+                    else None
+                    for walk in self._walks
                 ]
                 unseen = self._unseen(name)
                 stage = Stage(
                     self,
                     group_of[name],
                     self._line(self._by_local[name]),
-                    [] if unseen else inputs,
+                    None if unseen else inputs,
                     unseen=unseen,
                 )
                 yield stage
                 if not self._is_final(name):
                     raise AssertionError(f"{self.info.name}.{name} was left unfinished")
                 del stage, inputs
-            del pauses
             for walk in members:
                 walk.resume()
+
+    def _next_place(self) -> tuple[str, str] | None:
+        """Where the first of all batches waits in the block: kind and name."""
+        places = self.stream.ranks.in_order(
+            {
+                walk.number: (walk.paused.kind, walk.paused.name)
+                for walk in self._walks
+                if walk.paused and walk.paused.kind in WAITING
+            }
+        )
+        return places[0] if places else None
 
     def _rerun_stages(self, group_of: dict[str, tuple[LinearInfo, ...]]) -> Iterator[Stage]:
         """The same stages, with nothing kept of a pass but what goes into the block."""
         while not all(map(self._is_final, group_of)):
-            name = next((pause.name for _, pause in self._beside()), None)
-            if name is None:
+            first = next(
+                ((walk.number, pause.name) for walk, pause in self._beside() if pause and pause.kind == "linear"), None
+            )
+            names = self.stream.ranks.in_order(dict([first] if first else []))
+            if not names:
                 break
+            name = names[0]
             yield Stage(self, group_of[name], self._line(self._by_local[name]), Rerun(self, name))
             if not self._is_final(name):
                 raise AssertionError(f"{self.info.name}.{name} was left unfinished")
@@ -534,24 +642,32 @@ class Block:
             for _ in self._beside():  # as far as its end: what attention caches is known when its linears are
                 pass
 
-    def inputs_of(self, name: str) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """What each pass gives to the linear that is quantized next, where it comes to that one next."""
+    def inputs_of(self, name: str) -> Iterator[tuple[Tensor, Tensor | None] | None]:
+        """What each pass gives to the linear that is quantized next, None where it does not come to that one next."""
         for walk, pause in self._beside():
-            if pause.name == name and pause.inputs is not None:
+            if pause and pause.name == name and pause.inputs is not None:
                 yield pause.inputs, self._mask_for(walk)
+            else:
+                yield None
 
-    def _beside(self) -> Iterator[tuple[_Walk, _Pause]]:
+    def _beside(self) -> Iterator[tuple[_Walk, _Pause | None]]:
         """Each pass, walking through the block as it now stands, where it first pauses; one at a time."""
         for main in self._walks:
             walk = main.beside()
             try:
                 walk.resume()
-                if walk.paused:
-                    yield walk, walk.paused
+                yield walk, walk.paused
             finally:
                 if walk:
                     walk.throw(GreenletExit)
             del walk
+
+    def _collect_cached(self) -> None:
+        """The maxima of the cache over all processes."""
+        for found in self.stream.ranks.gather(self._cached) if self.stream.plan.cache else ():
+            for name, (keys, values) in found.items():
+                before = self._cached.get(name, (keys, values))
+                self._cached[name] = (before[0].maximum(keys), before[1].maximum(values))
 
     def _share_out(self, module: str, pauses: Sequence[_Pause]) -> None:
         """Decide which experts are shown more tokens than the router gives them, now that all passes have been routed.
@@ -559,11 +675,14 @@ class Block:
         Raises StarvedExpertsError where too large a share of them sees too little to be calibrated on.
         """
         options = self.stream.expert_options
-        counts = [sum(pause.counts[expert] for pause in pauses) for expert in range(len(pauses[0].counts))]
-        tokens, name = sum(pause.tokens for pause in pauses), f"{self.info.name}.{module}"
+        routed = [(pause.counts, pause.tokens, pause.blend) for pause in pauses]
+        routed = [one for part in self.stream.ranks.gather(routed) for one in part]
+        counts = [sum(expert) for expert in zip(*(counts for counts, *_ in routed), strict=True)]
+        tokens, name = sum(tokens for _, tokens, _ in routed), f"{self.info.name}.{module}"
         self.expert_tokens[name] = counts
+        blend = all(blend for *_, blend in routed)
         if options.tokens == "all":
-            self._shown[module] = [1.0] * len(counts)
+            self._shown[module] = [1.0 if blend else None] * len(counts)
             return
         starving = [expert for expert, count in enumerate(counts) if count < options.least_tokens]
         if len(starving) > options.max_starving * len(counts):
@@ -577,7 +696,7 @@ class Block:
         enough = options.enough_tokens or TOKENS_PER_INPUT * max(form.hidden, form.intermediate)
         self._shown[module] = [
             min((enough - count) / max(tokens - count, 1), 1.0)
-            if options.tokens == "blend" and 0 < count < enough
+            if blend and options.tokens == "blend" and 0 < count < enough
             else None
             for count in counts
         ]
@@ -610,9 +729,8 @@ class Block:
             return
         real = walk.real_tokens(tokens)
         counts = tuple(len(rows) if real is None else int(real[rows].sum()) for rows in given)
-        _pause(_Pause("experts", module, counts=counts, tokens=tokens if real is None else int(real.sum())))
-        if not blend:
-            self._shown[module] = [None] * len(given)
+        routed = tokens if real is None else int(real.sum())
+        _pause(_Pause("experts", module, counts=counts, tokens=routed, blend=blend))
         everywhere = torch.arange(1, tokens + 1, device=given[0].device, dtype=torch.float64)
         for rows, share in zip(given, self._shown[module], strict=True):
             weights = torch.zeros(tokens, device=rows.device)
@@ -867,6 +985,7 @@ class BlockStream:
     rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages; and no embedding
     once it is done with. The same codes.
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
+    ranks: the processes that share the work. Each has a stream of all batches, and runs its own of them.
     """
 
     def __init__(
@@ -883,8 +1002,10 @@ class BlockStream:
         experts: ExpertOptions | None = None,
         rerun: bool = False,
         spill: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.components, self.plan, self.specs = components, plan, specs
+        self.ranks = ranks
         self.rerun, self._spill = rerun, spill
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
@@ -954,21 +1075,24 @@ class BlockStream:
         """Run the calibration passes until no block that needs them is left."""
         self._load_outside()
         self._take_over()
-        walks = [_Walk(self._pass_of(make)) for make in self._batches]
+        walks = [
+            _Walk(self._pass_of(make), number) for number, make in enumerate(self._batches) if self.ranks.own(number)
+        ]
         try:
             with torch.no_grad():
                 for walk in walks:
                     walk.resume()
-            while entering := [walk for walk in walks if walk.paused]:
-                name = min((walk.paused.name for walk in entering if walk.paused), key=self._order.__getitem__)
-                members = [walk for walk in entering if walk.paused and walk.paused.name == name]
-                info = self.components.blocks[self._order[name]]
+            while numbers := self._next(walks):
+                index = min(numbers.values())
+                everywhere = [number for number, block in numbers.items() if block == index]
+                info = self.components.blocks[index]
+                members = [walk for walk in walks if walk.paused and walk.paused.name == info.name]
                 if info.component == "language":
                     self._release_embeddings()
-                block = self._current = Block(self, info, members, self._restore(info))
+                block = self._current = Block(self, info, members, self._restore(info), everywhere)
                 block.load()
                 block.settled = block.restored
-                waiting.discard(name)
+                waiting.discard(info.name)
                 with torch.no_grad():
                     yield block
                     if not waiting:
@@ -980,6 +1104,11 @@ class BlockStream:
                 if walk:
                     walk.throw(GreenletExit)
             self._current = None
+
+    def _next(self, walks: Sequence[_Walk]) -> dict[int, int]:
+        """Before which block, by its place in the order, each batch waits: of all processes, in the batches' order."""
+        found = {walk.number: (walk.number, self._order[walk.paused.name]) for walk in walks if walk.paused}
+        return dict(self.ranks.in_order(found))
 
     def _pass_of(self, make: Callable[[], Batch]) -> Callable[[], None]:
         def run() -> None:
@@ -1125,10 +1254,12 @@ def rehearse(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Footprint:
     """The first sample through the vision encoder and into the language model, before any work: BlockStream.rehearse.
 
-    Returns what all of the batches would keep, as that sample's pass does: by images and by tokens with their padding.
+    Returns what all of this process's batches would keep, as that sample's pass does: by images and by tokens with
+    their padding.
     """
     finished, first = BlockResult({}, {}), makers[0].first()
     stream = BlockStream(
@@ -1137,8 +1268,9 @@ def rehearse(
     places = stream.rehearse()
     sample = makers[0].pairs[0][0]
     tokens, images = first.answer_mask.shape[1], max(len(sample.images), 1)
-    of_batches = [len(maker.pairs) * maker.longest / tokens for maker in makers]
-    pictures = [sum(len(one.images) for one, _ in maker.pairs) / images for maker in makers]
+    own = [maker for number, maker in enumerate(makers) if ranks.own(number)]
+    of_batches = [len(maker.pairs) * maker.longest / tokens for maker in own]
+    pictures = [sum(len(one.images) for one, _ in maker.pairs) / images for maker in own]
     found = {}
     for component, place in places.items():
         factors = of_batches if component == "language" else pictures

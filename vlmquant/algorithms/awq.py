@@ -6,6 +6,7 @@ costs no forward pass per candidate.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,11 +16,13 @@ from vlmquant.grid import (
     Grid,
     QuantizedWeight,
     dequantize_codes,
+    join_rows,
     minmax_grid,
     quantize_codes,
     quantize_nearest,
     split_groups,
 )
+from vlmquant.ranks import ALONE, Ranks
 from vlmquant.recipe import AwqOptions
 from vlmquant.stream import Stage
 
@@ -48,6 +51,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
             stage.admissible,
             stage.grid,
             options=options,
+            ranks=stage.ranks,
         )
         if not channel_scales.isfinite().all() or channel_scales.min() <= 0:
             raise AssertionError("admissible channel scales must be finite and positive")
@@ -57,7 +61,13 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
             hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
     grid = stage.grid.fitted(*weights.values())
     return {
-        name: quantize_clipped(weight, hessian, grid, clip=options.clip and may_clip(name))
+        name: join_rows(
+            stage.by_rows(
+                weight,
+                partial(quantize_clipped, hessian=hessian, grid=grid, clip=options.clip and may_clip(name)),
+                work=CLIP_STEPS * weight.numel() * grid.group_size,
+            )
+        )
         for name, weight in weights.items()
     }
 
@@ -76,23 +86,29 @@ def search_channel_scales(
     grid: Grid,
     *,
     options: AwqOptions,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """The channel scales s (in,) float32 with the least output error, among s = 1 and m^r / v^(1 - r) for r on a grid.
 
     m_j is the mean |x_j| and v_j the mean over rows of |W_rj| / (its group's largest): the authors' duo scaling; s is
     normalised so that max s * min s = 1. `admissible` replaces every candidate by the nearest scales that the producer
-    can take without rounding before it is tried, so that what was judged is what is stored.
+    can take without rounding before it is tried, so that what was judged is what is stored. ranks: who
+    shares the tries.
     """
-    candidates = channel_scale_candidates(weight, mean_abs, group_size=grid.group_size, grid_points=options.grid_points)
-    best = torch.ones_like(mean_abs)
-    best_loss = torch.inf
-    for scales in [best, *map(admissible, candidates)]:
+    found = channel_scale_candidates(weight, mean_abs, group_size=grid.group_size, grid_points=options.grid_points)
+    candidates = [torch.ones_like(mean_abs), *map(admissible, found)]
+
+    def loss_of(scales: Tensor) -> float:
         scaled = weight * scales
         rounded = quantize_weight(scaled, grid.fitted(scaled)).dequantize()
-        loss = output_error(rounded.div_(scales).sub_(weight), hessian)
+        return output_error(rounded.div_(scales).sub_(weight), hessian)
+
+    losses = ranks.in_order({place: loss_of(one) for place, one in enumerate(candidates) if ranks.own(place)})
+    best, best_loss = candidates[0], torch.inf
+    for scales, loss in zip(candidates, losses, strict=True):
         if loss < best_loss * BETTER:
             best, best_loss = scales, loss
-    return best
+    return ranks.first(lambda: best)
 
 
 def channel_scale_candidates(weight: Tensor, mean_abs: Tensor, *, group_size: int, grid_points: int) -> list[Tensor]:

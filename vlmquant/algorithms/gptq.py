@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmquant.algorithms import loops
 from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.algorithms.scales import search_scales
-from vlmquant.grid import Grid, QuantizedWeight
+from vlmquant.grid import Grid, QuantizedWeight, join_rows
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage
 
@@ -26,7 +26,9 @@ DEAD_FRACTION = 1e-12
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent."""
     options = stage.options.gptq
-    factor = factorize(stage.take_hessian(), options.damping, activation_order=options.activation_order)
+    factor = stage.of_hessian(
+        lambda hessian: factorize(hessian, options.damping, activation_order=options.activation_order)
+    )
     if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
             f"{dead} of {len(factor.order)} inputs never fired during calibration; "
@@ -37,10 +39,16 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     elif factor.damping != options.damping:
         stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
     grid, quantized = stage.grid.fitted(*stage.stored.values()), dict[str, QuantizedWeight]()
-    for name, stored in stage.stored.items():  # their rows are independent, and in float32 one is enough at a time
+
+    def rounded(stored: Tensor) -> tuple[QuantizedWeight, Tensor, Tensor]:
         weight = stored.float()
-        quantized[name], lost = quantize_weight(weight, factor, grid, options)
-        stage.measured(name, lost.sum().item(), factor.energy(weight).double().sum().item())
+        return *quantize_weight(weight, factor, grid, options), factor.energy(weight)
+
+    for name, stored in stage.stored.items():  # their rows are independent, and in float32 one is enough at a time
+        parts = stage.by_rows(stored, rounded, work=len(stored) * stored.shape[1] ** 2)
+        quantized[name] = join_rows([weight for weight, *_ in parts])
+        lost, whole = torch.cat([rows for _, rows, _ in parts]), torch.cat([rows for _, _, rows in parts])
+        stage.measured(name, lost.sum().item(), whole.double().sum().item())
     return quantized
 
 

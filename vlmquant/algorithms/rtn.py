@@ -5,8 +5,8 @@
 
 from torch import Tensor
 
-from vlmquant.algorithms.scales import search_scales
-from vlmquant.grid import Grid, QuantizedWeight, quantize_nearest
+from vlmquant.algorithms.scales import STEPS, search_scales
+from vlmquant.grid import Grid, QuantizedWeight, join_rows, quantize_nearest
 from vlmquant.recipe import RtnOptions
 from vlmquant.stream import Stage
 
@@ -14,7 +14,12 @@ from vlmquant.stream import Stage
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize each linear of the stage alone; the stage's inputs are not looked at."""
     grid, options = stage.grid.fitted(*stage.stored.values()), stage.options.rtn
-    return {name: quantize_weight(weight, grid, options) for name, weight in stage.stored.items()}
+    return {
+        name: join_rows(
+            stage.by_rows(weight, lambda rows: quantize_weight(rows, grid, options), work=STEPS * weight.numel())
+        )
+        for name, weight in stage.stored.items()
+    }
 
 
 def quantize_weight(weight: Tensor, grid: Grid, options: RtnOptions | None = None) -> QuantizedWeight:
