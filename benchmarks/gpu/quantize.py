@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import provenance
 from scale.ranks import CALIBRATION, RESULTS, ROOT, compare
 
