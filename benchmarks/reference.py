@@ -24,7 +24,7 @@ from vlmquant.evaluation.metrics import kl_difference
 from vlmquant.evaluation.settings import Settings
 from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate
 from vlmquant.recipe import shipped
-from vlmquant.report.data import Report, write_json
+from vlmquant.report.data import Report, build_report, read_json, write_json
 from vlmquant.report.html import to_html
 from vlmquant.report.table import compare_rows, markdown_table
 
@@ -76,6 +76,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "vlmquant-reference")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=RESULTS / "reference")
+    parser.add_argument("--part", help="only measure these recipes, for a run that joins what several have measured")
+    parser.add_argument("--join", nargs="+", help="names of parts, instead of measuring")
+    parser.add_argument("--speed-tokens", type=int, default=Settings().speed_tokens)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     outputs, runs = [], {}
@@ -90,14 +93,23 @@ def main() -> None:
         outputs.append(out)
         print(recipe, runs[recipe], file=sys.stderr, flush=True)
     strata = parse_counts(arguments.test_strata)
-    report = evaluate(
-        arguments.model,
-        outputs,
-        arguments.test,
-        strata=strata,
-        settings=Settings(dtype=arguments.dtype, wrong_image=arguments.wrong_image),
-        command=tuple(command()),
-    )
+    if arguments.join:
+        parts = [read_json(arguments.work / f"report-{name}.json") for name in arguments.join]
+        report = joined(parts)
+    else:
+        report = evaluate(
+            arguments.model,
+            outputs,
+            arguments.test,
+            strata=strata,
+            settings=Settings(
+                dtype=arguments.dtype, wrong_image=arguments.wrong_image, speed_tokens=arguments.speed_tokens
+            ),
+            command=tuple(command()),
+        )
+    if arguments.part:
+        write_json(report, arguments.work / f"report-{arguments.part}.json")
+        return
     work = arguments.work / "report.json"
     write_json(report, work)
     arguments.work.joinpath("report.html").write_text(
@@ -144,6 +156,24 @@ def main() -> None:
     ]
     arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def joined(parts: list[Report]) -> Report:
+    """The candidates of several reports on the same samples, which scored the reference alike."""
+    first = parts[0]
+    for part in parts:
+        if part.hashes != first.hashes or [one.nll for one in part.reference.samples] != [
+            one.nll for one in first.reference.samples
+        ]:
+            raise SystemExit("the parts are of different samples, or of another reference")
+    return build_report(
+        first.reference,
+        [run for part in parts for run in part.candidates],
+        command=tuple(command()),
+        hashes=first.hashes,
+        seed=BOOTSTRAP_SEED,
+        resamples=BOOTSTRAP_RESAMPLES,
+    )
 
 
 def kl_differences(report: Report) -> list[dict[str, Any]]:
