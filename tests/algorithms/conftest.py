@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from vlmquant.grid import Grid, grid_of
+from vlmquant.ranks import ALONE, Ranks
 from vlmquant.recipe import ComponentSpec, Scheme
 
 
@@ -26,6 +28,7 @@ class FakeStage:
     notes: list[str] = field(default_factory=list)
     channel_scales: Tensor | None = None
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ranks: Ranks = ALONE
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -41,8 +44,11 @@ class FakeStage:
         assert self.inputs is not None
         return self.inputs.T @ self.inputs / len(self.inputs)
 
-    def take_hessian(self) -> Tensor:
-        return self.hessian().clone()
+    def of_hessian(self, make: Callable[[Tensor], Any]) -> Any:
+        return make(self.hessian().clone())
+
+    def by_rows(self, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
+        return [make(weight)]
 
     def measured(self, local: str, lost: float, whole: float) -> None:
         self.losses[local] = (lost, whole)
