@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import campaign, mutate
@@ -126,7 +126,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(value=json_values)
 def test_rendering_inverts_parsing(value: object) -> None:
     text = mutate.render(mutate.plain(value))
@@ -134,7 +134,7 @@ def test_rendering_inverts_parsing(value: object) -> None:
     assert mutate.render(mutate.parse(text)) == text
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(value=json_values, seed=st.integers(0, 10**6))
 def test_any_structure_can_be_changed_and_rendered(value: object, seed: int) -> None:
     changed = mutate.change_structure(mutate.plain(value), Random(seed))

@@ -15,7 +15,7 @@ from tests import tiny_vlm
 from tests.small_set import write_small_set
 from vlmquant import pipeline
 from vlmquant.calibration import encode
-from vlmquant.calibration.encode import Encoder
+from vlmquant.calibration.encode import Batch, BatchMaker, Encoder
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
 from vlmquant.errors import InputError
@@ -259,11 +259,12 @@ def test_token_ids_beyond_the_embedding_are_named(tmp_path: Path) -> None:
 
 def test_the_rehearsal_takes_one_sample(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    inner = pipeline.rehearse
-    monkeypatch.setattr(
-        pipeline,
-        "rehearse",
-        lambda components, plan, make, **rest: seen.append(make()) or inner(components, plan, make, **rest),
-    )
+    inner = BatchMaker.first
+
+    def first(self: BatchMaker) -> Batch:
+        seen.append(inner(self))
+        return seen[-1]
+
+    monkeypatch.setattr(BatchMaker, "first", first)
     pipeline.quantize(tiny_llava, "mixed", tmp_path / "out", calibration=write_small_set(tmp_path / "set"))
     assert [(len(batch.samples), len(batch.samples[0].images)) for batch in seen] == [(1, 1)]
