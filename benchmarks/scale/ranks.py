@@ -55,8 +55,8 @@ def start(processes: int, words: list[str]) -> list[subprocess.Popen[str]]:
     ]
 
 
-def run(processes: int, model: Path, recipe: str, calibration: Path, out: Path) -> dict[str, Any]:
-    words = ["quantize", str(model), "-r", recipe, "--calibration", str(calibration), "-o", str(out), "--json"]
+def run(processes: int, model: Path, options: list[str], out: Path) -> dict[str, Any]:
+    words = ["quantize", str(model), *options, "-o", str(out), "--json"]
     load, started, cpu = os.getloadavg()[0], time.monotonic(), children_cpu()
     children = start(processes, words)
     told = [child.communicate()[0] for child in children]
@@ -100,16 +100,19 @@ def main() -> None:
     parser.add_argument("--name", help="of the results; else demo, or the model's folder")
     parser.add_argument("--recipe", default="mixed")
     parser.add_argument("--calibration", type=Path, default=CALIBRATION)
+    parser.add_argument("--samples", help="As in quantize.")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     wanted = parser.parse_args()
     name = wanted.name or ("demo" if wanted.model == parser.get_default("model") else wanted.model.resolve().name)
+    options = ["-r", wanted.recipe, "--calibration", str(wanted.calibration)]
+    options += ["--samples", wanted.samples] if wanted.samples else []
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(wanted.rounds):
             for processes in (1, wanted.processes):
                 out = Path(scratch) / f"{processes}-{number}"
-                rows.append(run(processes, wanted.model, wanted.recipe, wanted.calibration, out))
+                rows.append(run(processes, wanted.model, options, out))
                 print(rows[-1], file=sys.stderr)
         compared = compare(Path(scratch) / "1-0", Path(scratch) / f"{wanted.processes}-0")
     medians = [median([row for row in rows if row["processes"] == count]) for count in (1, wanted.processes)]
