@@ -209,6 +209,7 @@ def test_more_processes_that_keep_nothing_of_a_pass_make_the_same(
     assert equal_share(tmp_path / "many", alone("gptq-cache")) >= LEAST_EQUAL
 
 
+@pytest.mark.slow
 def test_experts_see_the_tokens_of_all_processes(tmp_path: Path, calibration: Path) -> None:
     model = zoo.make_model("qwen3_vl_moe", dtype=torch.bfloat16)
     balance(model, None)
@@ -231,7 +232,7 @@ def test_experts_see_the_tokens_of_all_processes(tmp_path: Path, calibration: Pa
     assert_same(tmp_path / "two", alone.path)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_process_ends_all_and_one_alone_resumes(
     victim: int,
     tiny_llava: Path,
@@ -272,6 +273,7 @@ def test_a_killed_process_ends_all_and_one_alone_resumes(
     assert_same(out, alone("gptq-cache"))
 
 
+@pytest.mark.slow
 def test_a_run_of_one_is_resumed_by_two(
     tiny_llava: Path,
     calibration: Path,
