@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 import vlmquant
 from tests.small_set import write_small_set
 from tests.tiny_vlm import image_inputs
+from tests.written import written
 from vlmquant.calibration.encode import Encoder, collate
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sets import load_set
@@ -114,10 +115,7 @@ def round_tokens(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tup
 def test_a_run_again_writes_the_same_bytes(tiny_llava: Path, calibration: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         quantize(tiny_llava, "mixed", tmp_path / name, calibration=calibration)
-    one, two = (
-        {file.name: file.read_bytes() for file in sorted((tmp_path / name).iterdir())} for name in ("one", "two")
-    )
-    assert one == two
+    assert written(tmp_path / "one") == written(tmp_path / "two")
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(
@@ -143,8 +141,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     with pytest.raises(UsageError, match="--resume"):
         quantize(tiny_llava, "mixed", tmp_path / "resumed", calibration=calibration)
     quantize(tiny_llava, "mixed", tmp_path / "resumed", calibration=calibration, resume=True)
-    whole, resumed = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "resumed"))
-    assert whole == resumed
+    assert written(tmp_path / "whole") == written(tmp_path / "resumed")
 
 
 def test_evaluation_to_gate(tiny_llava: Path, calibration: Path, tmp_path: Path) -> None:
