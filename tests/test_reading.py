@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,6 +107,18 @@ def test_only_regular_files_of_a_bounded_size(tmp_path: Path) -> None:
     assert len(reading.read_bytes(file, max_bytes=11)) == 11
     with pytest.raises(InputError, match="larger than 10 bytes"):
         reading.read_bytes(file, max_bytes=10)
+
+
+@pytest.mark.parametrize("size", [0, 10, 3_000_000])
+def test_a_read_takes_as_much_memory_as_the_file(size: int, tmp_path: Path) -> None:
+    """And not as the most that would be read: under a limit of address space that is not to be had."""
+    (tmp_path / "file").write_bytes(b"x" * size)
+    tracemalloc.start()
+    try:
+        assert len(reading.read_bytes(tmp_path / "file")) == size
+        assert tracemalloc.get_traced_memory()[1] < 3 * size + 4_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_inside(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """What serving takes: against sums worked by hand, and against what transformers' own cache holds."""
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers import DynamicCache
 
+from benchmarks.scale.models import write_headers
 from tests import tiny_vlm, zoo
 from tests.conftest import Run
 from vlmquant.cli import parse_bytes, parse_size
@@ -84,25 +84,6 @@ def test_states_are_as_large_as_the_model_keeps_them(kind: str, tmp_path: Path) 
 
 
 # --- models of which only the headers exist ---
-
-
-def write_headers(config: dict[str, Any], out_dir: Path, tokenizer: Path | None = None) -> Path:
-    """A model directory whose shards have headers and a hole: as large as the model to whoever asks, and empty."""
-    out_dir.mkdir()
-    (out_dir / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(out_dir), dtype=torch.bfloat16)
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, value in model.state_dict().items():
-        end = offset + value.numel() * 2
-        header[name] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    with (out_dir / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-    return out_dir
 
 
 def internvl_40b() -> dict[str, Any]:

@@ -3,9 +3,15 @@
 from pathlib import Path
 
 from vlmquant.checkpoint import read_manifest
+from vlmquant.checkpoint.manifest import SEAL
 
 
 def written(out: Path) -> dict[str, object]:
-    """The content of every file by its name; of the manifest all but what the run took, and the seal over that."""
+    """The content of every file by its name; of the manifest what `lasting` leaves."""
     found: dict[str, object] = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
-    return found | {"vlmquant.json": {**read_manifest(out), "work": None, "manifest_sha256": None}}
+    return found | {"vlmquant.json": lasting(out)}
+
+
+def lasting(out: Path) -> dict[str, object]:
+    """The manifest but for what the run took, and the seal over that."""
+    return {key: value for key, value in read_manifest(out).items() if key not in ("work", SEAL)}

@@ -5,18 +5,19 @@ between blocks can be in memory or on disk. The codes are the same; the first th
 """
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from vlmquant.components import BlockInfo, ComponentMap
+from vlmquant.components import BlockInfo, ComponentMap, ParameterInfo
 from vlmquant.errors import DoesNotFitError
-from vlmquant.kernels.probe import seconds
-from vlmquant.planning import CALIBRATED, Plan
+from vlmquant.kernels.probe import measured, seconds
+from vlmquant.planning import CALIBRATED, Plan, with_parents
 from vlmquant.stream import Footprint
 
 KEPT_WIDTHS = 3.0
@@ -69,14 +70,23 @@ class Prediction:
         return {**asdict(self), "peak_bytes": self.peak_bytes}
 
 
+def _by_block(components: ComponentMap) -> dict[str, list[ParameterInfo]]:
+    """Parameters and buffers by the block that they lie in, under "" those that lie in none."""
+    found: dict[str, list[ParameterInfo]] = {"": [], **{block.name: [] for block in components.blocks}}
+    for one in components.parameters:
+        found[next((name for name in with_parents(one.name) if name in found), "")].append(one)
+    return found
+
+
 def predict(
     components: ComponentMap, plan: Plan, footprint: Footprint, *, base: int, dtype: torch.dtype, passes: Passes
 ) -> Prediction:
     """base: what the process holds before any of it, bytes. footprint: of the calibration passes."""
+    parameters = _by_block(components)
     outside = sum(
-        one.nbytes if passes.rerun and one.component == "embedding" else _numbers(one.shape) * dtype.itemsize
-        for one in components.parameters
-        if one.loaded and one.component != "lm_head" and not _inside(one.name, components.blocks)
+        one.nbytes if passes.rerun and one.component == "embedding" else prod(one.shape) * dtype.itemsize
+        for one in parameters[""]
+        if one.loaded and one.component != "lm_head"
     )
     phases, parts, products = {}, {}, 0.0
     waiting = 0 if passes.spill else footprint.input_bytes
@@ -88,7 +98,9 @@ def predict(
         )
         found: dict[str, int] = {}
         for block in blocks:
-            resident, stage, codes, inputs = _block_peak(components, plan, block, dtype)
+            stages = _stages(components, plan, block)
+            whole = sum(prod(one.shape) for one in parameters[block.name])
+            resident, stage, codes, inputs = _block_peak(stages, whole, components.dtype, dtype)
             kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
             one = {
                 "process": base,
@@ -102,7 +114,7 @@ def predict(
             }
             if sum(one.values()) > sum(found.values()):
                 found = one
-            products += _products(components, plan, block, rows, rerun=passes.rerun)
+            products += _products(stages, block, rows, rerun=passes.rerun)
         parts[component], phases[component] = found, sum(found.values())
     longest = products / _products_per_second(dtype)
     spilled = max((place.nbytes for place in footprint.components.values()), default=0) + footprint.input_bytes
@@ -158,14 +170,6 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _numbers(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _inside(name: str, blocks: Iterable[BlockInfo]) -> bool:
-    return any(name.startswith(f"{block.name}.") for block in blocks)
-
-
 @dataclass(frozen=True)
 class _Stage:
     method: str
@@ -187,18 +191,17 @@ def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[_Sta
 
 
 def _block_peak(
-    components: ComponentMap, plan: Plan, block: BlockInfo, dtype: torch.dtype
+    stages: Sequence[_Stage], whole: int, stored: torch.dtype, dtype: torch.dtype
 ) -> tuple[int, int, int, int]:
     """Where a block holds most: weights in it, what its stage takes, all its codes; and the widest inputs of a stage.
 
-    A linear's weights are in the block from when it has its codes.
+    whole: the numbers in the block, stored in one dtype and held in another. A linear's weights are in it from when it
+    has its codes.
     """
-    stages = _stages(components, plan, block)
-    whole = sum(_numbers(one.shape) for one in components.parameters if one.name.startswith(f"{block.name}."))
     quantized = sum(stage.rows * stage.columns for stage in stages)
     inside, found = whole - quantized, [(whole * dtype.itemsize, 0)]
     for stage in stages:
-        found.append((inside * dtype.itemsize, _stage_bytes(stage, components.dtype.itemsize)))
+        found.append((inside * dtype.itemsize, _stage_bytes(stage, stored.itemsize)))
         inside += stage.rows * stage.columns
     resident, most = max(found, key=sum)
     return resident, most, quantized, max((stage.columns for stage in stages), default=0)
@@ -215,10 +218,9 @@ def _stage_bytes(stage: _Stage, itemsize: int) -> int:
     return stored + 4 * stage.rows * stage.columns + 12 * largest
 
 
-def _products(components: ComponentMap, plan: Plan, block: BlockInfo, rows: int, *, rerun: bool) -> float:
+def _products(stages: Sequence[_Stage], block: BlockInfo, rows: int, *, rerun: bool) -> float:
     """Multiplications: of the passes, of second moments, of factors and of error feedback."""
     weights = sum(linear.out_features * linear.in_features for linear in block.linears)
-    stages = _stages(components, plan, block)
     needed = bool(stages) and any(stage.method in CALIBRATED for stage in stages)
     total = float(rows * weights * (1 + (len(stages) / 2 if rerun else 0))) if needed else 0.0
     for stage in stages:
@@ -229,6 +231,7 @@ def _products(components: ComponentMap, plan: Plan, block: BlockInfo, rows: int,
     return total
 
 
+@measured
 def _products_per_second(dtype: torch.dtype) -> float:
     """Multiplications of a matrix product in a second, on as many threads as torch has."""
     left, right = torch.ones(MATRIX, MATRIX, dtype=dtype), torch.ones(MATRIX, MATRIX, dtype=dtype)

@@ -694,10 +694,11 @@ def _names_of(components: ComponentMap, name: str, component: str, block: BlockI
     names = [name, _local(components, name, component)]
     if block is not None:
         names.append(name[len(block.name) + 1 :])
-    return [outer for one in names for outer in _with_parents(one)]
+    return [outer for one in names for outer in with_parents(one)]
 
 
-def _with_parents(name: str) -> list[str]:
+def with_parents(name: str) -> list[str]:
+    """A dotted name and all that it lies in, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 

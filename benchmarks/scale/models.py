@@ -109,8 +109,13 @@ def headers_only(name: str, out: Path) -> Path:
             "vocab_size": 151_936,
         }
         content["vision_config"]["out_hidden_size"] = 4096
+    return write_headers(content, out)
+
+
+def write_headers(config: dict[str, Any], out: Path) -> Path:
+    """The same for any config of an image-text model."""
     out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(content))
+    (out / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(out), dtype=torch.bfloat16)
     header: dict[str, Any] = {}
