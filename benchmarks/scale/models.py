@@ -16,15 +16,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vlmquant import demo
 
 DEMO = Path(demo.__file__).parent
-MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
+MODEL, CALIBRATION, TEST = DEMO / "model", DEMO / "calibration", DEMO / "test"
 SHAPES: dict[str, tuple[int, int, int]] = {
     "0.1 GB": (768, 2048, 8),
     "0.4 GB": (1024, 4096, 12),
     "1.6 GB": (2048, 8192, 12),
     "4 GB": (3072, 8192, 18),
     "8 GB": (4096, 11_008, 20),
+    "a block of 7B": (3584, 18_944, 1),
+    "a block of 72B": (8192, 29_568, 1),
 }
-"""Hidden size, inputs of the down projection, layers."""
+"""Hidden size, inputs of the down projection, layers; the last two as Qwen2.5-VL has them."""
 NOISE = 1 << 24
 """Numbers that all weights are cut from."""
 

@@ -1,11 +1,15 @@
 """Memory and time of `quantize` against the size of a model, beside what was planned.
 
-    python benchmarks/scale/run.py --work DIR [--sizes "0.1 GB" ...] [--limit 3GiB] [--out FILE]
+    python benchmarks/scale/run.py --work DIR [--sizes "0.1 GB" ...] [--limit 3GiB] [--limited "8 GB"] [--out FILE]
+                                   [--peer PYTHON] [--part NAME | --join NAME ...]
 
-Models of benchmarks/scale/models.py, calibrated on the demo's set. Each size is quantized by `mixed` in a process of
-its own, with all the memory that it wants; the largest once more under a hard limit of its address space (as
-`ulimit -v` sets it) with the same --memory-limit, and both must write the same weights. The table ends with what
-budget.predict says of models of which only the headers exist, for SAMPLES samples of TOKENS tokens.
+Models of benchmarks/scale/models.py, calibrated on those of the demo's samples that have an image. Each size is
+quantized by `mixed` in a process of its own, with all the memory that it wants; those that are limited once more under
+a hard limit of their address space (as `ulimit -v` sets it) with the same --memory-limit, and both must write the same
+weights. With --peer, the Python of an environment that has llm-compressor, its GPTQ (peer.py) gets the same batches of
+each size up to PEER_BYTES, and the loss of both is measured on the demo's test set. The table ends with what
+budget.predict says of models of which only the headers exist, for SAMPLES samples of TOKENS tokens. Sizes may be
+measured in parts, which are joined.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +28,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from provenance import provenance
-from scale.models import CALIBRATION, LARGE, SHAPES, build, headers_only
+from scale.models import CALIBRATION, LARGE, SHAPES, TEST, build, headers_only
 
 from vlmquant.budget import WAYS, predict
+from vlmquant.calibration.encode import make_batches
+from vlmquant.calibration.processor import load_processor
+from vlmquant.calibration.samples import Sample
+from vlmquant.calibration.sets import load_set
 from vlmquant.cli import parse_bytes
-from vlmquant.pipeline import BATCH_SIZE, plan_model
+from vlmquant.evaluation.settings import Settings
+from vlmquant.pipeline import BATCH_SIZE, evaluate, plan_model
 from vlmquant.recipe import load_recipe
+from vlmquant.report.table import compare_rows
 from vlmquant.stream import Footprint, Place
 
 RESULTS = Path(__file__).parents[1] / "results"
+PEER = Path(__file__).parent / "peer.py"
+PEER_BYTES = 2 << 30
+"""Of the largest model that the peer is given: it takes longer than our patience on larger ones."""
+TEST_SAMPLES = 48
 
 
 def digest(out: Path) -> str:
@@ -43,8 +58,17 @@ def digest(out: Path) -> str:
     return whole.hexdigest()
 
 
+def samples() -> list[Sample]:
+    """The demo's that have an image: the peer cannot take those that have none among them."""
+    return [sample for sample in load_set(CALIBRATION).samples if sample.images]
+
+
 def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[str, Any]:
     words = ["quantize", str(model), "-r", recipe, "--calibration", str(CALIBRATION), "-o", str(out), "--json"]
+    words += [
+        "--samples",
+        ",".join(f"{task}={count}" for task, count in Counter(one.task for one in samples()).items()),
+    ]
     if limit is not None:
         words += ["--memory-limit", f"{limit}B"]
 
@@ -74,6 +98,28 @@ def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[
         "user_cpu_seconds": round(after.ru_utime - before.ru_utime, 1),
         "sha256": digest(out),
     }
+
+
+def give_peer(python: Path, model: Path, ours: Path, *, work: Path) -> dict[str, Any]:
+    """The peer on the same model and samples, one at a time as it has them; and the loss of both."""
+    out = work / "peer"
+    batches, _ = make_batches(samples(), load_processor(model), max_tokens=1 << 20, batch_size=1)
+    torch.save([make().inputs for make in batches], work / "batches.pt")
+    shutil.rmtree(out, ignore_errors=True)
+    done = subprocess.run(
+        [str(python), str(PEER), str(model), str(work / "batches.pt"), str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        return {"failed": done.returncode}
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    settings = Settings(generate=False, dtype="float32", threads=torch.get_num_threads())
+    report = evaluate(model, [ours, out], TEST, limit=TEST_SAMPLES, settings=settings)
+    rows = compare_rows(report)
+    found["losses"] = dict(zip(("original", "vlmquant", "peer"), rows, strict=True))
+    return found
 
 
 SAMPLES, TOKENS, IMAGE_TOKENS = 128, 1200, 1000
@@ -114,50 +160,79 @@ def row(name: str, found: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--recipe", default="mixed")
-    parser.add_argument("--limit", default="3GiB", help="of the largest model's second run")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "scale")
-    arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    torch.set_num_threads(arguments.threads)
-    saved = arguments.out.with_suffix(".json")
-    results: dict[str, Any] = {**provenance(), "threads": arguments.threads, "recipe": arguments.recipe, "runs": {}}
+def peer_row(name: str, found: dict[str, Any]) -> str:
+    other = found["peer"]
+    if "failed" in other:
+        return f"| {name} | {found['user_cpu_seconds']:.0f} | ended with {other['failed']} | | | | | | |"
+    ours, theirs = (
+        "{point:.4f} ({low:.4f} to {high:.4f})".format_map(other["losses"][who]["KL"]) for who in ("vlmquant", "peer")
+    )
+    return (
+        f"| {name} | {found['user_cpu_seconds']:.0f} | {other['user_cpu_seconds']:.0f} "
+        f"| {other['user_cpu_seconds'] / found['user_cpu_seconds']:.1f} | {found['peak_bytes'] / 2**20:.0f} "
+        f"| {other['peak_bytes'] / 2**20:.0f} | {other['peak_bytes'] / found['peak_bytes']:.1f} | {ours} | {theirs} |"
+    )
+
+
+def measure(arguments: argparse.Namespace, results: dict[str, Any], saved: Path) -> None:
+    """Add a run for each size, one more for each that is limited; what is measured is saved as it comes."""
     for name in arguments.sizes:
-        model = build(arguments.work / name.replace(" ", ""), SHAPES[name])
-        limits = [None, parse_bytes(arguments.limit, "--limit")] if name == arguments.sizes[-1] else [None]
-        for limit in limits:
-            label = name if limit is None else f"{name}, {arguments.limit} of address space"
-            found = quantize(model, arguments.work / "out", recipe=arguments.recipe, limit=limit)
-            results["runs"][label] = found
-            print(row(label, found), file=sys.stderr, flush=True)
-            saved.write_text(json.dumps(results, indent=1) + "\n")
-        if len(limits) == 2:
-            two = [results["runs"][label]["sha256"] for label in list(results["runs"])[-2:]]
-            results["same_weights"] = two[0] == two[1]
+        model, out = build(arguments.work / name.replace(" ", ""), SHAPES[name]), arguments.work / "out"
+        found = results["runs"][name] = quantize(model, out, recipe=arguments.recipe, limit=None)
+        print(row(name, found), file=sys.stderr, flush=True)
+        saved.write_text(json.dumps(results, indent=1) + "\n")
+        if arguments.peer and found["model_bytes"] <= PEER_BYTES:
+            found["peer"] = give_peer(arguments.peer, model, out, work=arguments.work)
+            print(peer_row(name, found), file=sys.stderr, flush=True)
+        if name in arguments.limited:
+            limit = parse_bytes(arguments.limit, "--limit")
+            again = quantize(model, out, recipe=arguments.recipe, limit=limit)
+            label = f"{name}, {arguments.limit} of address space"
+            results["runs"][label] = again | {"same_weights": again["sha256"] == found["sha256"]}
+            print(row(label, again), file=sys.stderr, flush=True)
+        saved.write_text(json.dumps(results, indent=1) + "\n")
         shutil.rmtree(model)
-    saved.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The runs of several parts, each of which says how it was made."""
+    made = [{key: value for key, value in part.items() if key != "runs"} for part in parts]
+    return parts[0] | {"parts": made, "runs": {name: run for part in parts for name, run in part["runs"].items()}}
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    threads = results["threads"]
     lines = [
-        f"Measured {results['date']} by `{results['command']}`; {arguments.threads} thread(s); "
-        + ", ".join(f"{package} {number}" for package, number in results["versions"].items()),
+        f"Measured {part['date']} by `{part['command']}`; {threads} thread(s); "
+        + ", ".join(f"{package} {number}" for package, number in part["versions"].items())
+        for part in results.get("parts", [results])
+    ]
+    lines += [
         "",
         "| model | GB | passes | planned MiB | peak MiB | off | planned s | s | user CPU s | per GB |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
         *(row(name, found) for name, found in results["runs"].items()),
     ]
-    base = min(found["planned_peak_bytes"] for found in results["runs"].values())
-    results["projection"] = {name: project(name, arguments.work, base=base) for name in LARGE}
-    saved.write_text(json.dumps(results, indent=1) + "\n")
-    if "same_weights" in results:
-        lines += ["", f"With and without the limit: {'the same' if results['same_weights'] else 'DIFFERENT'} weights."]
+    for name, found in results["runs"].items():
+        if "same_weights" in found:
+            lines += ["", f"{name}: {'the same' if found['same_weights'] else 'DIFFERENT'} weights as without it."]
+    if beside := {name: found for name, found in results["runs"].items() if "peer" in found}:
+        versions: dict[str, str] = next(
+            (found["peer"]["versions"] for found in beside.values() if "versions" in found["peer"]), {}
+        )
+        lines += [
+            "",
+            "Beside llm-compressor's GPTQ (its search for scales by least squared error), the same batches; KL in "
+            f"nats a token with 95 % interval. {', '.join(f'{name} {number}' for name, number in versions.items())}",
+            "",
+            "| model | user CPU s | peer | ratio | peak MiB | peer | ratio | KL | peer |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+            *(peer_row(name, found) for name, found in beside.items()),
+        ]
     lines += [
         "",
         f"Planned, not measured: {SAMPLES} samples of {TOKENS} tokens, products in float32 on this machine's "
-        f"{arguments.threads} thread(s).",
+        f"{threads} thread(s).",
         "",
         "| model | GB before | after | all kept, GiB | rerun | rerun, on disk | hours, rerun on disk |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -167,8 +242,39 @@ def main() -> None:
             for name, one in results["projection"].items()
         ),
     ]
-    arguments.out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--recipe", default="mixed")
+    parser.add_argument("--limit", default="3GiB", help="of the second run of those that are limited")
+    parser.add_argument("--limited", nargs="*", default=["8 GB"], choices=list(SHAPES))
+    parser.add_argument("--peer", type=Path, help="Python of an environment that has llm-compressor")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", help="only measure, for a run that joins what several have measured")
+    parser.add_argument("--join", nargs="+", help="names of parts, instead of measuring")
+    parser.add_argument("--out", type=Path, default=RESULTS / "scale")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {**provenance(), "threads": arguments.threads, "recipe": arguments.recipe, "runs": {}}
+    saved = arguments.out.with_suffix(".json")
+    if arguments.join:
+        results = joined([json.loads((arguments.work / f"part-{name}.json").read_text()) for name in arguments.join])
+    else:
+        part = arguments.work / f"part-{arguments.part}.json"
+        measure(arguments, results, part if arguments.part else saved)
+        if arguments.part:
+            return
+    base = min(found["planned_peak_bytes"] for found in results["runs"].values())
+    results["projection"] = {name: project(name, arguments.work, base=base) for name in LARGE}
+    saved.write_text(json.dumps(results, indent=1) + "\n")
+    saved.with_suffix(".md").write_text(to_markdown(results))
+    print(to_markdown(results))
 
 
 if __name__ == "__main__":
