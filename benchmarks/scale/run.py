@@ -63,6 +63,11 @@ def samples() -> list[Sample]:
     return [sample for sample in load_set(CALIBRATION).samples if sample.images]
 
 
+def children_cpu() -> float:
+    """User CPU seconds of processes that have ended, with their start."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+
+
 def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[str, Any]:
     words = ["quantize", str(model), "-r", recipe, "--calibration", str(CALIBRATION), "-o", str(out), "--json"]
     words += [
@@ -77,7 +82,7 @@ def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     shutil.rmtree(out, ignore_errors=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = children_cpu()
     done = subprocess.run(
         [sys.executable, "-m", "vlmquant", *words],
         stdout=subprocess.PIPE,
@@ -86,7 +91,7 @@ def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[
         preexec_fn=confine,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = children_cpu() - before
     said = json.loads(done.stdout)
     return {
         "model_bytes": said["bytes_before"],
@@ -95,7 +100,7 @@ def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[
         "peak_bytes": said["peak_bytes"],
         "planned_seconds": said["planned"]["seconds"],
         "seconds": said["seconds"],
-        "user_cpu_seconds": round(after.ru_utime - before.ru_utime, 1),
+        "user_cpu_seconds": round(cpu, 1),
         "sha256": digest(out),
     }
 
@@ -106,6 +111,7 @@ def give_peer(python: Path, model: Path, ours: Path, *, work: Path) -> dict[str,
     batches, _ = make_batches(samples(), load_processor(model), max_tokens=1 << 20, batch_size=1)
     torch.save([make().inputs for make in batches], work / "batches.pt")
     shutil.rmtree(out, ignore_errors=True)
+    before = children_cpu()
     done = subprocess.run(
         [str(python), str(PEER), str(model), str(work / "batches.pt"), str(out)],
         stdout=subprocess.PIPE,
@@ -115,6 +121,7 @@ def give_peer(python: Path, model: Path, ours: Path, *, work: Path) -> dict[str,
     if done.returncode:
         return {"failed": done.returncode}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found["user_cpu_seconds"] = round(children_cpu() - before, 1)
     settings = Settings(generate=False, dtype="float32", threads=torch.get_num_threads())
     report = evaluate(model, [ours, out], TEST, limit=TEST_SAMPLES, settings=settings)
     rows = compare_rows(report)
