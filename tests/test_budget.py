@@ -1,22 +1,25 @@
 """What quantizing takes: the way that is chosen, sums worked by hand, and the same bytes whatever it may hold."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conftest import Run
 from tests.small_set import write_small_set
-from vlmquant import budget
+from vlmquant import budget, stream
 from vlmquant.budget import WAYS, Prediction, choose, predict
 from vlmquant.checkpoint.manifest import read_manifest
 from vlmquant.components import resolve_components
 from vlmquant.errors import DoesNotFitError
 from vlmquant.pipeline import plan_model
 from vlmquant.recipe import load_recipe
-from vlmquant.stream import Footprint, Place
+from vlmquant.stream import Footprint, Place, Stage
 
 
 def prediction(way: int, peak: int) -> Prediction:
@@ -34,7 +37,7 @@ def test_the_fastest_way_that_fits() -> None:
     assert refused.value.exit_code == 6
 
 
-def test_a_peak_worked_by_hand(tiny_llava: Path) -> None:
+def test_a_peak_worked_by_hand(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The down projection of the tiny LLaVA: 256 rows and 384 inputs, of 1,000 tokens that are 256 wide."""
     components, plan = plan_model(tiny_llava, load_recipe("mixed"))
     place = Place(rows=1000, width=256, nbytes=1_024_000, largest_rows=100)
@@ -47,11 +50,17 @@ def test_a_peak_worked_by_hand(tiny_llava: Path) -> None:
     assert parts["process"] == 10_000
     assert parts["weights of the block"] == 4 * (attention + norms + 2 * 256 * 384)
     assert parts["codes of the block"] == attention + mlp
-    assert parts["a stage"] == 256 * 384 * 2 + 10 * 256 * 384 + 4 * 384**2
+    assert parts["a stage"] == 256 * 384 * 2 + 4 * 384**2 + 12 * 256 * 384 + 2 * 256 * 384
     assert parts["inside the passes"] == 1000 * (3 * 256 + 384) * 4
     assert parts["between blocks"] == 1_024_000 + 5_000
     again = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[1]).parts["language"]
     assert again["inside the passes"] == parts["inside the passes"] // 10
+    assert again["weights of the block"] == 4 * norms
+    assert again["a stage"] == parts["a stage"]
+    monkeypatch.setattr(budget, "ROW_ELEMENTS", 64 * 384)
+    again = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[1]).parts["language"]
+    few_rows, floats_of_the_up_projection = 12 * 64 * 384 + 2 * 256 * 384, 4 * 256 * 384
+    assert again["a stage"] == 256 * 384 * 2 + 4 * 384**2 + max(few_rows, floats_of_the_up_projection)
     spilled = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[2])
     assert spilled.parts["language"]["between blocks"] == 0
     assert spilled.disk_bytes == held.disk_bytes + 2 * (1_024_000 + 5_000)
@@ -82,6 +91,31 @@ def test_every_way_gives_the_same_files(
     assert made[WAYS[1]] == made[WAYS[0]]
     assert made[WAYS[2]] == made[WAYS[0]]
     assert {path.name for path in tmp_path.iterdir()} == {"set", *(f"out-{w.rerun}-{w.spill}" for w in WAYS)}
+
+
+@pytest.mark.parametrize("recipe", ["mixed", "mixed-awq", "rtn-w4"])
+def test_few_rows_at_a_time_give_the_same_files(
+    recipe: str, run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, made, taken = write_small_set(tmp_path / "set"), [], []
+    real = Stage.by_rows
+
+    def counted(stage: Stage, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
+        parts = real(stage, weight, make, work=work)
+        taken.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(Stage, "by_rows", counted)
+    for elements in (stream.ROW_ELEMENTS, 1):
+        taken.clear()
+        monkeypatch.setattr(stream, "ROW_ELEMENTS", elements)
+        assert (
+            run("quantize", tiny_llava, "-r", recipe, "--calibration", samples, "-o", tmp_path / "out", "--force")[0]
+            == 0
+        )
+        made.append({file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.safetensors")})
+        assert max(taken) == (1 if elements > 1 else 384 // 64)
+    assert made[0] == made[1]
 
 
 def test_what_cannot_fit_is_refused_before_any_work(run: Run, tiny_llava: Path, tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from vlmquant.components import BlockInfo, ComponentMap, ParameterInfo
 from vlmquant.errors import DoesNotFitError
 from vlmquant.kernels.probe import measured, seconds
 from vlmquant.planning import CALIBRATED, Plan, with_parents
-from vlmquant.stream import Footprint
+from vlmquant.ranks import ROWS
+from vlmquant.stream import ROW_ELEMENTS, Footprint
 
+FLOAT_BYTES = 4
+"""Of a float32, in which codes are chosen."""
 KEPT_WIDTHS = 3.0
 """Vectors as wide as the hidden state that a pass keeps for a token inside a block, beside the linear's inputs."""
 SCRATCH_BYTES = 64 << 20
@@ -100,7 +103,7 @@ def predict(
         for block in blocks:
             stages = _stages(components, plan, block)
             whole = sum(prod(one.shape) for one in parameters[block.name])
-            resident, stage, codes, inputs = _block_peak(stages, whole, components.dtype, dtype)
+            resident, stage, codes, inputs = _block_peak(stages, whole, components.dtype, dtype, rerun=passes.rerun)
             kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
             one = {
                 "process": base,
@@ -191,31 +194,41 @@ def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[_Sta
 
 
 def _block_peak(
-    stages: Sequence[_Stage], whole: int, stored: torch.dtype, dtype: torch.dtype
+    stages: Sequence[_Stage], whole: int, stored: torch.dtype, dtype: torch.dtype, *, rerun: bool
 ) -> tuple[int, int, int, int]:
     """Where a block holds most: weights in it, what its stage takes, all its codes; and the widest inputs of a stage.
 
     whole: the numbers in the block, stored in one dtype and held in another. A linear's weights are in it from when it
-    has its codes.
+    has its codes; where passes rerun, they become floats one linear at a time.
     """
     quantized = sum(stage.rows * stage.columns for stage in stages)
-    inside, found = whole - quantized, [(whole * dtype.itemsize, 0)]
+    inside, found, met = whole - quantized, [(whole * dtype.itemsize, 0)], 0
+    if rerun:
+        found = [
+            (inside * dtype.itemsize, FLOAT_BYTES * max((one.most_rows * one.columns for one in stages), default=0))
+        ]
     for stage in stages:
-        found.append((inside * dtype.itemsize, _stage_bytes(stage, stored.itemsize)))
-        inside += stage.rows * stage.columns
+        collected = stage.rows * stage.columns * stored.itemsize
+        collected += FLOAT_BYTES * stage.columns**2 if stage.method in ("gptq", "awq") else 0
+        found.append((inside * dtype.itemsize, collected + max(FLOAT_BYTES * met, _rounding_bytes(stage))))
+        if rerun:
+            met = max(met, stage.most_rows * stage.columns)
+        else:
+            inside += stage.rows * stage.columns
     resident, most = max(found, key=sum)
     return resident, most, quantized, max((stage.columns for stage in stages), default=0)
 
 
-def _stage_bytes(stage: _Stage, itemsize: int) -> int:
-    """Weights as they are stored; of one linear in float32, errors, and codes twice; second moments."""
-    stored = stage.rows * stage.columns * itemsize
+def _rounding_bytes(stage: _Stage) -> int:
+    """Beside its weights as they are stored and second moments: of the rows at hand, weights in float32, errors, codes,
+    and what a search makes of them; of the largest linear its codes, in parts and joined."""
     largest = stage.most_rows * stage.columns
+    part = min(largest, max(ROW_ELEMENTS, ROWS * stage.columns))
     if stage.method == "gptq":
-        return stored + 10 * largest + 4 * stage.columns**2
+        return 12 * part + 2 * largest
     if stage.method == "awq":
-        return stored + 4 * stage.rows * stage.columns + 16 * largest + 4 * stage.columns**2
-    return stored + 4 * stage.rows * stage.columns + 12 * largest
+        return FLOAT_BYTES * stage.rows * stage.columns + 16 * largest
+    return FLOAT_BYTES * stage.rows * stage.columns + 12 * part + 2 * largest
 
 
 def _products(stages: Sequence[_Stage], block: BlockInfo, rows: int, *, rerun: bool) -> float:

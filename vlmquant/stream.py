@@ -55,6 +55,8 @@ WAITING = ("linear", "experts")
 """Pauses inside a block."""
 SPILL_BYTES = 1 << 16
 """Smaller tensors are not worth a file."""
+ROW_ELEMENTS = 1 << 23
+"""Of a weight, that algorithms work on at a time."""
 LEAST_ENERGY = 1e-30
 """Outputs are taken for no smaller, where a loss is divided by them."""
 
@@ -343,11 +345,15 @@ class Stage:
 
     def by_rows(self, weight: Tensor, make: Callable[[Tensor], T], *, work: float) -> list[T]:
         """What `make` makes of the rows of a weight (out, in), where no row's result depends on others: of all of them,
-        or of the parts that processes take where the work (multiplications) is worth it, in their order."""
-        shares = self.ranks.shares(len(weight), step=math.lcm(ROWS, self.grid.group_rows), work=work)
-        share = weight[shares[self.ranks.rank]]
-        parts = self.ranks.gather(make(share) if len(share) else None)
-        return [part for part in parts if part is not None]
+        or of the parts that processes take where the work (multiplications) is worth it, in their order; on a CPU of no
+        more rows at once than ROW_ELEMENTS say, for what is made on the way is several times as large."""
+        step = math.lcm(ROWS, self.grid.group_rows)
+        share = weight[self.ranks.shares(len(weight), step=step, work=work)[self.ranks.rank]]
+        at_once = (
+            max(ROW_ELEMENTS // (step * weight.shape[1]), 1) * step if weight.device.type == "cpu" else len(weight)
+        )
+        made = [make(share[first : first + at_once]) for first in range(0, len(share), at_once)]
+        return [part for parts in self.ranks.gather(made) for part in parts]
 
     def note(self, text: str) -> None:
         self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")
@@ -851,8 +857,12 @@ class Block:
         """The codes of a linear: recorded, and in the weight's place from here on."""
         name = self._weight_name(local)
         self.quantized[name], self.errors[name] = weight, error
-        if self._walks:
-            self._place(f"{local}.weight", weight.dequantize(self.stream.dtype))
+        self._place_codes(f"{local}.weight", weight)
+
+    def _place_codes(self, local: str, weight: QuantizedWeight) -> None:
+        """Where passes walk through the block again and again to save memory, codes become floats as they are met."""
+        if self._walks and not self._rerun:
+            self._place(local, weight.dequantize(self.stream.dtype))
 
     def _place(self, local: str, value: Tensor) -> None:
         if self._walks:
@@ -870,7 +880,7 @@ class Block:
             if local.removesuffix(".weight") in waiting:
                 continue
             if final is not None:
-                self._place(local, final.dequantize(self.stream.dtype))
+                self._place_codes(local, final)
             elif local in self._parameters or self.stream.components.holds(name):
                 self._place(local, self.value(local))
 
@@ -916,7 +926,8 @@ class Block:
         weight = self.quantized.get(self._weight_name(local))
         if weight is None:  # kept, or a rehearsal
             return _linear(None, module, inputs)
-        return _linear(self._line(self._by_local[local]), module, inputs, weight.input_scale)
+        values = weight.dequantize(self.stream.dtype).to(self.stream.device) if self._rerun else None
+        return _linear(self._line(self._by_local[local]), module, inputs, weight.input_scale, values)
 
     def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
         """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
@@ -946,12 +957,15 @@ def _look_up(module: nn.Embedding, dtype: torch.dtype, ids: Tensor) -> Tensor:
     return nn.functional.embedding(ids, module.weight, module.padding_idx).to(dtype)
 
 
-def _linear(line: PlanLine | None, module: nn.Linear, inputs: Tensor, scale: float | None = None) -> Tensor:
-    """The product; inputs are rounded as the scheme of the line says, if there is one."""
+def _linear(
+    line: PlanLine | None, module: nn.Linear, inputs: Tensor, scale: float | None = None, weight: Tensor | None = None
+) -> Tensor:
+    """The product with the weight given, else the module's; inputs are rounded as the scheme of the line says."""
+    weight = module.weight if weight is None else weight
     if line is not None and isinstance(line.scheme, Scheme):
         inputs = round_inputs(inputs, line.scheme.activations, scale)
     # Some models' code casts to the dtype of their config on the way.
-    return nn.functional.linear(inputs.to(module.weight.dtype), module.weight, module.bias)
+    return nn.functional.linear(inputs.to(weight.dtype), weight, module.bias)
 
 
 def assign(module: nn.Module, local: str, value: Tensor) -> None:
@@ -982,8 +996,8 @@ class BlockStream:
     dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
     device: where passes run and codes are chosen; one block's weights lie there at a time.
     experts: which tokens the experts of a mixture are calibrated on.
-    rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages; and no embedding
-    once it is done with. The same codes.
+    rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages; no floats that
+    codes stand for; and no embedding once it is done with. The same codes.
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
     ranks: the processes that share the work. Each has a stream of all batches, and runs its own of them.
     """
