@@ -19,6 +19,7 @@ from vlmquant.calibration import build
 from vlmquant.calibration.build import MAX_BAD_FRACTION, build_set
 from vlmquant.calibration.sets import load_set, shared_images
 from vlmquant.calibration.sources import SourceSpec
+from vlmquant.cli import sets
 from vlmquant.errors import DoesNotFitError, InputError, UsageError
 from vlmquant.recipe import load_recipe
 
@@ -157,8 +158,8 @@ def test_every_unusable_record_is_named(run: Run, tmp_path: Path) -> None:
     assert "0.png" in reasons["data.jsonl:1"]
     assert "answer" in reasons["data.jsonl:51"]
     assert "gone.png" in reasons["data.jsonl:61"]
-    assert len(re.findall(r"^skipped data\.jsonl:", result.stdout, re.MULTILINE)) == cli.SKIPPED_SHOWN
-    assert f"and {8 - cli.SKIPPED_SHOWN} more in set/skipped.jsonl" in result.stdout
+    assert len(re.findall(r"^skipped data\.jsonl:", result.stdout, re.MULTILINE)) == sets.SKIPPED_SHOWN
+    assert f"and {8 - sets.SKIPPED_SHOWN} more in set/skipped.jsonl" in result.stdout
 
 
 def test_too_many_unusable_images_are_named_and_refused(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmquant.threads import MAX_THREADS
+
+Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
+RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+FamilyOption = Annotated[
+    Path | None,
+    typer.Option("--family", help="YAML file that says where the parts of a model are that vlmquant does not know."),
+]
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        "-d",
+        help='Evaluation set, as `vlmquant data` makes it: a folder with samples.jsonl, a line {"id", "task", "image", '
+        '"question", "answers": [...]}.',
+    ),
+]
+KeyMap = Annotated[
+    list[str] | None,
+    typer.Option("--map", help="Which key or column to read as what, such as image=picture,question=q,answer=label."),
+]
+ImagesFolder = Annotated[
+    Path | None, typer.Option("--images-folder", help="Folder that image paths start from; else that of the file.")
+]
+AllowOutside = Annotated[
+    bool, typer.Option("--allow-outside", help="Read images from outside that folder too (../, absolute, links).")
+]
+MaxBadFraction = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Share of a source's records that may be unusable, else 0.1; they are skipped and named."
+    ),
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many samples, shared among the tasks.")]
+Strata = Annotated[
+    str | None, typer.Option("--samples", help="Samples per task in file order, such as caption=80,vqa=60.")
+]
+Html = Annotated[Path | None, typer.Option("--html", help="Also write the report as an HTML page.")]
+Markdown = Annotated[Path | None, typer.Option("--markdown", help="Also write the report as Markdown.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto (the faster here), float32 or bfloat16.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads; all cores if not given.")
+]
+WrongImage = Annotated[
+    bool,
+    typer.Option("--wrong-image", help="Also measure perplexity with another sample's image: does the model look?"),
+]
+NoGenerate = Annotated[bool, typer.Option("--no-generate", help="Skip generation: no BLEU, exact match or speed.")]
+OtherInputs = Annotated[
+    bool,
+    typer.Option("--allow-other-inputs", help="Compare models whose prompts or image inputs differ, and say so."),
+]

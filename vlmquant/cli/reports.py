@@ -1,0 +1,166 @@
+"""eval, compare, gate: what quantization cost, and whether that is too much."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlmquant.cli.options import (
+    Data,
+    Dtype,
+    Html,
+    Json,
+    Limit,
+    Markdown,
+    NoGenerate,
+    OtherInputs,
+    Strata,
+    Threads,
+    WrongImage,
+)
+from vlmquant.cli.output import emit, say, show
+from vlmquant.cli.words import parse_counts
+from vlmquant.errors import UsageError, shown
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="Directory of the quantized model.")],
+    reference: Annotated[str, typer.Option("--reference", help="The model it was quantized from.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("report.json"),
+    html: Html = None,
+    markdown: Markdown = None,
+    limit: Limit = None,
+    samples: Strata = None,
+    wrong_image: WrongImage = False,
+    no_generate: NoGenerate = False,
+    other_inputs: OtherInputs = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Also put the table and the gate's verdict into the model's card, README.md.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what quantization cost: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
+    from vlmquant.checkpoint.card import check_card
+    from vlmquant.pipeline import put_into_card
+
+    if card:
+        check_card(model)
+    report = compare(
+        reference,
+        [model],
+        data,
+        out,
+        html,
+        markdown,
+        limit,
+        samples,
+        wrong_image,
+        no_generate,
+        other_inputs,
+        dtype,
+        threads,
+        as_json,
+    )
+    if card:
+        put_into_card(report, model)
+        if not as_json:
+            say(f"wrote {model / 'README.md'}")
+
+
+def compare(
+    reference: Annotated[str, typer.Argument(help="The unquantized model.")],
+    models: Annotated[list[Path], typer.Argument(help="Quantized models, one row each.")],
+    data: Data,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the report goes.")] = None,
+    html: Html = None,
+    markdown: Markdown = None,
+    limit: Limit = None,
+    samples: Strata = None,
+    wrong_image: WrongImage = False,
+    no_generate: NoGenerate = False,
+    other_inputs: OtherInputs = False,
+    dtype: Dtype = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> Any:
+    """Several quantized models against the original, in one table."""
+    from vlmquant import pipeline
+    from vlmquant.evaluation.settings import Settings
+    from vlmquant.report.data import check_report_paths
+    from vlmquant.report.table import compare_rows, remarks, terminal_table
+
+    paths = {"--out": out, "--html": html, "--markdown": markdown}
+    check_report_paths(paths, apart=[Path(reference), *models])
+    settings = Settings(
+        wrong_image=wrong_image,
+        generate=not no_generate,
+        allow_other_inputs=other_inputs,
+        dtype=dtype,  # type: ignore[arg-type]  # Settings refuses what it does not know
+        threads=threads,
+    )
+    report = pipeline.evaluate(
+        reference,
+        models,
+        data,
+        limit=limit,
+        strata=None if samples is None else parse_counts(samples),
+        settings=settings,
+        command=("vlmquant", *sys.argv[1:]),
+    )
+    written = pipeline.write_report(report, data=data, out=out, html=html, markdown=markdown)
+    if as_json:
+        files, notes = [str(path) for path in written], [f"{label}: {text}" for label, text in remarks(report)]
+        emit({"rows": compare_rows(report), "notes": notes, "files": files})
+        return report
+    show(terminal_table(report))
+    for label, text in remarks(report):
+        say(f"note: {label}: {text}")
+    for path in written:
+        say(f"wrote {path}")
+    return report
+
+
+def gate(
+    report: Annotated[Path, typer.Argument(help="report.json of `vlmquant eval` or `compare`.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Recipe whose thresholds apply; else those that the report itself holds."),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write the verdicts as JUnit XML.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge a report by thresholds: exit 0 passed, 3 failed, 4 inconclusive."""
+    from vlmquant import gate as judging
+    from vlmquant import pipeline
+    from vlmquant.recipe import load_recipe
+    from vlmquant.report.data import append_text, check_report_paths, read_json, write_text
+    from vlmquant.tables import verdict_table
+
+    check_report_paths({"--junit": junit}, apart=[report])
+    found = read_json(report)
+    if recipe is not None:
+        wanted = load_recipe(recipe)
+        spec, source = wanted.gate, f"from the recipe {shown(wanted.name)} given with --recipe"
+    elif (recorded := pipeline.recipe_gate(found)) is not None:
+        spec, source = recorded, f"{pipeline.recorded_gate_name(found)}; give --recipe to judge by your own"
+    else:
+        raise UsageError(
+            f"{report}: its models were not made by recipes with the same sound gate; give thresholds with --recipe"
+        )
+    verdicts = judging.judge(found, spec)
+    if as_json:
+        thresholds = {"from": source, **spec.thresholds(), "alpha": spec.alpha}
+        emit({"thresholds": thresholds, "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]})
+    else:
+        show(verdict_table(verdicts, thresholds=source))
+    if junit is not None:
+        write_text(junit, judging.to_junit(verdicts, thresholds=source))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        append_text(Path(summary), judging.to_step_summary(verdicts, thresholds=source))
+    raise typer.Exit(judging.exit_code(verdicts))

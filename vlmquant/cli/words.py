@@ -1,0 +1,85 @@
+"""Words of a command line as values: counts, sizes, shapes, dtypes, sources, a recipe; UsageError names the option."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+from vlmquant.errors import UsageError, shown
+
+
+def load_wanted(recipe: str, family: Path | None) -> Any:
+    """The recipe, with the row of a file in place of its own."""
+    from vlmquant.recipe import load_family, load_recipe
+
+    wanted = load_recipe(recipe)
+    return wanted if family is None else wanted.model_copy(update={"family": load_family(family)})
+
+
+def parse_sources(
+    words: list[str], mapping: list[str] | None, images_folder: Path | None, allow_outside: bool
+) -> list[Any]:
+    """The sources of a command line, all read with the same options."""
+    from vlmquant.calibration.sources import parse_map, parse_source
+
+    options: dict[str, Any] = {
+        "map": parse_map(",".join(mapping or ())),
+        "images": None if images_folder is None else str(images_folder),
+        "allow_outside": allow_outside,
+    }
+    return [dataclasses.replace(parse_source(word), **options) for word in words]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """ "4096x11008" -> (4096, 11008)."""
+    rows, sign, columns = text.partition("x")
+    if not (sign and rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
+        raise UsageError(f"--shape: expected outputs x inputs such as 4096x11008, got '{shown(text)}'")
+    return int(rows), int(columns)
+
+
+def parse_counts(text: str, option: str = "--samples") -> dict[str, int]:
+    """ "caption=80,vqa=60" -> {"caption": 80, "vqa": 60}."""
+    counts: dict[str, int] = {}
+    for part in text.split(","):
+        task, sign, number = (piece.strip() for piece in part.partition("="))
+        if not (task and sign and number.isdecimal() and len(number) < 9 and int(number) > 0) or task in counts:
+            raise UsageError(f"{option}: expected name=number pairs such as caption=80,vqa=60, got '{shown(text)}'")
+        counts[task] = int(number)
+    return counts
+
+
+UNITS = {"B": 1} | {
+    f"{letter}{middle}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for middle, base in (("", 1000), ("i", 1024))
+}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """ "24GB" -> 24,000,000,000; "1.5GiB" -> 1,610,612,736."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]i?)?B", text.strip(), re.IGNORECASE)
+    if found:
+        unit = (found[2] or "").upper().replace("I", "i") + "B"
+        if (count := int(float(found[1]) * UNITS[unit])) > 0:
+            return count
+    raise UsageError(f"{option}: expected a size such as 24GB or 1.5GiB, got '{shown(text)}'")
+
+
+def parse_size(text: str, option: str) -> tuple[int, int]:
+    """ "1024x768" -> (1024, 768)."""
+    found = re.fullmatch(r"([1-9][0-9]{0,4})[xX]([1-9][0-9]{0,4})", text.strip())
+    if found is None:
+        raise UsageError(f"{option}: expected width and height such as 1024x768, got '{shown(text)}'")
+    return int(found[1]), int(found[2])
+
+
+def parse_dtype(name: str) -> Any:
+    """The torch dtype of a name; None for auto."""
+    if name not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"--dtype: expected auto, float32 or bfloat16, got '{shown(name)}'")
+    if name == "auto":
+        return None
+    import torch
+
+    return getattr(torch, name)
