@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.conftest import Run
 from tests.small_set import write_small_set
 from vlmquant import budget, stream
-from vlmquant.budget import WAYS, Prediction, choose, predict
+from vlmquant.budget import WAYS, Limits, Prediction, choose, predict, ways
 from vlmquant.checkpoint.manifest import read_manifest
 from vlmquant.components import resolve_components
 from vlmquant.errors import DoesNotFitError
@@ -28,13 +28,23 @@ def prediction(way: int, peak: int) -> Prediction:
 
 def test_the_fastest_way_that_fits() -> None:
     ways = [prediction(0, 30), prediction(1, 20), prediction(2, 10)]
-    assert choose(ways, 30) is ways[0]
-    assert choose(ways, 29) is ways[1]
-    assert choose(ways, 10) is ways[2]
+    assert choose(ways, Limits(30)) is ways[0]
+    assert choose(ways, Limits(29)) is ways[1]
+    assert choose(ways, Limits(10)) is ways[2]
     with pytest.raises(DoesNotFitError, match="in the language") as refused:
-        choose([prediction(0, 3 << 30), prediction(2, 2 << 30)], 1 << 30)
+        choose([prediction(0, 3 << 30), prediction(2, 2 << 30)], Limits(1 << 30))
     assert "needs 2.00 GiB of memory at the least" in str(refused.value)
     assert refused.value.exit_code == 6
+    on_gpu = [
+        replace(way, device_phases={"vision": 5, "language": peak}) for way, peak in zip(ways, (9, 8, 7), strict=True)
+    ]
+    assert choose(on_gpu, Limits(30, 9)) is on_gpu[0]
+    assert choose(on_gpu, Limits(30, 8)) is on_gpu[1]
+    assert choose(on_gpu, Limits(15, 9)) is on_gpu[2]
+    with pytest.raises(
+        DoesNotFitError, match=r"of device memory at the least, in the language .*--device-memory-limit"
+    ):
+        choose(on_gpu, Limits(30, 6))
 
 
 def test_a_peak_worked_by_hand(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +76,45 @@ def test_a_peak_worked_by_hand(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
     assert spilled.disk_bytes == held.disk_bytes + 2 * (1_024_000 + 5_000)
     assert held.peak_bytes == max(sum(one.values()) for one in held.parts.values())
     assert block.linears
+
+
+def test_on_a_gpu_weights_and_passes_are_there_and_codes_here(tiny_llava: Path) -> None:
+    components, plan = plan_model(tiny_llava, load_recipe("mixed"))
+    footprint = Footprint({"language": Place(1000, 256, 1_024_000, 100)}, input_bytes=5_000)
+    options = {"base": 10_000, "dtype": torch.float32, "passes": WAYS[1]}
+    here = predict(components, plan, footprint, **options)
+    there = predict(components, plan, footprint, **options, device=torch.device("cuda"))
+    gate_and_up = 2 * 256 * 384 * 2  # in two bytes each, as they are read
+    for phase, parts in here.parts.items():
+        moved = there.device_parts[phase]
+        assert set(moved) == {
+            "weights outside blocks",
+            "weights of the block",
+            "a stage",
+            "inside the passes",
+            "between blocks",
+        }
+        assert there.parts[phase] | moved == parts | {"weights being read": there.parts[phase]["weights being read"]}
+    assert there.parts["language"]["weights being read"] == gate_and_up
+    assert there.device_peak_bytes == sum(there.device_parts["language"].values())
+    assert there.peak_bytes < here.peak_bytes
+    assert here.device_peak_bytes == 0
+    assert ways(torch.device("cuda")) == WAYS[:2]
+    assert ways(torch.device("cpu")) == WAYS
+
+
+def test_plan_for_a_gpu_that_is_not_here(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+    samples = write_small_set(tmp_path / "set")
+    options = ("-r", "mixed", "--calibration", samples, "--device-memory-limit")
+    code, text, _ = run("plan", tiny_llava, *options, "1GiB", "--json")
+    found = json.loads(text)["quantizing"]
+    assert code == 0
+    assert [way["passes"]["spill"] for way in found] == [False, False]
+    assert all(0 < way["device_peak_bytes"] < 2**30 for way in found)
+    code, text, told = run("plan", tiny_llava, *options, "64KiB")
+    assert code == 6
+    assert "on the GPU" in text
+    assert "of device memory at the least" in told
 
 
 def test_every_way_gives_the_same_files(

@@ -16,7 +16,7 @@ import torch
 
 from vlmquant.components import BlockInfo, ComponentMap, ParameterInfo
 from vlmquant.errors import DoesNotFitError
-from vlmquant.kernels.probe import measured, seconds
+from vlmquant.kernels.probe import GPU_TIMES, measured, seconds
 from vlmquant.planning import CALIBRATED, Plan, with_parents
 from vlmquant.ranks import ROWS
 from vlmquant.stream import ROW_ELEMENTS, Footprint
@@ -51,6 +51,13 @@ class Passes:
 
 WAYS = (Passes(), Passes(rerun=True), Passes(rerun=True, spill=True))
 """In order of preference: the fastest first."""
+ON_HOST = ("process", "scratch", "codes of the block", "weights being read")
+"""What lies in the host's memory wherever blocks are quantized; all else is where the passes run."""
+
+
+def ways(device: torch.device) -> tuple[Passes, ...]:
+    """The passes that can run there: only what lies in the host's memory is spilled to disk."""
+    return tuple(way for way in WAYS if device.type == "cpu" or not way.spill)
 
 
 @dataclass(frozen=True)
@@ -61,16 +68,37 @@ class Prediction:
     phases: dict[str, int]
     disk_bytes: int
     """Of the output, and of what waits on disk meanwhile."""
-    seconds: tuple[float, float]
+    seconds: tuple[float, float] | None
+    """None for a device that is not there to be timed."""
     parts: dict[str, dict[str, int]] = field(default_factory=dict)
     """What the peak of each phase is made of."""
+    device_phases: dict[str, int] = field(default_factory=dict)
+    """The same of the device where blocks are quantized, if that is not the CPU."""
+    device_parts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
         return max(self.phases.values())
 
+    @property
+    def device_peak_bytes(self) -> int:
+        return max(self.device_phases.values(), default=0)
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "peak_bytes": self.peak_bytes}
+        return {**asdict(self), "peak_bytes": self.peak_bytes, "device_peak_bytes": self.device_peak_bytes}
+
+    def fits(self, limits: "Limits") -> bool:
+        host, device = limits.host, limits.device
+        return (host is None or self.peak_bytes <= host) and (device is None or self.device_peak_bytes <= device)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that may be held; None for any number."""
+
+    host: int | None = None
+    device: int | None = None
+    """Of a device that is not the CPU."""
 
 
 def _by_block(components: ComponentMap) -> dict[str, list[ParameterInfo]]:
@@ -82,16 +110,27 @@ def _by_block(components: ComponentMap) -> dict[str, list[ParameterInfo]]:
 
 
 def predict(
-    components: ComponentMap, plan: Plan, footprint: Footprint, *, base: int, dtype: torch.dtype, passes: Passes
+    components: ComponentMap,
+    plan: Plan,
+    footprint: Footprint,
+    *,
+    base: int,
+    dtype: torch.dtype,
+    passes: Passes,
+    device: torch.device | None = None,
 ) -> Prediction:
-    """base: what the process holds before any of it, bytes. footprint: of the calibration passes."""
+    """base: what the process holds before any of it, bytes. footprint: of the calibration passes.
+
+    device: where blocks are quantized, if not on the CPU; it need not be there.
+    """
+    elsewhere = device is not None and device.type != "cpu"
     parameters = _by_block(components)
     outside = sum(
         one.nbytes if passes.rerun and one.component == "embedding" else prod(one.shape) * dtype.itemsize
         for one in parameters[""]
         if one.loaded and one.component != "lm_head"
     )
-    phases, parts, products = {}, {}, 0.0
+    parts, there, products = dict[str, dict[str, int]](), dict[str, dict[str, int]](), 0.0
     waiting = 0 if passes.spill else footprint.input_bytes
     for component in dict.fromkeys(block.component for block in components.blocks):
         blocks = [block for block in components.blocks if block.component == component]
@@ -103,7 +142,14 @@ def predict(
         for block in blocks:
             stages = _stages(components, plan, block)
             whole = sum(prod(one.shape) for one in parameters[block.name])
-            resident, stage, codes, inputs = _block_peak(stages, whole, components.dtype, dtype, rerun=passes.rerun)
+            resident, stage, codes, inputs = _block_peak(
+                stages,
+                whole,
+                components.dtype,
+                dtype,
+                rerun=passes.rerun,
+                row_elements=None if elsewhere else ROW_ELEMENTS,
+            )
             kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
             one = {
                 "process": base,
@@ -115,35 +161,57 @@ def predict(
                 "inside the passes": round(kept),
                 "between blocks": waiting + (0 if passes.spill else between),
             }
+            if elsewhere:
+                most = max((stage.rows * stage.columns for stage in stages), default=0)
+                one["weights being read"] = most * components.dtype.itemsize
             if sum(one.values()) > sum(found.values()):
                 found = one
             products += _products(stages, block, rows, rerun=passes.rerun)
-        parts[component], phases[component] = found, sum(found.values())
-    longest = products / _products_per_second(dtype)
+        parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
+        if elsewhere:
+            there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
+    speed = None if elsewhere and not _is_there(device) else _products_per_second(dtype, device or torch.device("cpu"))
+    longest = None if speed is None else products / speed
     spilled = max((place.nbytes for place in footprint.components.values()), default=0) + footprint.input_bytes
     return Prediction(
         passes,
-        phases or {"weights": base + SCRATCH_BYTES + outside},
+        _sums(parts) or {"weights": base + SCRATCH_BYTES + (0 if elsewhere else outside)},
         plan.bytes_after + (2 * spilled if passes.spill else 0),
-        (round(longest, 1), round(SLOWEST * longest + plan.bytes_before / 50e6, 1)),
+        None if longest is None else (round(longest, 1), round(SLOWEST * longest + plan.bytes_before / 50e6, 1)),
         parts,
+        (_sums(there) or {"weights": outside}) if elsewhere else {},
+        there,
     )
 
 
-def choose(predictions: Iterable[Prediction], limit: int) -> Prediction:
-    """The first that fits into so many bytes; DoesNotFitError says how much would."""
+def _sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {phase: sum(found.values()) for phase, found in parts.items()}
+
+
+def choose(predictions: Iterable[Prediction], limits: Limits) -> Prediction:
+    """The first that fits; DoesNotFitError says how much would."""
     tried = list(predictions)
     for one in tried:
-        if one.peak_bytes <= limit:
+        if one.fits(limits):
             return one
     least = min(tried, key=lambda one: one.peak_bytes)
-    phase = max(least.phases, key=lambda name: least.phases[name])
+    if limits.host is not None and least.peak_bytes > limits.host:
+        raise _refused(least.phases, least.parts, limits.host, "memory", "--memory-limit")
+    least = min(tried, key=lambda one: one.device_peak_bytes)
+    assert limits.device is not None
+    raise _refused(least.device_phases, least.device_parts, limits.device, "device memory", "--device-memory-limit")
+
+
+def _refused(
+    phases: dict[str, int], parts: dict[str, dict[str, int]], limit: int, memory: str, option: str
+) -> DoesNotFitError:
+    phase = max(phases, key=phases.__getitem__)
     told = ", ".join(
-        f"{name} {size / 2**30:.2f}" for name, size in sorted(least.parts[phase].items(), key=lambda item: -item[1])
+        f"{name} {size / 2**30:.2f}" for name, size in sorted(parts.get(phase, {}).items(), key=lambda item: -item[1])
     )
-    raise DoesNotFitError(
-        f"quantize needs {least.peak_bytes / 2**30:.2f} GiB of memory at the least, in the {phase} ({told} GiB), "
-        f"and may take {limit / 2**30:.2f}; give it more (--memory-limit), fewer or shorter calibration samples, or a "
+    return DoesNotFitError(
+        f"quantize needs {phases[phase] / 2**30:.2f} GiB of {memory} at the least, in the {phase} ({told} GiB), "
+        f"and may take {limit / 2**30:.2f}; give it more ({option}), fewer or shorter calibration samples, or a "
         "recipe that does not calibrate there"
     )
 
@@ -167,6 +235,14 @@ def available_bytes() -> int:
     if (left := address_space()) is not None:
         found.append(left)
     return int(min(found))
+
+
+def available_device_bytes(device: torch.device) -> int | None:
+    """What is free on a GPU, beside what this process holds there; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(SHARE * free) + torch.cuda.memory_reserved(device)
 
 
 def resident_bytes() -> int:
@@ -194,12 +270,19 @@ def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[_Sta
 
 
 def _block_peak(
-    stages: Sequence[_Stage], whole: int, stored: torch.dtype, dtype: torch.dtype, *, rerun: bool
+    stages: Sequence[_Stage],
+    whole: int,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    *,
+    rerun: bool,
+    row_elements: int | None,
 ) -> tuple[int, int, int, int]:
     """Where a block holds most: weights in it, what its stage takes, all its codes; and the widest inputs of a stage.
 
     whole: the numbers in the block, stored in one dtype and held in another. A linear's weights are in it from when it
-    has its codes; where passes rerun, they become floats one linear at a time.
+    has its codes; where passes rerun, they become floats one linear at a time. row_elements: stream.ROW_ELEMENTS, or
+    None where all rows are worked on at once.
     """
     quantized = sum(stage.rows * stage.columns for stage in stages)
     inside, found, met = whole - quantized, [(whole * dtype.itemsize, 0)], 0
@@ -210,7 +293,9 @@ def _block_peak(
     for stage in stages:
         collected = stage.rows * stage.columns * stored.itemsize
         collected += FLOAT_BYTES * stage.columns**2 if stage.method in ("gptq", "awq") else 0
-        found.append((inside * dtype.itemsize, collected + max(FLOAT_BYTES * met, _rounding_bytes(stage))))
+        found.append(
+            (inside * dtype.itemsize, collected + max(FLOAT_BYTES * met, _rounding_bytes(stage, row_elements)))
+        )
         if rerun:
             met = max(met, stage.most_rows * stage.columns)
         else:
@@ -219,11 +304,11 @@ def _block_peak(
     return resident, most, quantized, max((stage.columns for stage in stages), default=0)
 
 
-def _rounding_bytes(stage: _Stage) -> int:
+def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     """Beside its weights as they are stored and second moments: of the rows at hand, weights in float32, errors, codes,
     and what a search makes of them; of the largest linear its codes, in parts and joined."""
     largest = stage.most_rows * stage.columns
-    part = min(largest, max(ROW_ELEMENTS, ROWS * stage.columns))
+    part = largest if row_elements is None else min(largest, max(row_elements, ROWS * stage.columns))
     if stage.method == "gptq":
         return 12 * part + 2 * largest
     if stage.method == "awq":
@@ -244,9 +329,14 @@ def _products(stages: Sequence[_Stage], block: BlockInfo, rows: int, *, rerun: b
     return total
 
 
+def _is_there(device: torch.device | None) -> bool:
+    return device is None or device.type == "cpu" or torch.cuda.is_available()
+
+
 @measured
-def _products_per_second(dtype: torch.dtype) -> float:
+def _products_per_second(dtype: torch.dtype, device: torch.device) -> float:
     """Multiplications of a matrix product in a second, on as many threads as torch has."""
-    left, right = torch.ones(MATRIX, MATRIX, dtype=dtype), torch.ones(MATRIX, MATRIX, dtype=dtype)
+    side = MATRIX * (1 if device.type == "cpu" else GPU_TIMES)
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     with torch.no_grad():
-        return float(MATRIX**3 / seconds(lambda: left @ right))
+        return float(side**3 / seconds(lambda: left @ right, device))

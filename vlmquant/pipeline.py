@@ -20,7 +20,7 @@ import torch
 import vlmquant
 from vlmquant import budget, compiled, kvcache, signals
 from vlmquant.algorithms import ALGORITHMS, rtn
-from vlmquant.budget import Passes, Prediction
+from vlmquant.budget import Limits, Passes, Prediction
 from vlmquant.calibration.encode import Batch, BatchMaker, BatchReport, make_batches
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample
@@ -137,6 +137,7 @@ def quantize(
     force: bool = False,
     trust_remote_code: bool = False,
     memory_limit: int | None = None,
+    device_memory_limit: int | None = None,
     command: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Quantized:
@@ -145,6 +146,7 @@ def quantize(
     calibration: a set's name or folder instead of the recipe's.
     memory_limit: bytes that the process may hold; DoesNotFitError before any work where it would need more. Without
     one, what the machine and its limits leave decides how the passes run (budget.WAYS).
+    device_memory_limit: the same of a GPU's memory, where that is the device.
     dtype: of the forward passes; None is float32, unless bfloat16 is measured to be far faster here.
     command: what card and manifest call the command that makes the same again, in another place.
     ranks: the processes that share the work (ranks.join), each of which calls this with the same arguments. The first
@@ -184,7 +186,9 @@ def quantize(
         notes += _without_images(used, components, plan, set_name=chosen.set)
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device), ranks=ranks)
         gc.collect()  # what the rehearsal held lies in circles
-    planned = _plan_work(components, plan, footprint, dtype, memory_limit, ranks)
+    planned = _plan_work(
+        components, plan, footprint, dtype, torch.device(device), memory_limit, device_memory_limit, ranks
+    )
     notes += [planned.passes.label] if planned.passes.rerun else []
     fingerprint = _fingerprint(recipe, selection, dtype)
     refuse_different(ranks, fingerprint)
@@ -206,7 +210,7 @@ def quantize(
                     notes.append(_expert_note(done.expert_tokens, recipe))
                 if plan.cache:
                     notes.append(kvcache.note(plan.cache, done.cache))
-            manifest["work"] = _work_record(planned, memory_limit, time.monotonic() - started, ranks)
+            manifest["work"] = _work_record(planned, memory_limit, time.monotonic() - started, device, ranks)
             ranks.first(lambda: writer.finish(manifest | {"errors": errors, "notes": notes}))
     except AlreadyFinishedError:
         finished = ranks.first(lambda: read_manifest(writer.out))
@@ -232,14 +236,23 @@ def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> Calibrati
 
 
 def plan_work(
-    components: ComponentMap, plan: Plan, recipe: Recipe, *, calibration: str | Path | None = None
+    components: ComponentMap,
+    plan: Plan,
+    recipe: Recipe,
+    *,
+    calibration: str | Path | None = None,
+    device: torch.device | None = None,
 ) -> list[Prediction]:
-    """What quantizing on the CPU would take, for each way to run the calibration passes: budget.WAYS.
+    """What quantizing on the CPU, or a GPU, would take, for each way to run the calibration passes: budget.ways.
 
-    Encodes the calibration set and sends its first sample through the vision encoder; the weights on its way are read.
+    Encodes the calibration set and sends its first sample through the vision encoder, on the CPU; the weights on its
+    way are read. A GPU need not be there: it is taken for one that computes in bfloat16.
     """
     _return_freed_memory()
-    dtype, footprint = compute_dtype("cpu", least_gain=CALIBRATION_GAIN), Footprint({}, 0)
+    device = device or torch.device("cpu")
+    dtype, footprint = torch.bfloat16, Footprint({}, 0)
+    if device.type == "cpu" or torch.cuda.is_available():
+        dtype = compute_dtype(device, least_gain=CALIBRATION_GAIN)
     if plan.cache or any(line.needs_data for line in plan.lines):
         chosen = _calibration_of(recipe, calibration)
         samples = choose_samples(load_set(chosen.set), chosen).samples
@@ -247,14 +260,18 @@ def plan_work(
         batches, _ = make_batches(samples, processor, max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE)
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
         gc.collect()
-    return _predictions(components, plan, footprint, dtype)
+    return _predictions(components, plan, footprint, dtype, device)
 
 
-def _predictions(components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype) -> list[Prediction]:
+def _predictions(
+    components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, device: torch.device
+) -> list[Prediction]:
     compiled.available()  # numba is loaded at its first use
     base = budget.resident_bytes()
-    ways = budget.WAYS if footprint.components else budget.WAYS[:1]
-    return [budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way) for way in ways]
+    ways = budget.ways(device) if footprint.components else budget.WAYS[:1]
+    return [
+        budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way, device=device) for way in ways
+    ]
 
 
 def _plan_work(
@@ -262,21 +279,23 @@ def _plan_work(
     plan: Plan,
     footprint: Footprint,
     dtype: torch.dtype,
+    device: torch.device,
     memory_limit: int | None,
+    device_memory_limit: int | None,
     ranks: Ranks,
 ) -> Prediction:
-    """How the passes are to run: the fastest way that fits, for each of the processes. Without a limit the smallest is
-    tried where none fits."""
-    tried = _predictions(components, plan, footprint, dtype)
-    held = budget.resident_bytes()
+    """How the passes are to run: the fastest way that fits, for each of the processes. The smallest of those within
+    the limits given is tried where none fits into what there is."""
+    tried = _predictions(components, plan, footprint, dtype, device)
+    held, left = budget.resident_bytes(), budget.address_space()
+    host = held + budget.available_bytes() // ranks.here
     if memory_limit is not None:
-        left = budget.address_space()
-        chosen = budget.choose(tried, memory_limit if left is None else min(memory_limit, held + left))
-    else:
-        try:
-            chosen = budget.choose(tried, held + budget.available_bytes() // ranks.here)
-        except DoesNotFitError:
-            chosen = tried[-1]
+        host = memory_limit if left is None else min(memory_limit, held + left)
+    asked = Limits(None if memory_limit is None else host, device_memory_limit)
+    budget.choose(tried, asked)
+    allowed = [way for way in tried if way.fits(asked)]
+    there = budget.available_device_bytes(device) if device_memory_limit is None else device_memory_limit
+    chosen = next((way for way in allowed if way.fits(Limits(host, there))), allowed[-1])
     return tried[max(ranks.gather(tried.index(chosen)))]
 
 
@@ -288,7 +307,9 @@ def _refuse_idle(ranks: Ranks, batches: Sequence[BatchMaker]) -> None:
         )
 
 
-def _work_record(planned: Prediction, memory_limit: int | None, seconds: float, ranks: Ranks) -> dict[str, Any]:
+def _work_record(
+    planned: Prediction, memory_limit: int | None, seconds: float, device: str, ranks: Ranks
+) -> dict[str, Any]:
     """Memory and time as they were planned, and as they were."""
     return {
         "passes": planned.passes.label,
@@ -296,6 +317,11 @@ def _work_record(planned: Prediction, memory_limit: int | None, seconds: float, 
         "memory_limit": memory_limit,
         "planned": planned.to_json(),
         "peak_bytes": peak_resident_bytes(),
+        **(
+            {"device_peak_bytes": torch.cuda.max_memory_allocated(device)}
+            if torch.device(device).type == "cuda"
+            else {}
+        ),
         "seconds": round(seconds, 1),
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from vlmquant.budget import Prediction
+from vlmquant.budget import Limits, Prediction
 from vlmquant.calibration.build import SourceUse
 from vlmquant.calibration.sampling import Stratum
 from vlmquant.components import COMPONENTS, ComponentMap
@@ -294,24 +294,33 @@ def serving_table(serving: Serving) -> Table:
     return table
 
 
-def work_table(ways: Sequence[Prediction], limit: int) -> Table:
+def work_table(ways: Sequence[Prediction], limits: Limits) -> Table:
     """What quantizing takes, for each way to run the calibration passes, and what its peak is made of."""
+    fits = f"fits {' and '.join(megabytes(size) for size in (limits.host, limits.device) if size is not None)}"
+    on_device = any(way.device_phases for way in ways)
+    columns = ("passes", "most of the peak", "peak", *(("on the GPU",) if on_device else ()), "disk", "seconds", fits)
     rows = []
     for way in ways:
-        phase = max(way.phases, key=way.phases.__getitem__)
-        largest = sorted(way.parts[phase].items(), key=lambda item: -item[1])[:3]
+        phases, parts = (way.device_phases, way.device_parts) if on_device else (way.phases, way.parts)
+        phase = max(phases, key=phases.__getitem__)
+        largest = sorted(parts.get(phase, {}).items(), key=lambda item: -item[1])[:3]
         rows.append(
             (
                 way.passes.label,
                 f"{phase}: " + ", ".join(f"{name} {megabytes(size)}" for name, size in largest),
                 megabytes(way.peak_bytes),
+                *((megabytes(way.device_peak_bytes),) if on_device else ()),
                 megabytes(way.disk_bytes),
-                f"{way.seconds[0]:,.0f} to {way.seconds[1]:,.0f}",
-                "yes" if way.peak_bytes <= limit else "no",
+                span(way.seconds),
+                "yes" if way.fits(limits) else "no",
             )
         )
-    columns = ("passes", "most of the peak", "peak", "disk", "seconds", f"fits {megabytes(limit)}")
     return make_table("Quantizing", columns, rows, left=2)
+
+
+def span(seconds: tuple[float, float] | None) -> str:
+    """A range of time."""
+    return "-" if seconds is None else f"{seconds[0]:,.0f} to {seconds[1]:,.0f}"
 
 
 def upload_table(upload: Upload) -> Table:

@@ -35,7 +35,7 @@ from vlmquant.calibration.encode import make_batches
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import load_set
-from vlmquant.cli import parse_bytes
+from vlmquant.cli.words import parse_bytes
 from vlmquant.evaluation.settings import Settings
 from vlmquant.pipeline import BATCH_SIZE, evaluate, plan_model
 from vlmquant.recipe import load_recipe

@@ -66,6 +66,9 @@ def plan(
         str | None,
         typer.Option(help="Memory that quantizing may hold, such as 20GiB: would it fit, and in which time?"),
     ] = None,
+    device_memory_limit: Annotated[
+        str | None, typer.Option(help="The same on a GPU of so much memory, which need not be in this machine.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help="Calibration set for that, instead of the recipe's.")] = None,
     family: FamilyOption = None,
     as_json: Json = False,
@@ -74,10 +77,13 @@ def plan(
     """Show what becomes of every weight, and the bytes before and after. Reads no weights.
 
     Where the recipe has a target, also whether its engine takes the result: exit 1 if it does not. With --gpu-memory,
-    --batch, --context, --images, --image-size or --tp, also what serving it takes; with --memory-limit, what quantizing
-    takes, for which one sample is sent through the vision encoder. Exit 6 if that does not fit.
+    --batch, --context, --images, --image-size or --tp, also what serving it takes; with --memory-limit or
+    --device-memory-limit, what quantizing takes, for which one sample is sent through the vision encoder. Exit 6 if
+    that does not fit.
     """
-    from vlmquant.budget import choose
+    import torch
+
+    from vlmquant.budget import Limits, choose
     from vlmquant.pipeline import check_target, plan_model, plan_work
     from vlmquant.serving import Wish, serve
     from vlmquant.tables import engine_table, plan_lines_table, plan_table, serving_table, work_table
@@ -95,8 +101,14 @@ def plan(
     components, planned = plan_model(model, wanted, trust_remote_code=trust_remote_code)
     contract = check_target(components, planned, wanted)
     serving = serve(components, planned, Wish(**asked)) if asked else None
-    limit = None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit")
-    ways = [] if limit is None else plan_work(components, planned, wanted, calibration=calibration)
+    limits = Limits(
+        None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
+        None if device_memory_limit is None else parse_bytes(device_memory_limit, "--device-memory-limit"),
+    )
+    ways = []
+    if limits != Limits():
+        device = torch.device("cpu" if limits.device is None else "cuda")
+        ways = plan_work(components, planned, wanted, calibration=calibration, device=device)
     if as_json:
         extra = {} if contract is None else {"target": contract.to_json()}
         extra |= {} if serving is None else {"serving": serving.to_json()}
@@ -109,10 +121,10 @@ def plan(
             show(engine_table(contract))
         if serving is not None:
             show(serving_table(serving))
-        if limit is not None:
-            show(work_table(ways, limit))
-    if limit is not None:
-        choose(ways, limit)
+        if ways:
+            show(work_table(ways, limits))
+    if ways:
+        choose(ways, limits)
     if contract is not None and not contract.fits:
         raise typer.Exit(EXIT_ERROR)
     raise typer.Exit(EXIT_OK if serving is None or serving.fits else EXIT_DOES_NOT_FIT)
@@ -136,13 +148,16 @@ def quantize(
             "where they have to (the same codes, in more time), and what cannot fit is refused before any work."
         ),
     ] = None,
+    device_memory_limit: Annotated[
+        str | None, typer.Option(help="The same of a GPU's memory, where --device is one.")
+    ] = None,
     family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a model by a recipe."""
     from vlmquant import pipeline, ranks
-    from vlmquant.tables import plan_table
+    from vlmquant.tables import plan_table, span
 
     wanted = load_wanted(recipe, family)
     if samples is not None:
@@ -164,6 +179,9 @@ def quantize(
             force=force,
             trust_remote_code=trust_remote_code,
             memory_limit=None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
+            device_memory_limit=None
+            if device_memory_limit is None
+            else parse_bytes(device_memory_limit, "--device-memory-limit"),
             command=quantize_command(
                 {
                     "--recipe": recipe,
@@ -188,7 +206,7 @@ def quantize(
     say(
         f"{done.path}: written in {done.seconds:.0f} s ({done.user_cpu_seconds:.0f} s of user CPU time), "
         f"peak memory {done.peak_bytes / 2**20:.0f} MiB, computed in {done.compute_dtype}; planned: "
-        f"{done.planned.seconds[0]:.0f} to {done.planned.seconds[1]:.0f} s, {done.planned.peak_bytes / 2**20:.0f} MiB"
+        f"{span(done.planned.seconds)} s, {done.planned.peak_bytes / 2**20:.0f} MiB"
     )
 
 
