@@ -1,10 +1,11 @@
 """Kills, signals and full disks at random moments of real runs on the bundled model.
 
-    python benchmarks/faults.py [kills] [signals] [disk] [memory] [--kills 50] [--signals 200] [--memories 20]
+    python benchmarks/faults.py [kills] [spills] [signals] [disk] [memory] [--kills 50] [--signals 200] [--memories 20]
 
 kills     SIGKILL at a random time of `vlmquant quantize`, some several in a row, with and without an older output to
           replace; then `--resume` until it is done: every file as in an uninterrupted run, nothing left beside it,
           and the older output as it was until it is replaced
+spills    the same of runs that keep what waits between blocks on disk
 signals   SIGINT, SIGTERM and SIGHUP from the first millisecond on, also of `vlmquant eval`: the exit code says the
           signal (0 only where the last line had been printed before), no traceback, no process and no temporary file
           left, resume exact
@@ -37,19 +38,17 @@ from typing import Any
 from provenance import provenance
 
 from vlmquant.checkpoint import verify_checkpoint
-from vlmquant.checkpoint.manifest import MANIFEST_NAME
+from vlmquant.checkpoint.manifest import MANIFEST_NAME, SEAL
 from vlmquant.demo import calibration_set_dir, model_dir, test_set_dir
 
 RESULTS = Path(__file__).parent / "results"
 ENTRY = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]["vlmquant"]
-COMMAND = (
-    sys.executable,
-    "-c",
-    "import sys; from {} import {}; sys.argv[0] = 'vlmquant'; sys.exit({}())".format(
-        *ENTRY.split(":"), ENTRY.partition(":")[2]
-    ),
+SCRIPT = "import sys; from {} import {}; sys.argv[0] = 'vlmquant'; sys.exit({}())".format(
+    *ENTRY.split(":"), ENTRY.partition(":")[2]
 )
 """What the installed script does."""
+SPILLING = "import vlmquant.budget as budget; budget.WAYS = budget.WAYS[-1:]; "
+"""What has its calibration passes run as if there were memory for no other way."""
 RECIPE = "mixed"
 OLDER_RECIPE = "rtn-w4"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -94,13 +93,13 @@ class Run:
         return self.process.wait(PATIENCE_SECONDS)
 
 
-def start(home: Path, *words: object, setup: Callable[[], None] | None = None) -> Run:
+def start(home: Path, *words: object, setup: Callable[[], None] | None = None, before: str = "") -> Run:
     home.mkdir(parents=True, exist_ok=True)
     (home / "tmp").mkdir(exist_ok=True)
     environment = os.environ | {"TMPDIR": str(home / "tmp"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with (home / "stdout").open("wb") as out, (home / "stderr").open("wb") as err:
         process = subprocess.Popen(
-            [*COMMAND, *map(str, words)],
+            [sys.executable, "-c", before + SCRIPT, *map(str, words)],
             stdout=out,
             stderr=err,
             stdin=subprocess.DEVNULL,
@@ -111,7 +110,7 @@ def start(home: Path, *words: object, setup: Callable[[], None] | None = None) -
     return Run(process, home)
 
 
-def quantize(home: Path, recipe: str, *options: str, setup: Callable[[], None] | None = None) -> Run:
+def quantize(home: Path, recipe: str, *options: str, setup: Callable[[], None] | None = None, before: str = "") -> Run:
     calibration = ("--calibration", calibration_set_dir()) if recipe == RECIPE else ()
     words = (
         "quantize",
@@ -126,16 +125,24 @@ def quantize(home: Path, recipe: str, *options: str, setup: Callable[[], None] |
         *options,
     )
     (home / "place").mkdir(parents=True, exist_ok=True)
-    return start(home, *words, setup=setup)
+    return start(home, *words, setup=setup, before=before)
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file by its path; empty where there is no such folder."""
+    """sha256 of every file by its path, but for what a run took; empty where there is no such folder."""
     return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        str(file.relative_to(folder)): hashlib.sha256(content_of(file)).hexdigest()
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
+
+
+def content_of(file: Path) -> bytes:
+    """Of a manifest without seconds and memory, and without the seal, which is over them too."""
+    if file.name != MANIFEST_NAME:
+        return file.read_bytes()
+    kept = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("work", SEAL)}
+    return json.dumps(kept).encode()
 
 
 def leftovers(home: Path) -> list[str]:
@@ -195,18 +202,18 @@ class Expected:
         return cls(digests(home / "new" / "place" / "out"), home / "older" / "place" / "out", seconds)
 
 
-def finish(table: Table, home: Path, expected: Expected, options: tuple[str, ...], what: str) -> None:
+def finish(table: Table, home: Path, expected: Expected, options: tuple[str, ...], what: str, before: str = "") -> None:
     """Resume until it is done, and look at what is there then."""
     out = home / "place" / "out"
     if digests(out) != expected.new:
-        run = quantize(home, RECIPE, "--resume", *options)
+        run = quantize(home, RECIPE, "--resume", *options, before=before)
         code = run.wait()
         table.check(code == 0, f"{what}: --resume ended with {code}: {run.err[-500:]}")
     table.check(digests(out) == expected.new, f"{what}: the output differs from that of an undisturbed run")
     table.check(not (left := leftovers(home)), f"{what}: left behind {left}")
 
 
-def kills(home: Path, expected: Expected, count: int, dice: random.Random) -> Table:
+def kills(home: Path, expected: Expected, count: int, dice: random.Random, before: str = "") -> Table:
     table = Table()
     for number in range(count):
         place, out = home / f"kill{number}", home / f"kill{number}" / "place" / "out"
@@ -219,7 +226,7 @@ def kills(home: Path, expected: Expected, count: int, dice: random.Random) -> Ta
         for attempt in range(row):
             after = dice.uniform(0, expected.seconds)
             what = f"kill {number}.{attempt} after {after:.2f} s{' replacing' if replacing else ''}"
-            run = quantize(place, RECIPE, *(("--resume",) if attempt else ()), *options)
+            run = quantize(place, RECIPE, *(("--resume",) if attempt else ()), *options, before=before)
             time.sleep(after)
             run.process.kill()
             run.wait()
@@ -229,7 +236,10 @@ def kills(home: Path, expected: Expected, count: int, dice: random.Random) -> Ta
                 found in (older, expected.new), f"{what}: the output is neither the older nor the new one, nor none"
             )
             table.check(gone(run.process.pid), f"{what}: left a process running")
-        finish(table, place, expected, options, f"kills {number}")
+        finish(table, place, expected, options, f"kills {number}", before)
+        if before:
+            passes = json.loads((out / MANIFEST_NAME).read_text())["work"]["passes"]
+            table.check(passes.endswith("on disk"), f"kills {number}: {passes}")
         table.tried["outputs compared"] += 1
         shutil.rmtree(place)
     return table
@@ -332,7 +342,9 @@ def disk(home: Path, expected: Expected, dice: random.Random) -> Table:
     table.check(Path("/dev/full").is_char_device(), "/dev/full is no device any more")
     for words in (("gate", report), ("verify", expected.older), ("plan", model_dir(), "-r", RECIPE), ("doctor",)):
         with open("/dev/full", "wb") as full:
-            done = subprocess.run([*COMMAND, *map(str, words)], stdout=full, stderr=subprocess.PIPE, check=False)
+            done = subprocess.run(
+                [sys.executable, "-c", SCRIPT, *map(str, words)], stdout=full, stderr=subprocess.PIPE, check=False
+            )
         table.tried[f"{words[0]} with stdout full: exit {done.returncode}"] += 1
         table.check(
             done.returncode not in (0, -signal.SIGBUS) and b"Traceback" not in done.stderr,
@@ -386,7 +398,9 @@ def save(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("campaigns", nargs="*", choices=["kills", "signals", "disk", "memory", []], default=[])
+    parser.add_argument(
+        "campaigns", nargs="*", choices=["kills", "spills", "signals", "disk", "memory", []], default=[]
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--signals", type=int, default=200)
     parser.add_argument("--memories", type=int, default=20)
@@ -400,10 +414,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vlmquant-faults-") as folder:
         home = Path(folder)
         expected = Expected.make(home / "expected")
-        for name in options.campaigns or ("kills", "signals", "disk", "memory"):
+        for name in options.campaigns or ("kills", "spills", "signals", "disk", "memory"):
             dice = random.Random(f"{name} {options.seed}")
-            if name == "kills":
-                table = kills(home, expected, options.kills, dice)
+            if name in ("kills", "spills"):
+                table = kills(home, expected, options.kills, dice, SPILLING if name == "spills" else "")
             elif name == "signals":
                 table = signals(home, expected, options.signals, dice)
             elif name == "memory":
