@@ -115,6 +115,20 @@ def test_components_get_what_the_recipe_says(tiny_llava: Path) -> None:
     assert result.bits_per_weight == 8 * result.bytes_after / sum(line.weights for line in result.lines)
 
 
+def test_what_a_result_keeps_is_told_where_it_is_much(tiny_llava: Path) -> None:
+    small = plan(tiny_llava, "{language: {scheme: w4a16, method: rtn}}")
+    kept = {name: found.bytes_after - found.quantized_bytes_after for name, found in small.by_component().items()}
+    share, largest = sum(kept.values()) / small.bytes_after, max(kept, key=kept.__getitem__)
+    note = small.notes[-1]
+    assert note.startswith(f"{100 * share:.0f}% of the result ({sum(kept.values()):,} of {small.bytes_after:,} bytes)")
+    assert f"stay as they are: {largest} {kept[largest]:,}" in note
+    assert "stay as they are" not in "".join(plan(tiny_llava, "{}").notes)
+    mostly = (
+        "{vision_encoder: w8a8-dynamic, language: w8a8-dynamic, embedding: w8a16, lm_head: w8a16, projector: w8a16}"
+    )
+    assert "stay as they are" not in "".join(plan(tiny_llava, mostly).notes)
+
+
 def test_embedding_projector_and_head_take_data_free_methods(tiny_llava: Path) -> None:
     result = plan(tiny_llava, "{embedding: w8, projector: w8a8-dynamic, lm_head: w8a16, language: w4a16}")
     embedding = result.line("model.language_model.embed_tokens.weight")

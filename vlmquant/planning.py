@@ -29,6 +29,10 @@ NF4_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' NF4."""
 FACTOR_COPIES = 5
 """Matrices in float64, as large as the statistics, that GPTQ's factorization holds."""
+KEPT_SHARE = 0.25
+"""Of the bytes of a result: kept weights that take more are told of."""
+KEPT_NAMED = 3
+"""Components of them that are named."""
 STACK_KEPT = "stacks {} matrices, and which way round they lie only the model's class says: kept as it is"
 LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
@@ -294,7 +298,7 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
     )
     fallbacks = tuple(f"{name}: {choice.reason}" for name, choice in choices.items() if choice.fallback)
     cache = plan_cache(components, recipe.kv_cache, written_dtype(components, recipe)) if recipe.kv_cache else None
-    return Plan(lines, fallbacks, tuple(_notes(components, lines, cache)), cache)
+    return Plan(lines, fallbacks, (*_notes(components, lines, cache), *_kept_note(lines)), cache)
 
 
 def written_dtype(components: ComponentMap, recipe: Recipe) -> torch.dtype:
@@ -318,6 +322,22 @@ def as_written(components: ComponentMap, plan: Plan, recipe: Recipe) -> Componen
     """The model as the plan writes what it keeps: kept weights that are rounded are read as they will be stored."""
     kept = {line.name: line.stored for line in plan.lines if line.stored}
     return components.rounded(kept, written_dtype(components, recipe))
+
+
+def _kept_note(lines: Sequence[PlanLine]) -> Iterator[str]:
+    """That a checkpoint is larger than the bits of its recipe sound like, since much of it stays as it is."""
+    totals, kept = _totals(lines), dict[str, int]()
+    for line in lines:
+        if line.action == "keep":
+            kept[line.component] = kept.get(line.component, 0) + line.bytes_after
+    size = sum(kept.values())
+    if totals.quantized_parameters and size > KEPT_SHARE * totals.bytes_after:
+        largest = sorted(kept.items(), key=lambda item: -item[1])[:KEPT_NAMED]
+        yield (
+            f"{size / totals.bytes_after:.0%} of the result ({size:,} of {totals.bytes_after:,} bytes) are weights "
+            f"that stay as they are: {', '.join(f'{name} {bytes_:,}' for name, bytes_ in largest)}; a scheme for them "
+            "(components: in the recipe) makes it smaller"
+        )
 
 
 def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan | None) -> Iterator[str]:
