@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import zoo
 from tests.conftest import Run
 from tests.small_set import write_small_set
 from vlmquant import budget, stream
@@ -227,3 +228,26 @@ def test_nothing_is_kept_where_nothing_is_calibrated(tiny_llava: Path) -> None:
     _, plan = plan_model(tiny_llava, load_recipe("rtn-w4"))
     found = predict(components, plan, Footprint({}, 0), base=1, dtype=torch.float32, passes=WAYS[0])
     assert all(one["between blocks"] == one["inside the passes"] == 0 for one in found.parts.values())
+
+
+def test_experts_see_the_tokens_that_are_routed_to_them(tmp_path: Path) -> None:
+    """As many multiplications as by hand, for so many tokens that none need others'; their passes are always kept."""
+    components, plan = plan_model(zoo.build("qwen3_vl_moe", tmp_path / "model"), load_recipe("gptq-w4"))
+    text = components.config.get_text_config()
+    block = next(one for one in components.blocks if one.name.endswith("language_model.layers.0"))
+    (form,) = {form for home, form in components.experts.items() if home.startswith(block.name)}
+    tokens = 100 * form.experts * max(form.hidden, form.intermediate)
+    shapes = {linear.local: (linear.out_features, linear.in_features) for linear in block.linears}
+    experts = {local for local in shapes if "experts." in local}
+    assert len(experts) == 3 * form.experts
+    seen = {local: tokens * (text.num_experts_per_tok / form.experts if local in experts else 1) for local in shapes}
+    by_hand = sum(seen[local] * rows * columns for local, (rows, columns) in shapes.items())
+    quantized = {one.local for one in block.linears if plan.line(f"{one.name}.weight").action == "quantize"}
+    groups = [group[0].local for group in components.fused_groups(block) if group[0].local in quantized]
+    by_hand += sum(0.62 * seen[local] * shapes[local][1] ** 2 + shapes[local][1] ** 3 / 3 for local in groups)
+    by_hand += sum(shapes[local][0] * shapes[local][1] ** 2 for local in quantized)
+    stages = budget._stages(components, plan, block, tokens)
+    assert budget._products(stages, block, tokens, rerun=False) == pytest.approx(by_hand)
+    footprint = Footprint({"language": Place(1000, form.hidden, 4_000, 100)}, input_bytes=0)
+    passes = [predict(components, plan, footprint, base=0, dtype=torch.float32, passes=way) for way in WAYS]
+    assert len({way.parts["language"]["inside the passes"] for way in passes}) == 1

@@ -16,10 +16,11 @@ import torch
 
 from vlmquant.components import BlockInfo, ComponentMap, ParameterInfo
 from vlmquant.errors import DoesNotFitError
+from vlmquant.experts import Form
 from vlmquant.kernels.probe import GPU_TIMES, measured, seconds
 from vlmquant.planning import CALIBRATED, Plan, with_parents
 from vlmquant.ranks import ROWS
-from vlmquant.stream import ROW_ELEMENTS, Footprint
+from vlmquant.stream import ROW_ELEMENTS, TOKENS_PER_INPUT, Footprint, has_experts
 
 FLOAT_BYTES = 4
 """Of a float32, in which codes are chosen."""
@@ -49,6 +50,8 @@ class Passes:
         return f"calibration passes {inside}; between blocks they wait {'on disk' if self.spill else 'in memory'}"
 
 
+CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
+"""What configs call the number of experts that a token is routed to."""
 WAYS = (Passes(), Passes(rerun=True), Passes(rerun=True, spill=True))
 """In order of preference: the fastest first."""
 ON_HOST = ("process", "scratch", "codes of the block", "weights being read")
@@ -140,7 +143,7 @@ def predict(
         )
         found: dict[str, int] = {}
         for block in blocks:
-            stages = _stages(components, plan, block)
+            stages, rerun = _stages(components, plan, block, rows), passes.rerun and not has_experts(components, block)
             whole = sum(prod(one.shape) for one in parameters[block.name])
             resident, stage, codes, inputs = _block_peak(
                 stages,
@@ -150,7 +153,7 @@ def predict(
                 rerun=passes.rerun,
                 row_elements=None if elsewhere else ROW_ELEMENTS,
             )
-            kept = (largest if passes.rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
+            kept = (largest if rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
             one = {
                 "process": base,
                 "scratch": SCRATCH_BYTES,
@@ -166,7 +169,7 @@ def predict(
                 one["weights being read"] = most * components.dtype.itemsize
             if sum(one.values()) > sum(found.values()):
                 found = one
-            products += _products(stages, block, rows, rerun=passes.rerun)
+            products += _products(stages, block, rows, rerun=rerun)
         parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
         if elsewhere:
             there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
@@ -256,17 +259,32 @@ class _Stage:
     most_rows: int
     """Of one of its linears."""
     columns: int
+    tokens: float
+    """That pass through it."""
 
 
-def _stages(components: ComponentMap, plan: Plan, block: BlockInfo) -> list[_Stage]:
+def _stages(components: ComponentMap, plan: Plan, block: BlockInfo, tokens: int) -> list[_Stage]:
+    """tokens: of all calibration passes."""
     found = []
+    mixtures = [(f"{home}.", form) for home, form in components.experts.items() if home.startswith(f"{block.name}.")]
     for group in components.fused_groups(block):
         lines = [(linear, plan.line(f"{linear.name}.weight")) for linear in group]
         todo = [(linear, line) for linear, line in lines if line.action == "quantize"]
         if todo:
+            first, line = todo[0]
             rows = [linear.out_features for linear, _ in todo]
-            found.append(_Stage(todo[0][1].method or "rtn", sum(rows), max(rows), todo[0][0].in_features))
+            form = next((form for home, form in mixtures if first.name.startswith(home)), None)
+            seen = float(tokens) if form is None else _expert_tokens(components, form, tokens)
+            found.append(_Stage(line.method or "rtn", sum(rows), max(rows), first.in_features, seen))
     return found
+
+
+def _expert_tokens(components: ComponentMap, form: Form, tokens: int) -> float:
+    """Tokens that an expert of a mixture is shown: those routed to it, or as many as are enough for its inputs."""
+    text = components.config.get_text_config()
+    routed = next((getattr(text, name) for name in CHOSEN if isinstance(getattr(text, name, None), int)), 1)
+    enough = TOKENS_PER_INPUT * max(form.hidden, form.intermediate)
+    return min(float(tokens), max(tokens * routed / form.experts, enough))
 
 
 def _block_peak(
@@ -316,14 +334,17 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     return FLOAT_BYTES * stage.rows * stage.columns + 12 * part + 2 * largest
 
 
-def _products(stages: Sequence[_Stage], block: BlockInfo, rows: int, *, rerun: bool) -> float:
+def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun: bool) -> float:
     """Multiplications: of the passes, of second moments, of factors and of error feedback."""
     weights = sum(linear.out_features * linear.in_features for linear in block.linears)
-    needed = bool(stages) and any(stage.method in CALIBRATED for stage in stages)
-    total = float(rows * weights * (1 + (len(stages) / 2 if rerun else 0))) if needed else 0.0
+    quantized = sum(stage.rows * stage.columns for stage in stages)
+    total = 0.0
+    if any(stage.method in CALIBRATED for stage in stages):
+        total += float(tokens) * (weights - quantized) + sum(one.tokens * one.rows * one.columns for one in stages)
+        total *= 1 + (len(stages) / 2 if rerun else 0)
     for stage in stages:
         if stage.method in ("gptq", "awq"):
-            total += 0.62 * rows * stage.columns**2
+            total += 0.62 * stage.tokens * stage.columns**2
         if stage.method == "gptq":
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
     return total

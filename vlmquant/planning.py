@@ -27,8 +27,6 @@ SMALLEST_GROUP = 16
 """Below it, scales of 16 bits cost a quarter of what 4-bit codes do."""
 NF4_BLOCK = 64
 """Weights that share one float32 scale in bitsandbytes' NF4."""
-FACTOR_COPIES = 5
-"""Matrices in float64, as large as the statistics, that GPTQ's factorization holds."""
 KEPT_SHARE = 0.25
 """Of the bytes of a result: kept weights that take more are told of."""
 KEPT_NAMED = 3
@@ -394,7 +392,7 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan
             layers = sum(other == form for other in components.experts.values())
             weights = form.experts * form.intermediate * form.hidden * len(form.projections)
             width = max(form.hidden, form.intermediate)
-            statistics = width * width * (torch.float32.itemsize + FACTOR_COPIES * torch.float64.itemsize)
+            statistics = width * width * torch.float32.itemsize
             yield (
                 f"experts: {layers} layers of {form.experts}; while a layer is calibrated its experts take "
                 f"{weights * torch.float32.itemsize:,} bytes in float32, and the statistics of one expert at a "

@@ -484,6 +484,11 @@ def _storages(value: Any) -> dict[int, int]:
     return {address: size for part in parts for address, size in _storages(part).items()}
 
 
+def has_experts(components: ComponentMap, block: BlockInfo) -> bool:
+    """Whether a block has a mixture of experts: hundreds of stages on few tokens each, for which passes are kept."""
+    return any(home.startswith(f"{block.name}.") for home in components.experts)
+
+
 class Block:
     """The block at hand: its stages one after the other, then what became of it."""
 
@@ -505,8 +510,7 @@ class Block:
         """True once every weight is final: the block then computes what it will compute in service."""
         self._walks = walks
         self._everywhere = everywhere
-        self._rerun = stream.rerun and not any(home.startswith(f"{info.name}.") for home in stream.components.experts)
-        """Experts are hundreds of stages on few tokens each: there, passes are kept."""
+        self._rerun = stream.rerun and not has_experts(stream.components, info)
         self._divisors: dict[str, Tensor] = {}
         self._folded: dict[str, Tensor] = {}
         """Producers that took a fold: while passes divide on the fly, they compute as before."""
