@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -219,6 +220,39 @@ def test_static_scales_map_the_largest_input_of_calibration_to_the_largest_code(
             scale = shard.get_tensor(one.replace("model.language_model.", "language_model.model.") + ".input_scale")
             assert (scale.dtype, scale.shape) == (torch.bfloat16, (1,))
             assert largest / top <= scale.item() <= largest / top * (1 + 2**-7)
+
+
+def test_one_scale_for_inputs_of_which_one_is_massive_is_told_of(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much is lost, against inputs that are really rounded; nothing is said of the layers that are as they were."""
+    from vlmquant.stream import Stage
+
+    source, lost = shutil.copytree(tiny_llava, tmp_path / "model"), dict[str, float]()
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["language_model.model.layers.1.mlp.up_proj.weight"][7] *= 3000
+    save_file(tensors, file, {"format": "pt"})
+    finish = Stage.finish
+
+    def listening(stage: Stage, quantized: dict[str, object]) -> None:
+        rows = torch.cat(
+            [x[mask.bool()] if mask is not None else x.flatten(0, -2) for x, mask in stage._inputs]
+        ).float()
+        step = rows.abs().max() / 127
+        left = (rows / step).round() * step - rows
+        lost[next(iter(stage.linears.values())).name] = (left.square().mean(0) / rows.square().mean(0)).mean().item()
+        finish(stage, quantized)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Stage, "finish", listening)
+    recipe = parse_recipe("version: 1\nname: x\ncomponents: {language: w8a8-static}\n", name="x.yaml")
+    done = quantize(source, recipe, tmp_path / "out", calibration=write_small_set(tmp_path / "set"))
+    (note,) = [note for note in done.notes if "input holds, on average" in note]
+    assert note.startswith("model.language_model.layers.1: mlp.down_proj: inputs reach")
+    told = int(re.search(r"lose (\d+)%", note)[1]) / 100
+    assert told == pytest.approx(lost["model.language_model.layers.1.mlp.down_proj"], abs=0.1)
+    assert told > 0.5
+    assert all(share < 0.1 for name, share in lost.items() if not name.endswith("1.mlp.down_proj"))
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), None], ids=str)

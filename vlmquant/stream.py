@@ -57,6 +57,8 @@ SPILL_BYTES = 1 << 16
 """Smaller tensors are not worth a file."""
 ROW_ELEMENTS = 1 << 23
 """Of a weight, that algorithms work on at a time."""
+MOST_LOST = 0.1
+"""Of the mean square of inputs that are rounded to integers by one scale: where more is lost, it is told."""
 LEAST_ENERGY = 1e-30
 """Outputs are taken for no smaller, where a loss is divided by them."""
 
@@ -388,13 +390,23 @@ class Stage:
             largest = max(largest, met.abs().max().item() if len(met) else 0.0)
         largest = max(self.ranks.gather(largest))
         scale = input_scale(largest, self.scheme.activations, self.model_dtype)
+        dynamic = CALIBRATED_INPUTS[self.scheme.activations]
         if not largest or not math.isfinite(largest) or scale_problem(scale):
             raise SentinelError(
                 f"{self.block.info.name}: {', '.join(self.linears)} received no input but {largest:g} during "
-                f"calibration, so there is no scale for their inputs; use {CALIBRATED_INPUTS[self.scheme.activations]} "
-                "there, or samples that reach them"
+                f"calibration, so there is no scale for their inputs; use {dynamic} there, or samples that reach them"
+            )
+        if self.scheme.int8_inputs and (lost := self._lost_to_steps(scale.item())) > MOST_LOST:
+            self.note(
+                f"inputs reach {largest:.3g}, so that steps of {scale.item():.3g} lose {lost:.0%} of what an "
+                f"input holds, on average; {dynamic} has a scale for every token"
             )
         return scale.item()
+
+    def _lost_to_steps(self, step: float) -> float:
+        """The share of an input's mean square that rounding to multiples of a step takes, on average over inputs."""
+        squares = self.mean_square() if self._channel_scales is None else self.mean_square() / self._channel_scales**2
+        return (step**2 / 12 / squares[squares > 0]).clamp(max=1).mean().item()
 
     def _relative_error(self, local: str, quantized: QuantizedWeight) -> float:
         """tr(E H E^T) / tr(W H W^T), or of the diagonal of H alone where no method needed more of it."""
