@@ -54,6 +54,7 @@ ROOMS = [
     "limits",
     "signals",
     "threads",
+    "thresholds",
     "compiled",
     "cache",
     "notices",

@@ -472,6 +472,55 @@ def test_the_gate_says_whose_thresholds_it_takes(
         assert found["max_kl"] == 5.0
 
 
+def test_thresholds_of_the_command_line_and_of_a_file_come_before_the_recorded_ones(
+    run: Run, report: Path, tmp_path: Path
+) -> None:
+    def judged(*words: object) -> tuple[int, dict[str, object], list[tuple[str, object]]]:
+        code, out, err = run("gate", report, "--json", *words)
+        assert not err
+        found = json.loads(out)
+        verdicts = [(one["threshold"], one["stratum"]) for one in found["verdicts"]]
+        return code, found["thresholds"], verdicts
+
+    file = tmp_path / "gate.yaml"
+    file.write_text("max_perplexity_increase: null\nstrata: {vqa: {max_kl: 1e-6}}\n")
+    code, thresholds, verdicts = judged("--max-kl", "0.5", "--max-flip-rate", "50%")
+    assert (code, thresholds["max_kl"], thresholds["max_flip_rate"]) == (0, 0.5, 0.5)  # 2 % of perplexity: recorded
+    assert verdicts == [("max_perplexity_increase", None), ("max_kl", None), ("max_flip_rate", None)]
+    assert "--max-kl 0.5, --max-flip-rate 50% from the command line; the others from the recipe" in str(
+        thresholds["from"]
+    )
+    code, thresholds, verdicts = judged("--max-perplexity-increase", "none")
+    assert verdicts == [("max_kl", None)]
+    code, thresholds, verdicts = judged("--thresholds", file)
+    assert (code, verdicts) == (3, [("max_kl", "vqa")])
+    assert thresholds["from"] == "from gate.yaml given with --thresholds"
+    code, thresholds, verdicts = judged("--thresholds", file, "--max-kl", "3")
+    assert verdicts == [("max_kl", None), ("max_kl", "vqa")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-kl", "much"), "--max-kl much: input should be a valid number"),
+        (
+            ("--max-flip-rate", "300%"),
+            "300%: input should be less than or equal to 1; give 2%, or none",
+        ),
+        (("--max-kl", "none", "--max-perplexity-increase", "none"), "no threshold is set"),
+        (("--thresholds", "FILE", "--recipe", "mixed"), "--recipe and with --thresholds; give one"),
+        (("--thresholds", "FILE"), "unknown key 'max_lk', did you mean 'max_kl'"),
+        (("--thresholds", "none.yaml"), "no such file; give a YAML file with the keys max_perplexity_increase"),
+    ],
+)
+def test_thresholds_that_mean_nothing_are_refused(
+    run: Run, report: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "gate.yaml").write_text("strata: {vqa: {max_lk: 1}}\n")
+    given = [str(tmp_path / "gate.yaml") if word == "FILE" else word for word in words]
+    refused(run, tmp_path / "none", "gate", report, *given, code=2, message=message)
+
+
 @pytest.mark.parametrize("kind", ["a folder", "full", "a pipe", "nowhere"])
 def test_a_step_summary_that_cannot_be_written(
     run: Run, report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

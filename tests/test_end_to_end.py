@@ -22,10 +22,10 @@ from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.components import resolve_components
 from vlmquant.errors import InputError, UsageError
 from vlmquant.evaluation.settings import Settings
-from vlmquant.gate import exit_code, judge
+from vlmquant.gate import exit_code, judge, recorded_gate
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
-from vlmquant.pipeline import evaluate, quantize, recipe_gate, write_report
+from vlmquant.pipeline import evaluate, quantize, write_report
 from vlmquant.planning import make_plan
 from vlmquant.recipe import load_recipe, shipped
 from vlmquant.report.data import read_json
@@ -158,9 +158,9 @@ def test_evaluation_to_gate(tiny_llava: Path, calibration: Path, tmp_path: Path)
     overall = report.summaries[1]["all"]
     assert 0 < overall["kl"].point < 0.5
     assert report.summaries[0]["all"]["perplexity"].point > 1
-    spec = recipe_gate(report)
-    assert spec == load_recipe("mixed").gate
-    assert exit_code(judge(report, spec)) == 4  # ten samples cannot decide
+    recorded = recorded_gate(report)
+    assert recorded.specs == (load_recipe("mixed").gate,)
+    assert exit_code(judge(report, recorded.specs)) == 4  # ten samples cannot decide
     with pytest.raises(InputError, match=r"are in the calibration set of .*; evaluate on others"):
         evaluate(tiny_llava, [out], calibration, settings=settings)
 

@@ -1,6 +1,8 @@
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 from xml.etree import ElementTree
@@ -24,8 +26,9 @@ from vlmquant.gate.bounds import (
     samples_needed,
     unseen_share,
 )
-from vlmquant.recipe import GateSpec
-from vlmquant.report.data import Verdict
+from vlmquant.recipe import GateSpec, Thresholds, load_recipe, shipped
+from vlmquant.report.data import Verdict, overall
+from vlmquant.thresholds import THRESHOLDS
 
 ALPHA = 0.05
 NONE = GateSpec(max_perplexity_increase=None)
@@ -209,9 +212,94 @@ def test_a_gate_without_thresholds_or_candidates_is_wrong_usage() -> None:
 def test_every_threshold_of_the_recipe_is_judged_for_every_candidate() -> None:
     reference = [*answers(40), *fake_runs.captions(40, seed=0)]
     runs = [fake_runs.run(label, fake_runs.degraded(reference, seed=seed)) for seed, label in enumerate("ab")]
-    names = [name for name in GateSpec.model_fields if name != "alpha"]
+    names = list(THRESHOLDS)
     verdicts = judge(fake_runs.report(reference, *runs), spec(**dict.fromkeys(names, 0.1)))
     assert [(one.candidate, one.threshold) for one in verdicts] == [(label, name) for label in "ab" for name in names]
+
+
+def test_a_stratum_is_judged_by_its_own_samples() -> None:
+    reference = [*answers(60), *(fake_runs.sample(index, "object") for index in range(60))]
+    scored = fake_runs.degraded(reference, seed=0, nll=0.0)
+    scored[60:] = fake_runs.degraded(reference[60:], seed=1, nll=0.3)  # 16 % over all
+    made = fake_runs.report(reference, fake_runs.run("int4", scored))
+    limits = {name: Thresholds(max_perplexity_increase=0.05) for name in ("vqa", "object", "chart")}
+    verdicts = judge(made, spec(max_perplexity_increase=0.25).model_copy(update={"strata": limits}))
+    assert [(one.stratum, one.outcome, one.n) for one in verdicts] == [
+        (None, "pass", 120),
+        ("vqa", "pass", 60),
+        ("object", "fail", 60),
+        ("chart", "fail", 0),
+    ]
+    assert verdicts[2].point == pytest.approx(math.expm1(0.3), abs=0.01)
+    assert "no sample of the stratum chart" in verdicts[3].reason
+    assert exit_code(verdicts) == 3
+
+
+def test_each_candidate_is_judged_by_its_own_gate() -> None:
+    reference = answers(60)
+    runs = [fake_runs.run(label, fake_runs.degraded(reference, seed=0, nll=0.1)) for label in "abc"]
+    gates = [spec(max_perplexity_increase=0.5), None, spec(max_perplexity_increase=0.02)]
+    verdicts = judge(fake_runs.report(reference, *runs), gates)
+    assert [(one.candidate, one.outcome) for one in verdicts] == [("a", "pass"), ("c", "fail")]
+
+
+def test_what_the_samples_say_nothing_of_is_skipped_only_where_that_is_allowed() -> None:
+    reference = answers(100)
+    candidate = fake_runs.degraded(reference, seed=0, nll=0)
+    made = fake_runs.report(reference, fake_runs.run("int4", candidate))
+    skipping = spec(max_perplexity_increase=0.5, max_bleu_drop=1.0).model_copy(update={"unmeasured": "skip"})
+    verdicts = judge(made, skipping)
+    assert [one.outcome for one in verdicts] == ["pass", "skipped"]
+    assert overall(verdicts) == "pass"
+    assert overall(verdicts[1:]) == "inconclusive"  # what is not measured at all is never green
+    candidate[7] = replace(candidate[7], exact=None)  # measured, but damaged: no reason to let it go
+    broken = replace(made, candidates=(fake_runs.run("int4", candidate),))
+    assert judge(broken, skipping.model_copy(update={"max_exact_match_drop": 50}))[2].outcome == "fail"
+
+
+def test_advice_names_a_number_of_samples_that_can_be_had_or_a_margin() -> None:
+    reference = answers(60)
+    candidate = fake_runs.degraded(reference, seed=1, nll=0.0195)
+    seen = one_verdict(reference, candidate, max_perplexity_increase=0.5)
+    assert seen.advice == ""
+    assert seen.point is not None
+    assert seen.high is not None
+    near = one_verdict(reference, candidate, max_perplexity_increase=seen.point + (seen.high - seen.point) / 2)
+    assert near.n_needed is not None
+    assert f"about {near.n_needed:,} samples would probably decide, here are 60" in near.advice
+    at = one_verdict(reference, candidate, max_perplexity_increase=seen.point + 0.0001)
+    assert (at.n_needed or 0) > 10_000
+    assert "0.01 % below the margin: too near to be told apart by more samples" in at.advice
+    assert f"these 60 pass a margin of {100 * seen.high:.2f} % or more" in at.advice
+    assert one_verdict(reference, candidate, max_perplexity_increase=math.ceil(1e4 * seen.high) / 1e4).outcome == "pass"
+
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "reference.json"
+BASELINES = {"rtn-w4", "rtn-w3", "awq-w3"}
+"""Recipes to compare with, which lose more than their gates allow on a model of 121 M."""
+ROOM = 1.25
+"""Margins of shipped recipes, in upper ends of the 95 % intervals on the reference model, at least."""
+SHIPPED_LOSSES = ("perplexity_increase", "kl", "exact_match_drop")
+
+
+def measured(recipe: str) -> dict[str, list[float]]:
+    """Loss -> point, low, high on the reference model."""
+    found: dict[str, list[float]] = json.loads(RESULTS.read_text())["strata"][recipe]["all"]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in shipped("recipes").glob("*.yaml")))
+def test_shipped_gates_have_room_for_their_recipe_and_none_for_a_broken_one(name: str) -> None:
+    gate = load_recipe(name).gate
+    margins = {THRESHOLDS[key].loss: margin for key, margin in gate.thresholds().items()}
+    assert tuple(sorted(margins)) == tuple(sorted(SHIPPED_LOSSES))
+    if name in json.loads(RESULTS.read_text())["strata"] and name not in BASELINES:
+        for loss, margin in margins.items():
+            assert margin >= ROOM * measured(name)[loss][2], loss
+    broken = ["rtn-w3"] if "w3" in name else ["rtn-w3", "rtn-w4"]
+    for other in broken:  # the lower end is above the margin: it fails
+        assert measured(other)["perplexity_increase"][1] > margins["perplexity_increase"]
+        assert measured(other)["kl"][1] > margins["kl"]
 
 
 # --- the statistics
@@ -365,19 +453,23 @@ def test_junit_is_red_for_what_did_not_pass() -> None:
     verdicts = [
         Verdict("in\x00t4 <b>", "max_kl", 0.01, 0.005, 0.02, 0.1, 40, None, "pass", "fine"),
         Verdict("int4", "max_bleu_drop", 3.0, 2.0, 4.0, 0.5, 300, None, "fail", "the lower bound of the loss is above"),
-        Verdict("int4", "max_flip_rate", 0.1, None, None, 0.05, 9, 30, "inconclusive", "too few samples"),
+        Verdict("int4", "max_flip_rate", 0.1, None, None, 0.05, 9, 30, "inconclusive", "too few", advice="take 30"),
+        Verdict("int4", "max_kl", None, None, None, 0.05, 0, None, "skipped", "no charts", stratum="chart"),
     ]
     suite = ElementTree.fromstring(to_junit(verdicts)).find("testsuite")
     assert suite is not None
-    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["3", "1", "1", "0"]
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["4", "1", "1", "1"]
     cases = suite.findall("testcase")
     assert cases[0].get("classname") == "in\ufffdt4 <b>"
     assert cases[0].find("failure") is None
     failure, error = cases[1].find("failure"), cases[2].find("error")
     assert failure is not None
-    assert "3.00 points, bounds 2.00 to 4.00 points, margin 0.50 points, n 300" in str(failure.get("message"))
+    assert "3.00 points lost, bounds 2.00 to 4.00 points, margin 0.50 points, n 300" in str(failure.get("message"))
     assert error is not None
-    assert "about 30 samples would decide" in str(error.get("message"))
+    assert str(error.get("message")).endswith("n 9; take 30")
+    skipped = cases[3].find("skipped")
+    assert skipped is not None
+    assert cases[3].get("name") == "chart: max_kl"
 
 
 def test_the_step_summary_opens_with_the_outcome() -> None:

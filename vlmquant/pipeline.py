@@ -47,7 +47,7 @@ from vlmquant.evaluation.scoring import score_model
 from vlmquant.evaluation.settings import Settings
 from vlmquant.families import Family, from_spec
 from vlmquant.formats import FORMATS, bitsandbytes
-from vlmquant.gate import judge
+from vlmquant.gate import Gate, judge, recorded_gate
 from vlmquant.grid import QuantizedWeight, grid_of
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.kvcache import Maxima
@@ -55,11 +55,9 @@ from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
 from vlmquant.progress import bar, stderr
 from vlmquant.ranks import ALONE, Ranks, refuse_different
-from vlmquant.reading import check
-from vlmquant.recipe import CalibrationSpec, GateSpec, Recipe, Scheme, load_recipe
+from vlmquant.recipe import CalibrationSpec, Recipe, Scheme, load_recipe
 from vlmquant.report.data import Report, Verdict, build_report, check_report_paths, overall, write_json, write_text
 from vlmquant.report.html import to_html
-from vlmquant.report.manifest import recipe_of
 from vlmquant.report.markdown import card_section, to_markdown
 from vlmquant.scratch import unnamed_file
 from vlmquant.shards import dtype_name, some
@@ -622,62 +620,47 @@ def _labels(directories: Sequence[Path]) -> list[str]:
 
 
 def write_report(
-    report: Report, *, data: str | Path, out: Path | None, html: Path | None, markdown: Path | None
+    report: Report,
+    *,
+    data: str | Path,
+    out: Path | None,
+    html: Path | None,
+    markdown: Path | None,
+    gate: Gate | None = None,
 ) -> list[Path]:
     """Write the report in the forms asked for; the paths written. HTML and Markdown open with the gate's verdict.
 
-    data: the set it was measured on, whose questions and images the page shows.
+    data: the set it was measured on, whose questions and images the page shows. gate: None for the recorded one.
     """
     check_report_paths({"out": out, "html": html, "markdown": markdown})
-    verdicts = _recorded_verdicts(report)
+    gate, verdicts = _judged(report, gate)
     written = []
     if out is not None:
         write_json(report, out)
         written.append(out)
     if markdown is not None:
-        write_text(markdown, to_markdown(report, verdicts, thresholds=recorded_gate_name(report)))
+        write_text(markdown, to_markdown(report, verdicts, thresholds=gate.source))
         written.append(markdown)
     if html is not None:
-        write_text(html, to_html(report, verdicts, load_set(data).samples, thresholds=recorded_gate_name(report)))
+        write_text(html, to_html(report, verdicts, load_set(data).samples, thresholds=gate.source))
         written.append(html)
     return written
 
 
-def put_into_card(report: Report, model_dir: Path) -> None:
+def put_into_card(report: Report, model_dir: Path, gate: Gate | None = None) -> None:
     """Write what was measured into the card of a checkpoint, and the gate's verdict into its manifest as well.
 
-    CheckpointError where the card is not as we wrote it.
+    gate: None for the recorded one. CheckpointError where the card is not as we wrote it.
     """
-    verdicts = _recorded_verdicts(report)
+    gate, verdicts = _judged(report, gate)
     evaluation = {"gate": overall(verdicts) if verdicts else None, "created": report.created, "hashes": report.hashes}
-    record_evaluation(model_dir, evaluation, card_section(report, verdicts, thresholds=recorded_gate_name(report)))
+    record_evaluation(model_dir, evaluation, card_section(report, verdicts, thresholds=gate.source))
 
 
-def recipe_gate(report: Report) -> GateSpec | None:
-    """The thresholds that the report itself holds: those of the recipe that its candidates were made by.
-
-    None where there is none, where they differ, or where they mean nothing.
-    """
-    gates = [recipe_of(run).get("gate") for run in report.candidates]
-    if not gates or any(gate is None or gate != gates[0] for gate in gates):
-        return None
-    try:
-        spec: GateSpec = check(GateSpec, gates[0], where="recipe.gate")
-    except InputError:
-        return None
-    return spec
-
-
-def _recorded_verdicts(report: Report) -> list[Verdict]:
-    """By the thresholds of `recipe_gate`; empty where there are none."""
-    spec = recipe_gate(report)
-    return judge(report, spec) if spec is not None and spec.thresholds() else []
-
-
-def recorded_gate_name(report: Report) -> str:
-    """Where the thresholds of `recipe_gate` are from."""
-    name = recipe_of(report.candidates[0]).get("name", "without a name") if report.candidates else "none"
-    return f"from the recipe recorded in the report itself ({shown(name)})"
+def _judged(report: Report, gate: Gate | None) -> tuple[Gate, list[Verdict]]:
+    """The gate, and its verdicts; none where it has no threshold."""
+    gate = gate or recorded_gate(report)
+    return gate, judge(report, gate.specs) if gate.judges else []
 
 
 def _calibration_record(selection: Selection, made: BatchReport, *, set_name: str) -> dict[str, Any]:

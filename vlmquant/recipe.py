@@ -5,7 +5,7 @@ import fnmatch
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vlmquant import reading
 from vlmquant.errors import LINE_CHARACTERS, RecipeError, UsageError, shown
+from vlmquant.thresholds import THRESHOLDS, option
 
 RECIPE_MAX_BYTES = 1_000_000
 ERRORS_TOLD = 20
@@ -333,10 +334,10 @@ class OutputSpec(Data):
     are."""
 
 
-class GateSpec(Data):
-    """Thresholds of `vlmquant gate`; a null threshold is not judged."""
+class Thresholds(Data):
+    """What a gate may bound (thresholds.THRESHOLDS says what each is); a null threshold is not judged."""
 
-    max_perplexity_increase: Annotated[Number, BeforeValidator(_percent), Field(ge=0)] | None = 0.02
+    max_perplexity_increase: Annotated[Number, BeforeValidator(_percent), Field(ge=0)] | None = None
     """Relative; "2%" or 0.02."""
     max_bleu_drop: Annotated[Number, Field(ge=0)] | None = None
     """BLEU-4 points (0 to 100)."""
@@ -345,12 +346,30 @@ class GateSpec(Data):
     max_flip_rate: Annotated[Number, BeforeValidator(_percent), Field(ge=0, le=1)] | None = None
     max_exact_match_drop: Annotated[Number, Field(ge=0, le=100)] | None = None
     """Points (0 to 100) of exact match on short answers."""
-    alpha: Annotated[Number, Field(gt=0, lt=0.5)] = 0.05
-    """Error rate of each one-sided test."""
 
     def thresholds(self) -> dict[str, float]:
         """The thresholds that are judged, by name."""
-        return {name: value for name, value in self if name != "alpha" and value is not None}
+        found = {name: getattr(self, name) for name in THRESHOLDS}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+class GateSpec(Thresholds):
+    """Thresholds of `vlmquant gate`, over all samples and within strata."""
+
+    max_perplexity_increase: Annotated[Number, BeforeValidator(_percent), Field(ge=0)] | None = 0.02
+    """Relative; "2%" or 0.02."""
+    strata: dict[str, Thresholds] = {}
+    """Thresholds by task, such as {object: {max_perplexity_increase: 5%}}, beside those of all samples."""
+    unmeasured: Literal["fail", "skip"] = "fail"
+    """What becomes of a threshold that the samples say nothing of, as the set has no captions or short answers, or none
+    were generated. skip: it is told and left out."""
+    alpha: Annotated[Number, Field(gt=0, lt=0.5)] = 0.05
+    """Error rate of each one-sided test."""
+
+    def judged(self) -> list[tuple[str | None, str, float]]:
+        """Stratum (None: all samples), name and margin of everything that is judged."""
+        parts: list[tuple[str | None, Thresholds]] = [(None, self), *self.strata.items()]
+        return [(stratum, name, margin) for stratum, part in parts for name, margin in part.thresholds().items()]
 
 
 class TargetSpec(Data):
@@ -439,6 +458,31 @@ def load_family(path: Path) -> FamilySpec:
     return _parse(FamilySpec, _read_text(path), name=str(path))
 
 
+def load_gate(path: Path) -> GateSpec:
+    """Read a file with the keys of a recipe's `gate:`. RecipeError as `load_recipe`'s."""
+    if not os.path.exists(path):
+        keys = ", ".join(GateSpec.model_fields)
+        raise RecipeError(f"{shown(path, limit=LINE_CHARACTERS)}: no such file; give a YAML file with the keys {keys}")
+    return _parse(GateSpec, _read_text(path), name=str(path))
+
+
+def parse_thresholds(given: Mapping[str, str | None]) -> dict[str, float | None]:
+    """Thresholds of a command line, by name, those that were given: numbers, percentages, or none. UsageError else."""
+    found: dict[str, float | None] = {}
+    for name, text in given.items():
+        if text is None:
+            continue
+        try:
+            value = None if text == "none" else text
+            found[name] = getattr(Thresholds.model_validate({name: value}, strict=True), name)
+        except ValidationError as error:
+            what = error.errors()[0]["msg"]
+            raise UsageError(
+                f"{option(name)} {shown(text)}: {what[:1].lower()}{what[1:]}; give {THRESHOLDS[name].example}, or none"
+            ) from error
+    return found
+
+
 def _read_text(path: Path) -> str:
     return reading.read_text(path, error=RecipeError, max_bytes=RECIPE_MAX_BYTES)
 
@@ -463,7 +507,7 @@ def _parse(model: type[M], text: str, *, name: str) -> M:
     refuse = functools.partial(_refuse_tricks, name=name)
     root, value = reading.compose_yaml(text, where=name, error=RecipeError, refuse=refuse)
     if not isinstance(root, yaml.MappingNode):
-        kind = "recipe" if model is Recipe else "family"
+        kind = {Recipe: "recipe", FamilySpec: "family"}.get(model, "gate")
         raise RecipeError(
             f"{name}:1:1: a {kind} is a mapping with keys such as {', '.join(list(model.model_fields)[1:3])}"
         )
@@ -567,9 +611,9 @@ def _keys_at(path: list[str], model: type[BaseModel]) -> list[str]:
     """The keys a recipe, or a family, may have at a path, found by walking the models' own fields."""
     models: list[type[BaseModel]] = [model]
     for part in path:
-        if part.isdigit():
-            continue
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        if not fields:  # a place in a list, or a name that is the user's own, such as a stratum's
+            continue
         models = [model for field in fields for model in _models_in(field.annotation)]
     return sorted({key for model in models for key in model.model_fields})
 

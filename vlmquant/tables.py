@@ -15,7 +15,7 @@ from vlmquant.errors import LINE_CHARACTERS, shown
 from vlmquant.planning import Plan, has_folds
 from vlmquant.publish import Upload
 from vlmquant.report.data import Verdict, overall
-from vlmquant.report.numbers import threshold_text, threshold_title
+from vlmquant.report.numbers import change_text, margin_text, threshold_text, threshold_title
 from vlmquant.serving import USABLE, Serving
 from vlmquant.shards import dtype_name
 
@@ -368,25 +368,29 @@ def strata_table(strata: Sequence[Stratum]) -> Table:
 
 
 def verdict_table(verdicts: Sequence[Verdict], *, thresholds: str = "") -> Table:
-    """One row per threshold and model; below it, where the thresholds are from."""
+    """One row per threshold and model; below it what would decide, and where the thresholds are from."""
     rows = []
     for verdict in verdicts:
         text = threshold_text(verdict.threshold)
         rows.append(
             (
                 verdict.candidate,
-                threshold_title(verdict.threshold),
+                threshold_title(verdict.threshold, verdict.stratum),
                 verdict.outcome,
                 verdict.reason,
-                text(verdict.point),
+                change_text(verdict.threshold, verdict.point),
+                margin_text(verdict.threshold, verdict.margin),
                 f"{text(verdict.low)} to {text(verdict.high)}",
-                text(verdict.margin),
                 str(verdict.n),
-                "-" if verdict.n_needed is None else str(verdict.n_needed),
             )
         )
-    columns = ("model", "threshold", "verdict", "why", "measured", "bounds", "margin", "samples", "needed")
+    columns = ("model", "threshold", "verdict", "why", "measured", "at most", "bounds of the loss", "samples")
     table = make_table(f"Gate: {overall(verdicts)}", columns, rows, left=4)
-    if thresholds:
-        _add_caption(table, [f"thresholds: {thresholds}"])
+    told = [
+        f"{shown(verdict.candidate)}, {threshold_title(verdict.threshold, verdict.stratum)}: {verdict.advice}"
+        for verdict in verdicts
+        if verdict.advice
+    ]
+    if told or thresholds:
+        _add_caption(table, [*told, *([f"thresholds: {thresholds}"] if thresholds else [])])
     return table

@@ -39,10 +39,10 @@ from vlmquant.errors import InputError
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.formats import compressed_tensors
 from vlmquant.formats.coding import find_coding
-from vlmquant.gate import judge, to_junit, to_step_summary
+from vlmquant.gate import judge, recorded_gate, to_junit, to_step_summary
 from vlmquant.kernels.cuda import build, dispatch
 from vlmquant.loading import load_model
-from vlmquant.pipeline import _refuse_calibration_images, recipe_gate
+from vlmquant.pipeline import _refuse_calibration_images
 from vlmquant.reading import read_json as read_checked_json
 from vlmquant.recipe import CalibrationSpec, GateSpec, load_family, load_recipe, parse_target, shipped
 from vlmquant.report.data import read_json, write_json
@@ -770,8 +770,8 @@ EVERY_THRESHOLD = {name: 0.1 for name in GateSpec.model_fields if name.startswit
 
 def _read_report(folder: Path, name: str) -> str:
     report = read_json(folder / name)
-    spec = recipe_gate(report) or GateSpec()
-    verdicts = judge(report, spec if spec.thresholds() else GateSpec())
+    gate = recorded_gate(report)
+    verdicts = judge(report, gate.specs if gate.judges else GateSpec())
     ElementTree.fromstring(to_junit(verdicts))
     return to_step_summary(verdicts)
 

@@ -1,11 +1,14 @@
 """Options that several commands share."""
 
+from collections.abc import Callable
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmquant.threads import MAX_THREADS
+from vlmquant.thresholds import THRESHOLDS, option
 
 Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
 RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
@@ -55,7 +58,34 @@ WrongImage = Annotated[
     typer.Option("--wrong-image", help="Also measure perplexity with another sample's image: does the model look?"),
 ]
 NoGenerate = Annotated[bool, typer.Option("--no-generate", help="Skip generation: no BLEU, exact match or speed.")]
+ThresholdsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--thresholds", help="YAML file of thresholds, the keys of a recipe's `gate`; else each model's recipe's own."
+    ),
+]
 OtherInputs = Annotated[
     bool,
     typer.Option("--allow-other-inputs", help="Compare models whose prompts or image inputs differ, and say so."),
 ]
+
+
+def with_thresholds(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every threshold that a gate knows, which it gets as text by name."""
+    own = signature(command)
+    *kept, rest = own.parameters.values()  # the last one collects them: **given
+    options = [
+        Parameter(
+            name,
+            rest.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(option(name), metavar=row.example, help=f"{row.help}; none: not judged."),
+            ],
+        )
+        for name, row in THRESHOLDS.items()
+    ]
+    command.__signature__ = own.replace(parameters=[*kept, *options])  # type: ignore[attr-defined]
+    command.__annotations__ |= {parameter.name: parameter.annotation for parameter in options}
+    return command

@@ -19,11 +19,12 @@ from vlmquant.cli.options import (
     OtherInputs,
     Strata,
     Threads,
+    ThresholdsFile,
     WrongImage,
+    with_thresholds,
 )
 from vlmquant.cli.output import emit, say, show
 from vlmquant.cli.words import parse_counts
-from vlmquant.errors import UsageError, shown
 
 
 def evaluate(
@@ -43,10 +44,12 @@ def evaluate(
     card: Annotated[
         bool, typer.Option("--card", help="Also put the table and the gate's verdict into the model's card, README.md.")
     ] = False,
+    thresholds: ThresholdsFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure what quantization cost: perplexity, KL, flips, BLEU-4, exact match, speed, memory."""
     from vlmquant.checkpoint.card import check_card
+    from vlmquant.gate import given_gate
     from vlmquant.pipeline import put_into_card
 
     if card:
@@ -65,10 +68,11 @@ def evaluate(
         other_inputs,
         dtype,
         threads,
+        thresholds,
         as_json,
     )
     if card:
-        put_into_card(report, model)
+        put_into_card(report, model, None if thresholds is None else given_gate(report, thresholds))
         if not as_json:
             say(f"wrote {model / 'README.md'}")
 
@@ -87,14 +91,19 @@ def compare(
     other_inputs: OtherInputs = False,
     dtype: Dtype = "auto",
     threads: Threads = None,
+    thresholds: ThresholdsFile = None,
     as_json: Json = False,
 ) -> Any:
     """Several quantized models against the original, in one table."""
     from vlmquant import pipeline
     from vlmquant.evaluation.settings import Settings
+    from vlmquant.gate import given_gate
+    from vlmquant.recipe import load_gate
     from vlmquant.report.data import check_report_paths
     from vlmquant.report.table import compare_rows, remarks, terminal_table
 
+    if thresholds is not None:
+        load_gate(thresholds)  # a mistake in it is told before the work
     paths = {"--out": out, "--html": html, "--markdown": markdown}
     check_report_paths(paths, apart=[Path(reference), *models])
     settings = Settings(
@@ -113,7 +122,8 @@ def compare(
         settings=settings,
         command=("vlmquant", *sys.argv[1:]),
     )
-    written = pipeline.write_report(report, data=data, out=out, html=html, markdown=markdown)
+    gate = None if thresholds is None else given_gate(report, thresholds)
+    written = pipeline.write_report(report, data=data, out=out, html=html, markdown=markdown, gate=gate)
     if as_json:
         files, notes = [str(path) for path in written], [f"{label}: {text}" for label, text in remarks(report)]
         emit({"rows": compare_rows(report), "notes": notes, "files": files})
@@ -126,37 +136,29 @@ def compare(
     return report
 
 
+@with_thresholds
 def gate(
     report: Annotated[Path, typer.Argument(help="report.json of `vlmquant eval` or `compare`.")],
     recipe: Annotated[
         str | None,
         typer.Option("--recipe", "-r", help="Recipe whose thresholds apply; else those that the report itself holds."),
     ] = None,
+    thresholds: ThresholdsFile = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write the verdicts as JUnit XML.")] = None,
     as_json: Json = False,
+    **given: str | None,
 ) -> None:
     """Judge a report by thresholds: exit 0 passed, 3 failed, 4 inconclusive."""
     from vlmquant import gate as judging
-    from vlmquant import pipeline
-    from vlmquant.recipe import load_recipe
     from vlmquant.report.data import append_text, check_report_paths, read_json, write_text
     from vlmquant.tables import verdict_table
 
     check_report_paths({"--junit": junit}, apart=[report])
     found = read_json(report)
-    if recipe is not None:
-        wanted = load_recipe(recipe)
-        spec, source = wanted.gate, f"from the recipe {shown(wanted.name)} given with --recipe"
-    elif (recorded := pipeline.recipe_gate(found)) is not None:
-        spec, source = recorded, f"{pipeline.recorded_gate_name(found)}; give --recipe to judge by your own"
-    else:
-        raise UsageError(
-            f"{report}: its models were not made by recipes with the same sound gate; give thresholds with --recipe"
-        )
-    verdicts = judging.judge(found, spec)
+    chosen = judging.choose_gate(found, where=str(report), recipe=recipe, file=thresholds, given=given)
+    verdicts, source = judging.judge(found, chosen.specs), chosen.source
     if as_json:
-        thresholds = {"from": source, **spec.thresholds(), "alpha": spec.alpha}
-        emit({"thresholds": thresholds, "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]})
+        emit({"thresholds": chosen.to_json(found), "verdicts": [dataclasses.asdict(verdict) for verdict in verdicts]})
     else:
         show(verdict_table(verdicts, thresholds=source))
     if junit is not None:

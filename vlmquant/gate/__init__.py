@@ -2,7 +2,8 @@
 
 Every threshold is a non-inferiority test on paired samples, clustered by image. A candidate passes when the upper
 one-sided 1 - alpha bound of its loss is at most the margin, fails when the lower one exceeds it, and is inconclusive
-between the two or on fewer than MIN_CLUSTERS images. What cannot be measured fails.
+between the two or on fewer than MIN_CLUSTERS images. What cannot be measured fails; what the samples say nothing of
+fails as well, or is skipped where the thresholds say so.
 """
 
 import math
@@ -30,14 +31,30 @@ from vlmquant.gate.bounds import (
     sparse_bounds,
 )
 from vlmquant.gate.show import to_junit, to_step_summary
+from vlmquant.gate.source import Gate, choose_gate, given_gate, recorded_gate
 from vlmquant.recipe import GateSpec
 from vlmquant.report.data import Outcome, Report, Verdict, overall
+from vlmquant.report.numbers import threshold_text
+from vlmquant.thresholds import THRESHOLDS, option
 
-__all__ = ["MIN_CLUSTERS", "Verdict", "exit_code", "judge", "to_junit", "to_step_summary"]
+__all__ = [
+    "MIN_CLUSTERS",
+    "Gate",
+    "Verdict",
+    "choose_gate",
+    "exit_code",
+    "given_gate",
+    "judge",
+    "recorded_gate",
+    "to_junit",
+    "to_step_summary",
+]
 
 MIN_CLUSTERS = 30
 """Images (or samples without one) below which no bound is trusted: the usual least size for large-sample intervals."""
 SEED = 0
+AFFORDABLE = 10
+"""Times the present samples, up to which more of them are advised."""
 
 Array = NDArray[np.float64]
 Pair = tuple[SampleScore, SampleScore]
@@ -46,6 +63,10 @@ Pair = tuple[SampleScore, SampleScore]
 
 class _Unmeasured(Exception):
     """Why a loss cannot be computed; the message ends in the verdict."""
+
+
+class _Absent(_Unmeasured):
+    """No sample of the report has what the loss is computed from."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +92,24 @@ class _Test:
     from_scale: Callable[[float], float] = float
 
 
-def judge(report: Report, spec: GateSpec, *, seed: int = SEED) -> list[Verdict]:
-    """One verdict for every candidate and threshold. Raises UsageError where there is nothing to judge."""
-    thresholds = spec.thresholds()
-    if not thresholds:
-        raise UsageError(
-            f"gate: no threshold is set; give at least one of {', '.join(TESTS)} under `gate` in the recipe"
-        )
+def judge(report: Report, gates: GateSpec | Sequence[GateSpec | None], *, seed: int = SEED) -> list[Verdict]:
+    """One verdict for every candidate and threshold of its gate. Raises UsageError where there is nothing to judge.
+
+    gates: one for all candidates, or one for each; None for a candidate that is not judged.
+    """
     if not report.candidates:
         raise UsageError("gate: the report holds no candidate; evaluate a quantized model against its reference")
+    specs = [gates] * len(report.candidates) if isinstance(gates, GateSpec) else gates
+    if not any(spec and spec.judged() for spec in specs):
+        raise UsageError(
+            f"gate: no threshold is set; give at least one, such as {option('max_kl')} {THRESHOLDS['max_kl'].example}; "
+            f"there are {', '.join(map(option, TESTS))}, and the same under `gate` in a recipe"
+        )
     return [
-        _with_inputs(candidate, _judge_one(report.reference, candidate, name, margin, alpha=spec.alpha, seed=seed))
-        for candidate in report.candidates
-        for name, margin in thresholds.items()
+        _with_inputs(candidate, _judge_one(report.reference, candidate, spec, stratum, name, margin, seed=seed))
+        for candidate, spec in zip(report.candidates, specs, strict=True)
+        if spec is not None
+        for stratum, name, margin in spec.judged()
     ]
 
 
@@ -101,39 +127,64 @@ def _with_inputs(candidate: Run, verdict: Verdict) -> Verdict:
     return replace(verdict, reason=f"{verdict.reason}; {other}")
 
 
-def _judge_one(reference: Run, candidate: Run, name: str, margin: float, *, alpha: float, seed: int) -> Verdict:
+def _judge_one(
+    reference: Run, candidate: Run, spec: GateSpec, stratum: str | None, name: str, margin: float, *, seed: int
+) -> Verdict:
     test = TESTS[name]
-    verdict = partial(Verdict, candidate=candidate.label, threshold=name, margin=margin)
+    verdict = partial(
+        Verdict, candidate=candidate.label, threshold=name, margin=margin, stratum=stratum, alpha=spec.alpha
+    )
     unknown = partial(verdict, point=None, low=None, high=None, n_needed=None)
     try:
-        evidence = test.gather(_pairs(reference, candidate), alpha, seed)
+        evidence = test.gather(_pairs(reference, candidate, stratum), spec.alpha, seed)
     except _Unmeasured as problem:
-        return unknown(n=0, outcome="fail", reason=str(problem))
+        skipped = isinstance(problem, _Absent) and spec.unmeasured == "skip"
+        return unknown(n=0, outcome="skipped" if skipped else "fail", reason=str(problem))
     n, limit = len(evidence.samples), test.to_scale(margin)
     if not math.isfinite(evidence.point):
         return unknown(n=n, outcome="fail", reason="the loss is not a finite number")
     clusters = _by_cluster(evidence)
     if len(clusters) < MIN_CLUSTERS:
+        needed = math.ceil(n * MIN_CLUSTERS / len(clusters))
         return verdict(
             point=test.from_scale(evidence.point),
             low=None,
             high=None,
             n=n,
-            n_needed=math.ceil(n * MIN_CLUSTERS / len(clusters)),
+            n_needed=needed,
             outcome="inconclusive",
             reason=f"too few samples: {len(clusters)} images, and no bound is trusted below {MIN_CLUSTERS}",
+            advice=f"evaluate on about {needed:,} samples of at least {MIN_CLUSTERS} images; here are {n:,}",
         )
     bounds = evidence.bound(clusters)
     outcome: Outcome = "pass" if bounds.high <= limit else "fail" if bounds.low > limit else "inconclusive"
-    return verdict(
+    found = verdict(
         point=test.from_scale(bounds.point),
         low=_bound(bounds.low, test),
         high=_bound(bounds.high, test),
         n=n,
-        n_needed=_needed(bounds, evidence, len(clusters), limit, alpha) if outcome == "inconclusive" else None,
+        n_needed=_needed(bounds, evidence, len(clusters), limit, spec.alpha) if outcome == "inconclusive" else None,
         outcome=outcome,
         reason=REASONS[outcome],
     )
+    return replace(found, advice=_advice(found)) if outcome == "inconclusive" else found
+
+
+def _advice(verdict: Verdict) -> str:
+    """What to do about a margin between the bounds: more samples, where so many can be had; else another margin."""
+    show = threshold_text(verdict.threshold)
+    assert verdict.point is not None
+    apart = verdict.margin - verdict.point
+    place = f"measured {show(verdict.point)}, {show(abs(apart))} {'below' if apart > 0 else 'above'} the margin"
+    if verdict.n_needed is not None and verdict.n_needed <= AFFORDABLE * verdict.n:
+        return f"{place}; about {verdict.n_needed:,} samples would probably decide, here are {verdict.n:,}"
+    told = f"{place}: too near to be told apart by more samples"
+    if verdict.high is None:
+        return f"{told}; choose the margin that you mean"
+    known = f"these {verdict.n:,} pass a margin of {show(verdict.high)} or more"
+    if verdict.low is not None and verdict.low > 0:
+        known += f" and fail one below {show(verdict.low)}"
+    return f"{told}; {known}, so choose the margin that you mean"
 
 
 def _bound(value: float, test: _Test) -> float | None:
@@ -151,7 +202,7 @@ def _needed(bounds: Bounds, evidence: _Evidence, clusters: int, limit: float, al
     return None if needed is None else max(needed, n + 1)
 
 
-def _pairs(reference: Run, candidate: Run) -> list[Pair]:
+def _pairs(reference: Run, candidate: Run, stratum: str | None) -> list[Pair]:
     theirs = {sample.id: sample for sample in reference.samples}
     mine = {sample.id: sample for sample in candidate.samples}
     if len(theirs) != len(reference.samples) or len(mine) != len(candidate.samples):
@@ -165,6 +216,10 @@ def _pairs(reference: Run, candidate: Run) -> list[Pair]:
             raise _Unmeasured(
                 f"sample {shown(one.id)} is not the same in both runs: other tokens, images or references"
             )
+    if stratum is not None:
+        pairs = [pair for pair in pairs if pair[0].task == stratum]
+        if not pairs:
+            raise _Absent(f"the report has no sample of the stratum {shown(stratum)}")
     return pairs
 
 
@@ -179,7 +234,7 @@ def _by_cluster(evidence: _Evidence) -> Array:
 def _take(pairs: list[Pair], what: str, takes_part: Callable[[SampleScore], bool]) -> list[Pair]:
     chosen = [pair for pair in pairs if any(map(takes_part, pair))]
     if not chosen:
-        raise _Unmeasured(f"the report has no {what}")
+        raise _Absent(f"the report has no {what}")
     for one, other in chosen:
         if takes_part(one) != takes_part(other):
             raise _Unmeasured(f"sample {shown(one.id)} has {what} in only one of the two runs")

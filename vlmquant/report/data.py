@@ -39,7 +39,8 @@ REPORT_START = re.compile(
 Summary = dict[str, dict[str, Estimate]]
 """Estimates by stratum and metric."""
 
-Outcome = Literal["pass", "fail", "inconclusive"]
+Outcome = Literal["pass", "fail", "inconclusive", "skipped"]
+"""skipped: the samples say nothing of it, and the thresholds allow that."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +65,20 @@ class Verdict:
     outcome: Outcome
     reason: str
     """One sentence: why this outcome."""
+    stratum: str | None = None
+    """The task whose samples were judged; None: all samples."""
+    alpha: float | None = None
+    """Error rate of each bound."""
+    advice: str = ""
+    """What would decide an inconclusive one."""
 
 
-def overall(verdicts: Sequence[Verdict]) -> Outcome:
-    """fail if any fails, else inconclusive if any is, else pass. Raises UsageError for no verdict at all."""
+def overall(verdicts: Sequence[Verdict]) -> Literal["pass", "fail", "inconclusive"]:
+    """fail if any fails, else inconclusive if any is or all are skipped, else pass. UsageError for no verdict."""
     if not verdicts:
         raise UsageError("gate: nothing was judged, so nothing passes; set a threshold and evaluate a candidate")
     outcomes = {verdict.outcome for verdict in verdicts}
-    return "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
+    return "fail" if "fail" in outcomes else "pass" if outcomes in ({"pass"}, {"pass", "skipped"}) else "inconclusive"
 
 
 @dataclass(frozen=True)

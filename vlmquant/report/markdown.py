@@ -11,6 +11,7 @@ from vlmquant.report.data import Report, Verdict, overall
 from vlmquant.report.manifest import component_bytes, recipe_of, recipe_text, work_of
 from vlmquant.report.numbers import (
     bounds_text,
+    change_text,
     fixed,
     metric_text,
     metric_title,
@@ -23,7 +24,7 @@ from vlmquant.report.worst import changed_answers
 
 WORST_SHOWN = 10
 
-SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive"}
+SIGNS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "❔ inconclusive", "skipped": "➖ not judged"}
 
 
 def to_markdown(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds: str = "") -> str:
@@ -64,26 +65,32 @@ def card_section(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds
 
 
 def verdict_lines(verdicts: Sequence[Verdict], *, thresholds: str = "") -> list[str]:
-    """The gate's outcome in bold, a table of its verdicts, and where their thresholds are from."""
+    """The gate's outcome in bold, a table of its verdicts, advice, and where the thresholds are from."""
     body = []
     for verdict in verdicts:
         show = threshold_text(verdict.threshold)
         body.append(
             [
                 markdown_text(verdict.candidate),
-                threshold_title(verdict.threshold),
+                markdown_text(threshold_title(verdict.threshold, verdict.stratum)),
                 SIGNS[verdict.outcome],
-                show(verdict.point),
-                bounds_text(verdict.threshold, verdict.low, verdict.high),
+                change_text(verdict.threshold, verdict.point),
                 show(verdict.margin),
+                bounds_text(verdict.threshold, verdict.low, verdict.high),
                 str(verdict.n),
-                "" if verdict.n_needed is None else str(verdict.n_needed),
                 markdown_text(verdict.reason),
             ]
         )
-    titles = ["method", "loss", "verdict", "measured", "one-sided bounds", "margin", "n", "n needed", "why"]
-    source = ["", f"Thresholds: {markdown_text(thresholds)}."] if thresholds else []
-    return [f"**Gate: {SIGNS[overall(verdicts)]}**", "", *markdown_rows(titles, body, left=3), *source]
+    titles = ["method", "loss", "verdict", "measured", "at most", "one-sided bounds of the loss", "n", "why"]
+    advice = [
+        f"- {markdown_text(verdict.candidate)}, {markdown_text(threshold_title(verdict.threshold, verdict.stratum))}: "
+        f"{markdown_text(verdict.advice)}"
+        for verdict in verdicts
+        if verdict.advice
+    ]
+    lines = [f"**Gate: {SIGNS[overall(verdicts)]}**", "", *markdown_rows(titles, body, left=3)]
+    lines += ["", *advice] if advice else []
+    return [*lines, "", f"Thresholds: {markdown_text(thresholds)}."] if thresholds else lines
 
 
 def _strata(report: Report) -> list[str]:

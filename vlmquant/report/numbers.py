@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 
+from vlmquant.errors import shown
 from vlmquant.evaluation.records import Estimate
+from vlmquant.thresholds import THRESHOLDS
 
 NOTHING = "–"
 """Stands where there is no number."""
@@ -35,8 +37,6 @@ def size_text(value: float | None) -> str:
             return f"{value / size:.{decimals}f} {unit}"
     return f"{value:.0f} B"
 
-
-PERCENT = fixed(2, scale=100, unit=" %")
 
 METRIC_TEXT: dict[str, Show] = {
     "perplexity": fixed(2),
@@ -78,15 +78,6 @@ METRIC_TITLE: dict[str, str] = {
     "exact_match_drop": "exact-match drop (points)",
 }
 
-THRESHOLDS: dict[str, tuple[str, Show]] = {
-    "max_perplexity_increase": ("perplexity increase", fixed(2, scale=100, unit=" %")),
-    "max_bleu_drop": ("BLEU-4 drop", fixed(2, unit=" points")),
-    "max_kl": ("KL to the reference", fixed(4, unit=" nats/token")),
-    "max_flip_rate": ("flipped tokens", PERCENT),
-    "max_exact_match_drop": ("exact-match drop", fixed(2, unit=" points")),
-}
-"""Threshold of a recipe's gate -> what it bounds, and how that is written."""
-
 
 def metric_text(metric: str, estimate: Estimate | None) -> str:
     """The point and, in brackets, its interval: `10.97 [10.41, 11.60]`."""
@@ -109,9 +100,35 @@ def bounds_text(threshold: str, low: float | None, high: float | None) -> str:
     return NOTHING if low is None and high is None else f"{show(low).split(' ')[0]} to {show(high)}"
 
 
-def threshold_title(threshold: str) -> str:
-    return THRESHOLDS[threshold][0]
+def threshold_title(threshold: str, stratum: str | None = None) -> str:
+    """What a threshold bounds, and where: `perplexity increase, object`."""
+    return THRESHOLDS[threshold].title + (f", {shown(stratum)}" if stratum is not None else "")
 
 
 def threshold_text(threshold: str) -> Show:
-    return THRESHOLDS[threshold][1]
+    row = THRESHOLDS[threshold]
+    return fixed(row.decimals, scale=row.scale, unit=row.unit)
+
+
+def margin_text(threshold: str, margin: float) -> str:
+    """A margin as short as it was given: `5 %`, `0.1 nats/token`."""
+    row = THRESHOLDS[threshold]
+    return f"{row.scale * margin:.6g}{row.unit}"
+
+
+def change_text(threshold: str, value: float | None) -> str:
+    """A loss in words that say which way it went: `+2.08 %`, `0.85 points gained`, `0.0690 nats/token`."""
+    row, show = THRESHOLDS[threshold], threshold_text(threshold)
+    if value is None or not math.isfinite(value):
+        return show(value)
+    if row.unit == " points":
+        return f"{show(abs(value))} {'gained' if value < 0 else 'lost'}"
+    return f"{'+' if row.signed and value > 0 else ''}{show(value)}"
+
+
+def nearness_text(threshold: str, point: float | None, margin: float, stratum: str | None = None) -> str:
+    """How near a loss came to its margin: `perplexity +2.08 % of at most 5 %`."""
+    row = THRESHOLDS[threshold]
+    subject = f"{row.subject} of {shown(stratum)}" if stratum is not None else row.subject
+    measured = "not measured," if point is None else change_text(threshold, point).removesuffix(" nats/token") + " of"
+    return f"{subject} {measured} at most {margin_text(threshold, margin)}"
