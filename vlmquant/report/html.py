@@ -3,38 +3,27 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from markupsafe import Markup
-
-from vlmquant.calibration.images import UnusableImageError, thumbnail_uri
 from vlmquant.calibration.samples import Sample
 from vlmquant.evaluation.metrics import EVERYTHING
-from vlmquant.evaluation.records import Estimate, Run
 from vlmquant.pages import render_page
 from vlmquant.report import plots
+from vlmquant.report.cells import LOSS_TITLE, LOSSES, change_note, values_text
+from vlmquant.report.compare_page import compare_values
 from vlmquant.report.data import Report, Verdict, overall
-from vlmquant.report.manifest import component_bytes, layer_errors, recipe_text
+from vlmquant.report.eval_page import error_figures, eval_values
+from vlmquant.report.manifest import component_bytes, recipe_text
 from vlmquant.report.markdown import facts, run_facts
 from vlmquant.report.numbers import (
-    METRIC_TEXT,
-    SHORT_TITLE,
-    bounds_text,
+    change_text,
     fixed,
-    metric_text,
+    margin_text,
+    nearness_text,
     size_text,
-    threshold_text,
     threshold_title,
 )
-from vlmquant.report.table import COLUMNS, compare_table, remarks
-from vlmquant.report.worst import Changed, changed_answers, word_changes
-
-WORST_SHOWN = 8
-IMAGE_SIDE = 360
-"""Longest side of an embedded image, pixels."""
-
-LOSSES = ("perplexity_increase", "kl", "flip_rate", "bleu4_drop", "exact_match_drop")
-"""What quantization may cost: zero is no loss, and more is worse."""
+from vlmquant.report.table import remarks
+from vlmquant.report.words import date_words, page_title, recipe_name, what_was_done
 
 
 @dataclass(frozen=True)
@@ -54,27 +43,26 @@ def to_html(
     thresholds: where those of the verdicts are from.
     """
     by_id = {sample.id: sample for sample in samples}
-    kinds = list(dict.fromkeys(error.kind for run in report.candidates for error in layer_errors(run)))
+    one = len(report.candidates) == 1
+    values = eval_values(report, by_id) if one else compare_values(report, verdicts, by_id)
     return render_page(
         "vlmquant.report",
-        "page.html.j2",
+        "eval.html.j2" if one else "compare.html.j2",
+        **values,
         report=report,
-        title=", ".join(run.label for run in report.candidates) or report.reference.label,
+        title=page_title(report),
+        date=date_words(report.created),
+        what_was_done=what_was_done,
+        recipe_name=recipe_name,
         outcome=overall(verdicts) if verdicts else None,
         verdicts=_verdict_rows(verdicts),
         thresholds=thresholds,
         headlines=_headlines(report),
-        tradeoff=_tradeoff(report),
-        columns=COLUMNS,
-        rows=compare_table(report),
         remarks=remarks(report),
-        strata=[_strata(report, index) for index in range(1, len(report.runs))],
         bytes=[(run, component_bytes(run)) for run in report.candidates],
-        bytes_bars=plots.bytes_bars,
+        bytes_bars=lambda parts: [plots.bytes_bars(parts, width=width) for width in (plots.WIDE, plots.NARROW)],
         size_text=size_text,
-        errors=[(run, _error_plots(run, kinds)) for run in report.candidates],
-        kinds=[(kind, plots.legend_mark(index)) for index, kind in enumerate(kinds)],
-        changed=[(run, *_changed(report.reference, run, by_id)) for run in report.candidates],
+        errors=[(run, error_figures(run)) for run in report.candidates],
         command=shlex.join(report.command),
         facts=facts(report),
         runs=[(run, run_facts(run), recipe_text(run)) for run in report.runs],
@@ -84,15 +72,18 @@ def to_html(
 def _verdict_rows(verdicts: Sequence[Verdict]) -> list[Mapping[str, object]]:
     rows: list[Mapping[str, object]] = []
     for verdict in verdicts:
-        show = threshold_text(verdict.threshold)
         axis = plots.interval_axis([verdict.point, verdict.low, verdict.high, verdict.margin])
+        bound = verdict.low if verdict.outcome == "fail" else verdict.high
+        side = "at least" if verdict.outcome == "fail" else "at most"
         rows.append(
             {
                 "verdict": verdict,
-                "title": threshold_title(verdict.threshold),
-                "point": show(verdict.point),
-                "bounds": bounds_text(verdict.threshold, verdict.low, verdict.high),
-                "margin": show(verdict.margin),
+                "title": threshold_title(verdict.threshold, verdict.stratum),
+                "nearness": nearness_text(verdict.threshold, verdict.point, verdict.margin, verdict.stratum),
+                "point": change_text(verdict.threshold, verdict.point),
+                "bound": "" if bound is None else f"{side} {change_text(verdict.threshold, bound)}",
+                "margin": margin_text(verdict.threshold, verdict.margin),
+                "confidence": None if verdict.alpha is None else f"{100 * (1 - verdict.alpha):g} %",
                 "plot": plots.interval(verdict.point, verdict.low, verdict.high, axis, margin=verdict.margin),
             }
         )
@@ -109,11 +100,13 @@ def _headlines(report: Report) -> list[Headline]:
     if after.weight_bytes:
         times = fixed(2, unit="×")(before.weight_bytes / after.weight_bytes)
         found.append(Headline("smaller", times, f"{size_text(before.weight_bytes)} → {size_text(after.weight_bytes)}"))
-    titles = SHORT_TITLE | {"kl": "KL, nats per token", "flip_rate": "flipped tokens"}
-    for metric in LOSSES:
-        if estimate := metrics.get(metric):
-            text, interval = metric_text(metric, estimate).split(" [")
-            found.append(Headline(titles[metric], text, f"95 %: {interval.rstrip(']')}"))
+    for loss in LOSSES:
+        if estimate := metrics.get(loss):
+            text, note = (
+                values_text(loss, report.summaries[0].get(EVERYTHING, {}), metrics),
+                change_note(loss, estimate),
+            )
+            found.append(Headline(LOSS_TITLE[loss], text, note))
     if before.tokens_per_second and after.tokens_per_second:
         times = fixed(2, unit="×")(after.tokens_per_second / before.tokens_per_second)
         speeds = f"{before.tokens_per_second:.1f} → {after.tokens_per_second:.1f} tokens/s"
@@ -122,84 +115,3 @@ def _headlines(report: Report) -> list[Headline]:
         times = fixed(0, scale=100, unit=" %")(after.peak_bytes / before.peak_bytes)
         found.append(Headline("peak memory", times, f"{size_text(before.peak_bytes)} → {size_text(after.peak_bytes)}"))
     return found
-
-
-def _tradeoff(report: Report) -> Markup | None:
-    points = []
-    for run, summary in zip(report.candidates, report.summaries[1:], strict=True):
-        kl = summary.get(EVERYTHING, {}).get("kl")
-        if kl is not None and kl.point > 0 and kl.high < float("inf"):
-            points.append(plots.Tradeoff(run.label, run.costs.weight_bytes, kl.point, kl.low, kl.high))
-    return plots.tradeoff_plot(points) if len(points) > 1 else None
-
-
-def _strata(report: Report, index: int) -> Mapping[str, object]:
-    """Rows of one candidate's losses by stratum, one axis for each column."""
-    summary, before = report.summaries[index], report.summaries[0]
-    metrics = [metric for metric in LOSSES if any(metric in found for found in summary.values())]
-
-    def values(metric: str) -> list[float | None]:
-        found = [estimates[metric] for estimates in summary.values() if metric in estimates]
-        return [value for one in found for value in (one.point, one.low, one.high)]
-
-    axes = {metric: plots.interval_axis(values(metric)) for metric in metrics}
-
-    def cell(metric: str, estimate: Estimate | None) -> tuple[str, Markup]:
-        if estimate is None:
-            return metric_text(metric, None), Markup("")
-        return metric_text(metric, estimate), plots.interval(estimate.point, estimate.low, estimate.high, axes[metric])
-
-    rows = []
-    for stratum, found in summary.items():
-        perplexity = found.get("perplexity")
-        rows.append(
-            {
-                "stratum": stratum,
-                "n": perplexity.n if perplexity else "",
-                "perplexity": tuple(
-                    METRIC_TEXT["perplexity"](estimate.point if estimate else None)
-                    for estimate in (before.get(stratum, {}).get("perplexity"), perplexity)
-                ),
-                "cells": [cell(metric, found.get(metric)) for metric in metrics],
-            }
-        )
-    return {"run": report.runs[index], "titles": [SHORT_TITLE[metric] for metric in metrics], "rows": rows}
-
-
-def _error_plots(run: Run, kinds: Sequence[str]) -> list[tuple[str, Markup]]:
-    errors = layer_errors(run)
-    components = dict.fromkeys(error.component for error in errors)
-    return [
-        (component, plots.layer_errors_plot([error for error in errors if error.component == component], kinds))
-        for component in components
-    ]
-
-
-def _changed(reference: Run, run: Run, samples: Mapping[str, Sample]) -> tuple[int, list[Mapping[str, object]]]:
-    """How many answers changed, and the worst of them as cards."""
-    changed = changed_answers(reference, run)
-    return len(changed), [_card(one, samples.get(one.after.id)) for one in changed[:WORST_SHOWN]]
-
-
-def _card(one: Changed, sample: Sample | None) -> Mapping[str, object]:
-    pictures = [_picture(path) for path in sample.images] if sample else []
-    return {
-        "id": one.after.id,
-        "task": one.after.task,
-        "kind": one.kind,
-        "question": sample.question if sample else None,
-        "before": one.before.generated,
-        "after": word_changes(one.before.generated or "", one.after.generated or ""),
-        "references": one.after.references,
-        "kl": METRIC_TEXT["kl"](one.kl_per_token),
-        "pictures": [picture for picture in pictures if picture],
-        "missing": len(one.after.images) - sum(picture is not None for picture in pictures),
-    }
-
-
-def _picture(path: Path) -> str | None:
-    """A data: URI of the image, downscaled; None where it can no longer be read, which the page says."""
-    try:
-        return thumbnail_uri(path, IMAGE_SIDE)
-    except UnusableImageError:
-        return None

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from vlmquant.report.manifest import ComponentBytes, LayerError
+from vlmquant.report.manifest import ComponentBytes
 from vlmquant.report.numbers import size_text
 
-SERIES = 7
-"""Colours of the page, --series-0 ... --series-6; later series take another mark with the same colour."""
+SERIES = 8
+"""Colours of the page, --series-0 ... --series-7; later series take another mark with the same colour."""
 
 INTERVAL_WIDTH, INTERVAL_HEIGHT = 130, 18
 
@@ -52,23 +52,27 @@ def interval(
         for bound in (point if low is None else low, point if high is None else high)
     ]
     first, last = (axis.at(bound) for bound in ends)
-    parts = [_line(axis.at(0.0), 2, axis.at(0.0), INTERVAL_HEIGHT - 2, "zero")]
-    parts.append(_line(first, middle, max(last, first + 1), middle, "reach"))
+    parts = [line(axis.at(0.0), 2, axis.at(0.0), INTERVAL_HEIGHT - 2, "zero")]
+    parts.append(line(first, middle, max(last, first + 1), middle, "reach"))
     if margin is not None:
-        parts.append(_line(axis.at(margin), 0, axis.at(margin), INTERVAL_HEIGHT, "margin"))
+        parts.append(line(axis.at(margin), 0, axis.at(margin), INTERVAL_HEIGHT, "margin"))
     parts.append(Markup('<circle class="point" cx="{:.1f}" cy="{:.1f}" r="3.6"/>').format(axis.at(point), middle))
-    return _svg(INTERVAL_WIDTH, INTERVAL_HEIGHT, parts, css="interval", label="point and interval")
+    return svg(INTERVAL_WIDTH, INTERVAL_HEIGHT, parts, css="interval", label="point and interval")
 
 
-def bytes_bars(parts: Sequence[ComponentBytes]) -> Markup:
+WIDE, NARROW = 1040.0, 330.0
+"""Widths of a figure, in pixels: of a desktop's page and of a phone's."""
+
+
+def bytes_bars(parts: Sequence[ComponentBytes], *, width: float) -> Markup:
     """Two stacked bars, before and after, on one scale."""
-    width, bar, left, right = 1040.0, 34.0, 56.0, 84.0
+    bar, left, right = 34.0, 50.0, 70.0
     totals = (sum(part.before for part in parts), sum(part.after for part in parts))
     axis = Axis(0, max(*totals, 1), left, width - right)
     drawn: list[Markup] = []
     for row, (title, total) in enumerate(zip(("before", "after"), totals, strict=True)):
         top, edge = 4 + row * (bar + 12), 0
-        drawn.append(_text(left - 8, top + bar / 2 + 4, title, "end"))
+        drawn.append(text(left - 8, top + bar / 2 + 4, title, "end"))
         for index, part in enumerate(parts):
             size = part.after if row else part.before
             start, stop = axis.at(edge), axis.at(edge + size)
@@ -78,40 +82,13 @@ def bytes_bars(parts: Sequence[ComponentBytes]) -> Markup:
             hint = f"{part.component}, {title}: {size_text(size)}"
             drawn.append(rectangle.format(start, top, max(stop - start - 1, 0.4), bar, index % SERIES, hint))
             edge += size
-        drawn.append(_text(axis.at(total) + 8, top + bar / 2 + 4, size_text(total), "start", css="strong"))
-    return _svg(width, 2 * bar + 20, drawn, label="bytes by component before and after")
+        drawn.append(text(axis.at(total) + 8, top + bar / 2 + 4, size_text(total), "start", css="strong"))
+    return svg(width, 2 * bar + 20, drawn, label="bytes by component before and after")
 
 
-def layer_errors_plot(errors: Sequence[LayerError], kinds: Sequence[str]) -> Markup:
-    """Relative output error by layer, on a logarithmic scale; each of `kinds` (of module) has a mark."""
-    width, height, left, bottom, top = 1040.0, 290.0, 62.0, 40.0, 12.0
-    values = [error.error for error in errors]
-    decades = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)
-    low, high = decades if decades[1] > decades[0] else (decades[0], decades[0] + 1)
-    layers = max(error.layer for error in errors)
-    across = Axis(-0.5, layers + 0.5, left, width - 12)
-    up = Axis(10.0**low, 10.0**high, height - bottom, top, log=True)
-    parts: list[Markup] = []
-    for decade in range(low, high + 1):
-        level = up.at(10.0**decade)
-        parts.append(_line(left, level, width - 12, level, "grid"))
-        parts.append(_text(left - 8, level + 4, f"{10.0**decade:g}", "end"))
-    step = max(1, math.ceil((layers + 1) / 16))
-    parts += [
-        _text(across.at(layer), height - bottom + 18, str(layer), "middle") for layer in range(0, layers + 1, step)
-    ]
-    parts.append(_text((left + width) / 2, height - 5, "layer", "middle"))
-    for error in errors:
-        kind = kinds.index(error.kind)
-        shift = (kind - (len(kinds) - 1) / 2) * min(6.0, 0.7 * (across.at(1) - across.at(0)) / len(kinds))
-        hint = f"layer {error.layer}, {error.kind}: {error.error:.3g}"
-        parts.append(mark(across.at(error.layer) + shift, up.at(error.error), kind, hint))
-    return _svg(width, height, parts, label="relative output error by layer")
-
-
-def legend_mark(kind: int) -> Markup:
+def legend_mark(series: int) -> Markup:
     """The mark of a series by itself, for a legend."""
-    return _svg(14, 14, [mark(7, 7, kind, "")], css="key", label="")
+    return svg(14, 14, [mark(7, 7, series, "")], css="key", label="")
 
 
 SHAPES = (
@@ -131,68 +108,21 @@ def mark(x: float, y: float, series: int, hint: str) -> Markup:
     return template.format(series % SERIES, x, y, SHAPES[series % len(SHAPES)], title)
 
 
-LABEL_WIDTH, LABEL_HEIGHT = 140.0, 15.0
-
-
-@dataclass(frozen=True)
-class Tradeoff:
-    """A candidate's place: its size in bytes against its distance from the reference."""
-
-    label: str
-    size: float
-    kl: float
-    low: float
-    high: float
-
-
-def tradeoff_plot(points: Sequence[Tradeoff]) -> Markup:
-    """Size across, KL up (logarithmic), with intervals: the lower left corner is the best one."""
-    width, height, left, bottom, top, right = 1040.0, 320.0, 62.0, 44.0, 22.0, 150.0
-    positive = [value for point in points for value in (point.kl, point.low, point.high) if value > 0]
-    low = 10.0 ** math.floor(math.log10(min(positive)))
-    high = 10.0 ** math.ceil(math.log10(max(positive)) + 1e-9)
-    up = Axis(low, high if high > low else 10 * low, height - bottom, top, log=True)
-    sizes = [point.size for point in points]
-    air = 0.08 * (max(sizes) - min(sizes) or max(sizes))
-    across = Axis(min(sizes) - air, max(sizes) + air, left, width - right)
-    parts: list[Markup] = []
-    for decade in range(round(math.log10(up.low)), round(math.log10(up.high)) + 1):
-        level = up.at(10.0**decade)
-        parts.append(_line(left, level, width - right, level, "grid"))
-        parts.append(_text(left - 8, level + 4, f"{10.0**decade:g}", "end"))
-    for size in (min(sizes), max(sizes)) if max(sizes) > min(sizes) else (max(sizes),):
-        parts.append(_text(across.at(size), height - bottom + 18, size_text(size), "middle"))
-    parts.append(_text((left + width - right) / 2, height - 6, "size on disk", "middle"))
-    parts.append(_text(left, top - 9, "KL to the reference, nats per token", "start"))
-    label_at = _apart([(across.at(point.size), up.at(max(point.kl, up.low))) for point in points])
-    for index, point in enumerate(points):
-        x, y = across.at(point.size), up.at(max(point.kl, up.low))
-        parts.append(_line(x, up.at(max(point.low, up.low)), x, up.at(min(max(point.high, up.low), up.high)), "reach"))
-        parts.append(mark(x, y, index, f"{point.label}: {size_text(point.size)}, KL {point.kl:.4g}"))
-        parts.append(_text(x + 10, label_at[index] + 4, point.label, "start", css="strong"))
-    return _svg(width, height, parts, label="size against KL")
-
-
-def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of the labels beside these places, moved down where two would lie on each other."""
-    heights = [y for _, y in places]
-    order = sorted(range(len(places)), key=lambda index: heights[index])
-    for position, index in enumerate(order):
-        near = [heights[other] for other in order[:position] if abs(places[other][0] - places[index][0]) < LABEL_WIDTH]
-        heights[index] = max([heights[index], *(height + LABEL_HEIGHT for height in near)])
-    return heights
-
-
-def _svg(width: float, height: float, parts: Sequence[Markup], *, css: str = "plot", label: str) -> Markup:
+def svg(width: float, height: float, parts: Sequence[Markup], *, css: str = "plot", label: str) -> Markup:
     template = Markup('<svg class="{}" viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">{}</svg>')
     return template.format(css, width, height, label, Markup("").join(parts))
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
+def line(x1: float, y1: float, x2: float, y2: float, css: str) -> Markup:
     template = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
     return template.format(css, x1, y1, x2, y2)
 
 
-def _text(x: float, y: float, text: str, anchor: str, *, css: str = "label") -> Markup:
+def polyline(points: Sequence[tuple[float, float]], css: str) -> Markup:
+    template = Markup('<polyline class="{}" points="{}"/>')
+    return template.format(css, " ".join(f"{x:.1f},{y:.1f}" for x, y in points))
+
+
+def text(x: float, y: float, text: str, anchor: str, *, css: str = "label") -> Markup:
     template = Markup('<text class="{}" x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
     return template.format(css, x, y, anchor, escape(text))
