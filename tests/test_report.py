@@ -22,12 +22,16 @@ from vlmquant.errors import InputError
 from vlmquant.evaluation.records import Estimate
 from vlmquant.gate import judge
 from vlmquant.recipe import GateSpec
+from vlmquant.report.cells import column_axis, loss_cell
+from vlmquant.report.charts import layer_errors_plot, log_axis
 from vlmquant.report.data import REPORT_VERSION, Report, read_json, write_json, write_text
 from vlmquant.report.html import to_html
-from vlmquant.report.manifest import component_bytes, layer_errors, work_of
+from vlmquant.report.manifest import LayerError, component_bytes, layer_errors, work_of
 from vlmquant.report.markdown import to_markdown
-from vlmquant.report.numbers import fixed, metric_text, size_text
+from vlmquant.report.numbers import NOTHING, change_text, fixed, metric_text, nearness_text, size_text
+from vlmquant.report.ranking import ranked
 from vlmquant.report.table import COLUMNS, compare_rows, compare_table, markdown_text, terminal_table
+from vlmquant.report.words import date_words, what_was_done
 from vlmquant.report.worst import changed_answers, word_changes
 
 MALICE = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)> | `code` **bold** ]]>'
@@ -350,6 +354,120 @@ def test_no_number_is_lost_in_a_terminal(report: Report, width: int) -> None:
             assert cell.text.split(" ")[0] in words
 
 
+# --- the pages
+
+
+def placed(report: Report, places: dict[str, tuple[int, float]]) -> Report:
+    """A report of candidates with these sizes and KLs, by label."""
+    samples = report.reference.samples
+    runs = [
+        fake_runs.run(
+            label,
+            [replace(one, kl=one.tokens * kl, flips=0) for one in samples],
+            costs=replace(fake_runs.COSTS, weight_bytes=size),
+        )
+        for label, (size, kl) in places.items()
+    ]
+    return fake_runs.report(samples, *runs)
+
+
+def test_candidates_rank_by_loss_at_their_size(report: Report) -> None:
+    places = {"a": (100, 0.3), "b": (120, 0.1), "c": (130, 0.2), "d": (90, 0.5), "e": (120, 0.1), "f": (125, 0.05)}
+    found = [(place.run.label, place.beaten_by) for place in ranked(placed(report, places))]
+    # of the first five none is both smaller and nearer (b and e are alike); f and b beat c, and f is the nearer
+    assert found == [("f", None), ("b", None), ("e", None), ("a", None), ("d", None), ("c", "f")]
+
+
+def test_a_comparison_says_each_thing_once_for_all_models(report: Report) -> None:
+    verdicts = judge(report, [GateSpec(max_perplexity_increase=0.1), GateSpec(max_perplexity_increase=0.5)])
+    text = Page(to_html(report, verdicts)).text
+    for title in ("Ranked by loss at size", "By stratum", "Answers that changed"):
+        assert text.count(title) == 1
+    assert "bf16: 2 quantizations compared" in text
+    assert "1 of 2 pass" in text
+    assert re.search(r"Pass gptq-int4 perplexity [+][01][.]\d\d % of at most 10 %", text)
+    assert re.search(r"Fail rtn.int3 perplexity [+]17\d[.]\d\d % of at most 50 %", text)  # exp(1.01) - 1
+    assert "3 of 80 changed, 3 lost, 0 gained" in text
+    assert "8 of 80 changed, 8 lost, 0 gained" in text
+
+
+def test_a_comparison_that_is_not_judged_says_nothing_of_a_gate(report: Report) -> None:
+    text = Page(to_html(report)).text
+    body = text[text.index("2 quantizations compared") : text.index("How to repeat it")]
+    assert "gate" not in body.lower()
+    assert "judged" not in body.lower()
+    assert "pass" not in body.lower()
+
+
+@pytest.mark.parametrize("places", [{"a": (0, 0.1), "b": (0, 0.2)}, {"a": (10**15, 1e-100), "b": (1, 1e100)}])
+def test_a_comparison_of_odd_sizes_and_losses_is_shown(report: Report, places: dict[str, tuple[int, float]]) -> None:
+    page = to_html(placed(report, places))
+    assert "nan" not in "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))
+
+
+def test_a_page_opens_in_words_with_what_was_done_and_when(one: Report) -> None:
+    lines = [
+        {"component": "vision_encoder", "label": "w8a8-dynamic", "method": "int8", "bytes_before": 90},
+        {"component": "vision_encoder", "label": "fp16", "method": None, "bytes_before": 10},
+        {"component": "projector", "label": "fp16", "method": None, "bytes_before": 10},
+        {"component": "language", "label": "w4a16-g128", "method": "gptq", "bytes_before": 900},
+        {"component": "language", "label": "w4a16-g128", "method": "awq", "bytes_before": 1900},
+        {"component": "lm_head", "label": "fp16", "method": None, "bytes_before": 10},
+    ]
+    strata = [{"task": "caption", "got": 96}, {"task": "vqa", "got": 32}, {"task": "chart", "got": 0}]
+    calibration = {"samples": 128, "strata": strata}
+    manifest = {"plan": {"lines": lines}, "dtype": "bfloat16", "calibration": calibration, "recipe": {"name": "split"}}
+    run = replace(one.candidates[0], manifest=manifest)
+    words = (
+        "Vision INT8, language 4 bit AWQ and 4 bit GPTQ; projector, head stay bfloat16. "
+        "Calibrated on 128 samples (96 caption, 32 vqa)."
+    )
+    assert what_was_done(run) == words
+    assert what_was_done(replace(run, manifest=None)) == ""
+    text = Page(to_html(replace(one, candidates=(run,), created="2026-11-03T09:05:59+01:00"))).text
+    text = text[text.index("vlmquant 3 November 2026, 08:05 UTC") :]
+    assert text.index("bf16, quantized by split: gptq-int4") < text.index(words) < text.index("on 80 samples")
+    assert date_words("yesterday") == "yesterday"
+
+
+def test_changes_have_the_direction_of_what_changed() -> None:
+    before = {"bleu4_sacrebleu": Estimate(13.3, 10.2, 16.5, 80)}
+    after = {"bleu4_sacrebleu": Estimate(11.4, 9.0, 14.0, 80), "bleu4_drop": Estimate(1.9, -0.6, 3.6, 80)}
+    cell = loss_cell("bleu4_drop", before, after)
+    assert (cell.text, cell.note) == ("13.3 → 11.4", "-1.9 [-3.6, +0.6]")
+    few = loss_cell("kl", {}, {"kl": Estimate(0.07, 0.06, 0.08, 3)}, column_axis("kl", []))
+    assert (few.text, few.note, few.plot) == ("0.0700", "n 3", "")  # three samples bound nothing
+    assert change_text("max_bleu_drop", -0.5) == "0.50 points gained"
+    assert nearness_text("max_perplexity_increase", 0.0208, 0.05) == "perplexity +2.08 % of at most 5 %"
+
+
+@pytest.mark.parametrize("values", [[3.9e-5, 4.6e-5], [1e-5, 9e-5, 3e-4], [1e-6, 2.0]])
+def test_a_logarithmic_axis_is_filled_and_has_ticks(values: list[float]) -> None:
+    axis, ticks = log_axis(values, 260.0, 12.0)
+    used = abs(axis.at(max(values)) - axis.at(min(values)))
+    assert used > 0.75 * 248
+    assert len(ticks) >= 3
+    assert all(axis.low <= tick <= axis.high for tick in ticks)
+
+
+def test_kinds_of_modules_have_the_same_colour_whatever_the_model(one: Report) -> None:
+    def series(names: tuple[str, ...]) -> dict[str, str]:
+        errors = [LayerError("language", 0, name, 0.1) for name in names]
+        svg = layer_errors_plot(errors, width=700)
+        return {name: re.findall(rf'series-(\d)"[^>]*><title>layer 0, {name}:', svg)[0] for name in names}
+
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert len(set(series(names).values())) == 7
+    assert series(names) == series(names[::-1])
+    assert series(("down_proj",))["down_proj"] == series(names)["down_proj"]
+
+
+def test_the_worst_layers_are_named_beside_their_plot(one: Report) -> None:
+    text = Page(to_html(one)).text
+    # two errors, .02 and .0007; their median is .01035
+    assert "layer 0 down_proj 0.02, 1.9× layer 11 q_proj 0.0007, 0.1×" in text
+
+
 # --- Markdown and HTML
 
 
@@ -379,16 +497,17 @@ def test_markdown_and_html_show_every_number_of_the_table(report: Report) -> Non
         assert row.method in page
         for cell in row.cells.values():
             assert cell.text in markdown
-            assert cell.text in page
+            assert cell.text == NOTHING or cell.text.split(" [")[0] in page  # its interval is that of the change
 
 
 def test_the_verdict_comes_first(one: Report) -> None:
     verdicts = judge(one, GateSpec(max_perplexity_increase=0.5, max_kl=0.001))
     assert to_markdown(one, verdicts).splitlines()[2] == "**Gate: ❌ fail**"
     text = Page(to_html(one, verdicts)).text
-    assert 0 < text.index("Fail") < text.index("1 passed") < text.index("Comparison")
-    assert "Not judged" not in text
-    assert "Not judged" in Page(to_html(one)).text
+    kl = verdicts[1]
+    nearness = f"KL {kl.point:.4f} of at most 0.001 nats/token"
+    assert 0 < text.index("Fail") < text.index(nearness) < text.index("By stratum")
+    assert f"Pass perplexity +{100 * (verdicts[0].point or 0):.2f} % of at most 50 %" in text
     for page in (to_markdown(one, verdicts, thresholds="of <b>")), to_html(one, verdicts, thresholds="of <b>"):
         assert "Thresholds: of &lt;b&gt;." in page
     assert "Thresholds" not in to_markdown(one, verdicts)
@@ -471,7 +590,8 @@ def test_a_report_without_candidates_is_shown(report: Report) -> None:
 
 def test_estimates_that_are_not_finite_are_shown(one: Report) -> None:
     nan = float("nan")
-    broken = {"all": {"perplexity": Estimate(nan, nan, nan, 3), "kl": Estimate(float("inf"), nan, float("inf"), 3)}}
+    estimates = {name: Estimate(nan, nan, nan, 30) for name in ("perplexity", "perplexity_increase", "bleu4_drop")}
+    broken = {"all": {**estimates, "kl": Estimate(float("inf"), nan, float("inf"), 30)}}
     page = to_html(replace(one, summaries=(one.summaries[0], broken)))
     assert "not a number" in page
     assert "∞" in page
@@ -501,7 +621,7 @@ def test_the_manifest_gives_bytes_and_layer_errors(one: Report) -> None:
         (11, "q_proj", 0.0007),
     ]
     page = to_html(one)
-    assert page.count('class="mark series-') == 2 + 2  # two points, two keys of the legend
+    assert page.count('class="mark series-') == 2 * 2 + 2  # two points, drawn wide and narrow; two keys of the legend
     assert "200.0 MB" in page
     assert "70.0 MB" in page
 

@@ -64,13 +64,14 @@ def change_note(loss: str, estimate: Estimate) -> str:
     """The 95 % interval, after the change itself where the two values stand before it: `+4.00 % [+2.52, +5.47]`."""
     way = -1.0 if loss.endswith("_drop") else 1.0  # a drop is told as the change of its metric
     ends = sorted((way * estimate.low, way * estimate.high), key=lambda end: (math.isnan(end), end))
-    signed = loss in COMPARED
+    largest = max((abs(value) for value in (estimate.point, *ends) if math.isfinite(value)), default=0.0)
     show = {
-        "perplexity_increase": fixed(2, scale=100, sign=True),
+        "perplexity_increase": fixed(2 if largest < 0.1 else 1 if largest < 1 else 0, scale=100, sign=True),
         "flip_rate": fixed(1, scale=100),
         "kl": fixed(4),
     }.get(loss, fixed(1, sign=True))
     unit = " %" if loss in ("perplexity_increase", "flip_rate") else ""
+    signed = loss in COMPARED
     point = f"{show(way * estimate.point)}{unit}" if signed else ""
     bounds = f"[{show(ends[0])}, {show(ends[1])}]{'' if signed else unit}" if estimate.n >= FEW else f"n {estimate.n}"
     return f"{point} {bounds}".strip()

@@ -122,7 +122,7 @@ def tradeoff_plot(points: Sequence[Tradeoff], *, original: float, width: float) 
         parts.append(mark(x, y, point.rank - 1, f"{point.label}: {size_text(point.size)}, KL {point.kl:.4g}"))
         label = f"{point.rank} {point.label[:24]}" if width > NARROW else str(point.rank)
         fits = x + 10 + LETTER * len(label) < width
-        parts.append(text(x + (10 if fits else -10), label_y + 4, label, "start" if fits else "end", css="strong"))
+        parts.append(text(x + (10 if fits else -10), label_y - 5, label, "start" if fits else "end", css="strong"))
     return svg(width, height, parts, label="size against KL")
 
 

@@ -18,7 +18,7 @@ from vlmquant.report.table import METRIC_COLUMNS, compare_table
 from vlmquant.report.words import treatment
 from vlmquant.report.worst import Changed, changed_answers, word_changes
 
-ANSWERS_SHOWN = 5
+ANSWERS_SHOWN = 4
 SIZE = "size"
 """The column of costs that stands beside the loss."""
 STRATA_LOSSES = tuple(loss for loss in LOSSES if loss != "flip_rate")
@@ -65,16 +65,18 @@ def _ranking(report: Report, places: Sequence[Place], verdicts: Sequence[Verdict
         for row in compare_table(report)
     }
     base = report.reference
-    own = [LossCell(_own(loss, before)) for loss in losses]
-    lines = [_Line(None, base.label, "the original", None, own, costs[base.label], size_text(base.costs.weight_bytes))]
+    base_cells = [LossCell(_own(loss, before)) for loss in losses]
+    lines = [
+        _Line(None, base.label, "the original", None, base_cells, costs[base.label], size_text(base.costs.weight_bytes))
+    ]
     for place in places:
         cells = [_after(loss_cell(loss, before, place.summary.get(EVERYTHING, {}))) for loss in losses]
-        size = place.run.costs.weight_bytes
-        smaller = f"{fixed(2, unit='×')(base.costs.weight_bytes / size)} smaller" if size else ""
+        nbytes = place.run.costs.weight_bytes
+        smaller = f"{fixed(2, unit='×')(base.costs.weight_bytes / nbytes)} smaller" if nbytes else ""
         gate = _decided([one for one in verdicts if one.candidate == place.run.label])
         words = ", ".join(treatment(place.run))
         lines.append(
-            _Line(place, place.run.label, words, gate, cells, costs[place.run.label], size_text(size), smaller)
+            _Line(place, place.run.label, words, gate, cells, costs[place.run.label], size_text(nbytes), smaller)
         )
     return {
         "titles": [LOSS_TITLE[loss] for loss in losses],
@@ -210,4 +212,4 @@ def _counts(run: Run, changed: Sequence[Changed]) -> str:
     """How many answers changed, and how many of them for the worse and the better."""
     lost, gained = (sum(one.kind == kind for one in changed) for kind in (LOST, GAINED))
     asked = sum(sample.generated is not None for sample in run.samples)
-    return f"{len(changed)} of {asked} changed: {lost} lost, {gained} gained"
+    return f"{len(changed)} of {asked} changed, {lost} lost, {gained} gained"
