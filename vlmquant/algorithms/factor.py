@@ -13,7 +13,7 @@ PANEL = 256
 """Columns factorized between two matrix products; their own small factor is made in float64."""
 DAMPING_LADDER = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the damping, tried until the factorization succeeds; after the last, columns are rounded alone."""
-LEAST_PIVOT = 2.0**-5
+LEAST_PIVOT = 2.0**-8
 """Of float32: an input of which a smaller share (in root mean square) is not told by others is left to float64."""
 
 
