@@ -185,17 +185,21 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], saved: Path)
     """Add a run for each size, one more for each that is limited; what is measured is saved as it comes."""
     for name in arguments.sizes:
         model, out = build(arguments.work / name.replace(" ", ""), SHAPES[name]), arguments.work / "out"
-        found = results["runs"][name] = quantize(model, out, recipe=arguments.recipe, limit=None)
-        print(row(name, found), file=sys.stderr, flush=True)
-        saved.write_text(json.dumps(results, indent=1) + "\n")
-        if arguments.peer and found["model_bytes"] <= PEER_BYTES:
+        found = None
+        if not arguments.only_limited:
+            found = results["runs"][name] = quantize(model, out, recipe=arguments.recipe, limit=None)
+            print(row(name, found), file=sys.stderr, flush=True)
+            saved.write_text(json.dumps(results, indent=1) + "\n")
+        if arguments.peer and found and found["model_bytes"] <= PEER_BYTES:
             found["peer"] = give_peer(arguments.peer, model, out, work=arguments.work)
             print(peer_row(name, found), file=sys.stderr, flush=True)
         if name in arguments.limited:
             limit = parse_bytes(arguments.limit, "--limit")
             again = quantize(model, out, recipe=arguments.recipe, limit=limit)
             label = f"{name}, {arguments.limit} of address space"
-            results["runs"][label] = again | {"same_weights": again["sha256"] == found["sha256"]}
+            results["runs"][label] = again
+            if found:
+                again["same_weights"] = again["sha256"] == found["sha256"]
             print(row(label, again), file=sys.stderr, flush=True)
         saved.write_text(json.dumps(results, indent=1) + "\n")
         shutil.rmtree(model)
@@ -259,6 +263,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="mixed")
     parser.add_argument("--limit", default="3GiB", help="of the second run of those that are limited")
     parser.add_argument("--limited", nargs="*", default=["8 GB"], choices=list(SHAPES))
+    parser.add_argument("--only-limited", action="store_true", help="no run of a size without the limit")
     parser.add_argument("--peer", type=Path, help="Python of an environment that has llm-compressor")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", help="only measure, for a run that joins what several have measured")
