@@ -27,7 +27,7 @@ from benchmarks.provenance import provenance
 from tests import zoo, zoo_check
 from vlmquant.progress import stderr
 from vlmquant.support import FILE, load_support
-from vlmquant.tables import support_rows
+from vlmquant.tables.models import support_rows
 
 RESULTS = Path(__file__).parent / "results" / "families.md"
 

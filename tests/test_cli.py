@@ -300,7 +300,7 @@ def with_streams(command: str, **streams: Any) -> subprocess.CompletedProcess[st
 
 
 PRINT = "print('result')"
-TABLE = "from rich.table import Table; cli.show(Table('column'))"
+TABLE = "from vlmquant.tables.layout import make_table; cli.show(make_table('title', ['column'], []))"
 
 
 @pytest.mark.parametrize("command", ["cli.say('result')", TABLE, PRINT])

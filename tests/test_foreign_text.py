@@ -24,8 +24,8 @@ from vlmquant.recipe import GateSpec
 from vlmquant.report.data import Report, append_text, write_json, write_text
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import to_markdown
-from vlmquant.report.table import terminal_table
-from vlmquant.tables import make_table, verdict_table
+from vlmquant.tables.layout import Table, make_table
+from vlmquant.tables.reports import comparison_table, verdict_table
 
 POISONS = {
     "an escape sequence": "a\x1b[2J\x1b[31mred",
@@ -57,9 +57,9 @@ def report_of(text: str) -> Report:
     return replace(found, command=("vlmquant", text), hashes={text: text})
 
 
-def drawn(table: object) -> str:
+def drawn(table: Table) -> str:
     console = Console(file=io.StringIO(), width=400, force_terminal=False, color_system=None)
-    console.print(table)
+    table.print(console)
     return str(console.file.getvalue())  # type: ignore[attr-defined]
 
 
@@ -81,7 +81,7 @@ def test_tables_show_text_as_it_is(text: str) -> None:
 @poisoned
 def test_reports_and_verdicts_on_a_terminal(text: str) -> None:
     report = report_of(text)
-    assert_harmless(drawn(terminal_table(report)))
+    assert_harmless(drawn(comparison_table(report)))
     assert_harmless(drawn(verdict_table(judge(report, GateSpec()), thresholds=text)))
 
 

@@ -37,7 +37,7 @@ from vlmquant.loading import load_model
 from vlmquant.pipeline import plan_model, quantize
 from vlmquant.recipe import load_recipe
 from vlmquant.shards import Shards, open_shards
-from vlmquant.tables import component_summary
+from vlmquant.tables.models import component_summary
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0

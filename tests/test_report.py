@@ -30,9 +30,10 @@ from vlmquant.report.manifest import LayerError, component_bytes, layer_errors, 
 from vlmquant.report.markdown import to_markdown
 from vlmquant.report.numbers import NOTHING, change_text, fixed, metric_text, nearness_text, size_text
 from vlmquant.report.ranking import ranked
-from vlmquant.report.table import COLUMNS, compare_rows, compare_table, markdown_text, terminal_table
+from vlmquant.report.table import COLUMNS, compare_rows, compare_table, markdown_text
 from vlmquant.report.words import date_words, what_was_done
 from vlmquant.report.worst import changed_answers, word_changes
+from vlmquant.tables.reports import comparison_table
 
 MALICE = '<script>alert("x")</script><img src=http://evil.example/x onerror=alert(1)> | `code` **bold** ]]>'
 
@@ -347,7 +348,7 @@ def test_rows_for_machines_are_plain_json(report: Report) -> None:
 @pytest.mark.parametrize("width", [90, 200])
 def test_no_number_is_lost_in_a_terminal(report: Report, width: int) -> None:
     console = Console(width=width, record=True, file=StringIO())
-    console.print(terminal_table(report))
+    comparison_table(report).print(console)
     words = console.export_text()
     for row in compare_table(report):
         for cell in row.cells.values():

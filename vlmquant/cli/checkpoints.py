@@ -77,7 +77,7 @@ def check(
     from vlmquant.components import locate_model
     from vlmquant.engines import check_checkpoint
     from vlmquant.recipe import parse_target
-    from vlmquant.tables import engine_table
+    from vlmquant.tables.work import engine_table
 
     contract = check_checkpoint(locate_model(model), parse_target(engine, gpu=gpu, tp=tp))
     if as_json:
@@ -98,7 +98,7 @@ def push(
 ) -> None:
     """Put a checkpoint on the hub: verified first, and refused if its gate failed."""
     from vlmquant import publish
-    from vlmquant.tables import upload_table
+    from vlmquant.tables.work import upload_table
 
     upload = publish.prepare(model, repository, private=private)
     address = None if dry_run else publish.push(upload)

@@ -27,7 +27,7 @@ def inspect(
     from vlmquant.pipeline import find_components
     from vlmquant.recipe import load_family
     from vlmquant.support import load_support
-    from vlmquant.tables import component_summary, component_table, support_table
+    from vlmquant.tables.models import component_summary, component_table, support_table
 
     if families == (model is not None):
         raise UsageError("give either a model or --families")
@@ -86,7 +86,8 @@ def plan(
     from vlmquant.budget import Limits, choose
     from vlmquant.pipeline import check_target, plan_model, plan_work
     from vlmquant.serving import Wish, serve
-    from vlmquant.tables import engine_table, plan_lines_table, plan_table, serving_table, work_table
+    from vlmquant.tables.models import plan_lines_table, plan_table
+    from vlmquant.tables.work import engine_table, serving_table, work_table
 
     wanted = load_wanted(recipe, family)
     asked: dict[str, Any] = {
@@ -157,7 +158,8 @@ def quantize(
 ) -> None:
     """Quantize a model by a recipe."""
     from vlmquant import pipeline, ranks
-    from vlmquant.tables import plan_table, span
+    from vlmquant.tables.models import plan_table
+    from vlmquant.tables.work import span
 
     wanted = load_wanted(recipe, family)
     if samples is not None:

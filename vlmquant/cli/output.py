@@ -2,12 +2,18 @@
 
 import json
 import sys
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from vlmquant import streams
 from vlmquant.errors import printable
+
+if TYPE_CHECKING:
+    from vlmquant.tables.layout import Table
+
+WIDTH = 200
+"""Of tables in files and pipes."""
 
 
 def emit(value: dict[str, Any]) -> None:
@@ -18,15 +24,15 @@ def emit(value: dict[str, Any]) -> None:
         typer.echo(json.dumps(spelled(value), indent=2, allow_nan=False))
 
 
-def show(table: Any) -> None:
-    """Print a table on stdout, as wide as it needs to be where stdout is no terminal."""
+def show(table: "Table") -> None:
+    """Print a table on stdout, where that is no terminal up to WIDTH wide."""
     from rich.console import Console
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=WIDTH)
     with streams.printing():
-        console.print(table)
+        table.print(console)
 
 
 def say(text: object) -> None:

@@ -100,7 +100,8 @@ def compare(
     from vlmquant.gate import given_gate
     from vlmquant.recipe import load_gate
     from vlmquant.report.data import check_report_paths
-    from vlmquant.report.table import compare_rows, remarks, terminal_table
+    from vlmquant.report.table import compare_rows, remarks
+    from vlmquant.tables.reports import comparison_table
 
     if thresholds is not None:
         load_gate(thresholds)  # a mistake in it is told before the work
@@ -128,7 +129,7 @@ def compare(
         files, notes = [str(path) for path in written], [f"{label}: {text}" for label, text in remarks(report)]
         emit({"rows": compare_rows(report), "notes": notes, "files": files})
         return report
-    show(terminal_table(report))
+    show(comparison_table(report))
     for label, text in remarks(report):
         say(f"note: {label}: {text}")
     for path in written:
@@ -151,7 +152,7 @@ def gate(
     """Judge a report by thresholds: exit 0 passed, 3 failed, 4 inconclusive."""
     from vlmquant import gate as judging
     from vlmquant.report.data import append_text, check_report_paths, read_json, write_text
-    from vlmquant.tables import verdict_table
+    from vlmquant.tables.reports import verdict_table
 
     check_report_paths({"--junit": junit}, apart=[report])
     found = read_json(report)

@@ -127,7 +127,7 @@ def calibrate(
 
 def _show_built(built: Iterable[Any]) -> None:
     """Sets that were made of the same sources: what was read as what, what is in them, what was left out."""
-    from vlmquant.tables import sources_table, strata_table
+    from vlmquant.tables.sets import sources_table, strata_table
 
     sets = list(built)
     for use in sets[0].sources:

@@ -15,9 +15,10 @@ from vlmquant.gate import exit_code, judge
 from vlmquant.pipeline import evaluate, quantize, write_report
 from vlmquant.planning import make_plan
 from vlmquant.recipe import load_recipe
-from vlmquant.report.table import terminal_table
 from vlmquant.streams import printing
-from vlmquant.tables import component_table, plan_table, verdict_table
+from vlmquant.tables.layout import Table
+from vlmquant.tables.models import component_table, plan_table
+from vlmquant.tables.reports import comparison_table, verdict_table
 
 RECIPES = ("mixed", "mixed-awq", "rtn-w3")
 """Quantized and compared; the gate judges the first, the last shows what careless rounding does."""
@@ -37,6 +38,10 @@ def run(out: Path) -> int:
         with printing():
             console.print(what, **how)
 
+    def show_table(table: Table) -> None:
+        with printing():
+            table.print(console)
+
     def tell(text: str, **how: Any) -> None:
         show(Text(printable(text)), soft_wrap=True, **how)
 
@@ -50,9 +55,9 @@ def run(out: Path) -> int:
 
     announce(f"inspect {model}")
     components = resolve_components(model)
-    show(component_table(components))
+    show_table(component_table(components))
     announce(f"plan {model} --recipe {RECIPES[0]}")
-    show(plan_table(make_plan(components, load_recipe(RECIPES[0]))))
+    show_table(plan_table(make_plan(components, load_recipe(RECIPES[0]))))
     for recipe, output in zip(RECIPES, outputs, strict=True):
         command = f"quantize {model} --recipe {recipe} --calibration {calibration_set_dir()} --out {output}"
         announce(command)
@@ -68,7 +73,7 @@ def run(out: Path) -> int:
         html=comparison.with_suffix(".html"),
         markdown=comparison.with_suffix(".md"),
     )
-    show(terminal_table(compared))
+    show_table(comparison_table(compared))
     # The first model's own report: the same runs, without the others'.
     judged = replace(compared, candidates=compared.candidates[:1], summaries=compared.summaries[:2])
     written = write_report(
@@ -80,7 +85,7 @@ def run(out: Path) -> int:
     )
     announce(f"gate {written[0]} --recipe {RECIPES[0]}")
     verdicts = judge(judged, load_recipe(RECIPES[0]).gate)
-    show(verdict_table(verdicts, thresholds=f"from the recipe {RECIPES[0]}"))
+    show_table(verdict_table(verdicts, thresholds=f"from the recipe {RECIPES[0]}"))
     tell(
         f"Done in {time.monotonic() - started:.0f} s. Open {report.with_suffix('.html')} in a browser, "
         f"and {comparison.with_suffix('.html')} for all {len(RECIPES)} models."

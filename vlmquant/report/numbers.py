@@ -38,6 +38,14 @@ def size_text(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def count_text(value: int) -> str:
+    """How many there are: 86,016, 121.4 M, 8.29 B."""
+    for unit, size, decimals in (("B", 1e9, 2), ("M", 1e6, 1)):
+        if value >= size:
+            return f"{value / size:.{decimals}f} {unit}"
+    return f"{value:,}"
+
+
 METRIC_TEXT: dict[str, Show] = {
     "perplexity": fixed(2),
     "all_token_perplexity": fixed(2),

@@ -1,13 +1,9 @@
-"""The compare table: one row per model, the reference first; as a rich table, Markdown, and rows for JSON."""
+"""The compare table: one row per model, the reference first; as cells, Markdown, and rows for JSON."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from vlmquant.errors import LINE_CHARACTERS, shown, visible
 from vlmquant.evaluation.metrics import EVERYTHING
@@ -52,8 +48,6 @@ COST_COLUMNS: dict[str, tuple[Callable[[Costs], float | None], Callable[[float |
 }
 
 METHOD = "method"
-METHOD_WIDTH = 10
-"""Letters of the method's name that stay on one line in a narrow terminal."""
 COLUMNS = (METHOD, *METRIC_COLUMNS, *COST_COLUMNS)
 
 
@@ -74,18 +68,6 @@ def _metric_cell(metric: str, estimate: Estimate | None) -> Cell:
     if estimate is None:
         return Cell(NOTHING)
     return Cell(metric_text(metric, estimate), estimate.point, estimate.low, estimate.high, estimate.n)
-
-
-def terminal_table(report: Report) -> Table:
-    """For a terminal; intervals stand under their number, and fold rather than vanish where it is narrow."""
-    table = Table(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column(METHOD, overflow="fold", min_width=METHOD_WIDTH)
-    for title in COLUMNS[1:]:
-        table.add_column(title, justify="right", overflow="fold", no_wrap=title in COST_COLUMNS)
-    for index, row in enumerate(compare_table(report)):
-        texts = (Text(cell.text.replace(" [", "\n[")) for cell in row.cells.values())
-        table.add_row(Text(shown(row.method)), *texts, end_section=index == 0)
-    return table
 
 
 def remarks(report: Report) -> list[tuple[str, str]]:
