@@ -58,6 +58,7 @@ ROOMS = [
     "compiled",
     "cache",
     "notices",
+    "nearest",
     "errors",
 ]
 # The package's face and its `python -m` entry: they import lazily, from anywhere.

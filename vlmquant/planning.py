@@ -1,6 +1,5 @@
 """What becomes of every tensor of a model under a recipe, and the bytes it will take: from names and shapes alone."""
 
-import difflib
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from vlmquant.components import COMPONENTS, OTHER, BlockInfo, ComponentMap, Line
 from vlmquant.errors import PlanError
 from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.kvcache import CachePlan, plan_cache
+from vlmquant.nearest import nearest
 from vlmquant.packing import packed_columns
 from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, WORD_FORMATS, ComponentSpec, Recipe, Scheme
 from vlmquant.shards import dtype_name
@@ -755,6 +755,8 @@ def _check_globs(components: ComponentMap, component: str, spec: ComponentSpec) 
         raise PlanError(f'{where}: layers "{override.layers}" hold none of its modules; there are {len(blocks)} layers')
 
 
-def _nearest(word: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.3)
-    return f"; did you mean '{close[0]}'?" if close else ""
+def _nearest(glob: str, known: set[str]) -> str:
+    """A module that is meant; where its last name alone is, that."""
+    leaves = sorted({name.rpartition(".")[2] for name in known})
+    close = nearest(glob, sorted(known)) or nearest(glob.strip("*").rpartition(".")[2], leaves)
+    return f"; did you mean '{close}'?" if close else ""

@@ -1,6 +1,5 @@
 """Recipes: what a user wants of each component of a model, as data. Validated once, frozen, unknown keys refused."""
 
-import difflib
 import fnmatch
 import functools
 import os
@@ -16,11 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from vlmquant import reading
 from vlmquant.errors import LINE_CHARACTERS, RecipeError, UsageError, shown
 from vlmquant.thresholds import THRESHOLDS, option
+from vlmquant.nearest import did_you_mean
 
 RECIPE_MAX_BYTES = 1_000_000
 ERRORS_TOLD = 20
-WORD = 100
-"""Letters of a key that may be a known one misspelt."""
 PLAIN_KINDS = frozenset({"map", "seq", "str", "int", "float", "bool", "null"})
 """YAML's own kinds of values that a recipe may hold."""
 
@@ -149,6 +147,31 @@ KEEP: Literal["fp16"] = "fp16"
 """Keep the weight at the model's own 16-bit dtype."""
 BITSANDBYTES_SCHEMES = ("nf4", "bnb-int8")
 SCHEME_NAMES = (*SHORT_SCHEMES, KEEP, *BITSANDBYTES_SCHEMES)
+SCHEME_MEANINGS = {
+    "w8a8": "w8a8-dynamic",
+    "int8": "w8a8-dynamic",
+    "w8a8-int8": "w8a8-dynamic",
+    "smoothquant": "w8a8-dynamic",
+    "w8a8-fp8": "fp8-dynamic",
+    "fp8": "fp8-dynamic",
+    "float8": "fp8-dynamic",
+    "w3": "w3a16",
+    "w4": "w4a16",
+    "int4": "w4a16",
+    "w4a16-sym": "w4a16",
+    "w4a8-fp8": "w4afp8",
+    "fp4": "nvfp4",
+    "mxfp4": "mxfp4a16",
+    "bf16": KEEP,
+    "bfloat16": KEEP,
+    "float16": KEEP,
+    "none": KEEP,
+    "keep": KEEP,
+    "bnb-nf4": "nf4",
+    "bnb-4bit": "nf4",
+    "bnb-8bit": "bnb-int8",
+}
+"""What people call a scheme -> what it is called here."""
 
 
 def _named_scheme(value: Any) -> Any:
@@ -157,9 +180,8 @@ def _named_scheme(value: Any) -> Any:
     if value == KEEP or value in BITSANDBYTES_SCHEMES:
         return value
     if value not in SHORT_SCHEMES:
-        raise ValueError(
-            f"unknown scheme '{shown(value)}'{_nearest(value, SCHEME_NAMES)}; known: {', '.join(SCHEME_NAMES)}"
-        )
+        hint = did_you_mean(value, SCHEME_NAMES, SCHEME_MEANINGS)
+        raise ValueError(f"unknown scheme '{shown(value)}'{hint}; known: {', '.join(SCHEME_NAMES)}")
     return SHORT_SCHEMES[value]
 
 
@@ -445,7 +467,7 @@ def load_recipe(source: str | Path) -> Recipe:
         path = shipped("recipes") / f"{source}.yaml"
         if "/" in str(source) or not os.path.isfile(path):
             names = sorted(file.stem for file in shipped("recipes").glob("*.yaml"))
-            given, hint = shown(source, limit=LINE_CHARACTERS), _nearest(str(source), names)
+            given, hint = shown(source, limit=LINE_CHARACTERS), did_you_mean(str(source), names)
             raise RecipeError(f"{given}: no such recipe file{hint}; shipped recipes: {', '.join(names)}")
     return parse_recipe(_read_text(path), name=str(path))
 
@@ -593,7 +615,7 @@ def _explain(error: Any, root: yaml.Node, model: type[BaseModel], *, name: str) 
         parent, path = _locate(root, loc[:-1])
         key = str(loc[-1])
         node = next((k for k, _ in getattr(parent, "value", []) if k.value == key), parent)
-        what = f"unknown key '{shown(key)}'{_nearest(key, _keys_at(path, model))}"
+        what = f"unknown key '{shown(key)}'{did_you_mean(key, _keys_at(path, model))}"
     elif error["type"] == "missing":
         node, path = _locate(root, loc[:-1])
         what = f"key '{loc[-1]}' is missing"
@@ -603,6 +625,8 @@ def _explain(error: Any, root: yaml.Node, model: type[BaseModel], *, name: str) 
         plain = isinstance(error["input"], str | int | float | bool)
         got = f" (got {shown(repr(error['input']))})" if plain else ""
         what = message[:1].lower() + message[1:] + ("" if "got " in message or "unknown scheme" in message else got)
+        if error["type"] == "literal_error":
+            what += did_you_mean(str(error["input"]), re.findall("'([^']+)'", error["ctx"]["expected"]))
     where = f"{'.'.join(map(shown, path))}: " if path else ""
     return str(_at(node, name, where + what))
 
@@ -622,8 +646,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models_in(part)]
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word[:WORD], list(known), n=1, cutoff=0.5)
-    return f", did you mean '{close[0]}'?" if close else ""

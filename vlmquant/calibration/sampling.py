@@ -1,6 +1,5 @@
 """Which samples of a set are used: stratified by task, the same for the same seed, stable when the set grows."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from vlmquant.calibration.images import file_sha256
 from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import SampleSet
 from vlmquant.errors import InputError, shown
+from vlmquant.nearest import did_you_mean
 from vlmquant.recipe import CalibrationSpec
 
 
@@ -86,8 +86,7 @@ def _quotas(sizes: Mapping[str, int], spec: CalibrationSpec, *, name: str) -> di
         return shares(sizes, spec.samples)
     for task in spec.strata:
         if task not in sizes:
-            close = difflib.get_close_matches(task, list(sizes), n=1)
-            hint = f", did you mean '{shown(close[0])}'?" if close else ""
+            hint = shown(did_you_mean(task, sizes))
             tasks = shown(", ".join(sizes))
             raise InputError(f"set {name}: has no task '{shown(task)}'{hint}; its tasks: {tasks}")
     return {task: quota for task, quota in spec.strata.items() if quota > 0}

@@ -13,7 +13,6 @@ manifest.yaml: `name`, `sources` (what was read as what), `strata` (rows of task
 every hash.
 """
 
-import difflib
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ from vlmquant import signals
 from vlmquant.calibration.images import file_sha256, pixel_sha256
 from vlmquant.calibration.samples import Sample, Turn
 from vlmquant.errors import InputError, shown
+from vlmquant.nearest import did_you_mean
 from vlmquant.reading import check, inside, parse_json, read_text, read_yaml
 from vlmquant.recipe import shipped
 
@@ -110,8 +110,7 @@ def _folder_of(source: str | Path) -> Path:
         if os.path.exists(source):
             raise InputError(f"{shown(source)}: is no set; make one of it: vlmquant data {shown(source)} --out DIR")
         names = sorted(path.parent.name for path in shipped("calibration").glob(f"*/{SAMPLES}"))
-        close = difflib.get_close_matches(str(source), names, n=1)
-        hint = f", did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(str(source), names)
         known = f"; shipped sets: {', '.join(names)}" if names else ""
         raise InputError(f"{shown(source)}: no such set or folder{hint}{known}")
     if not os.path.lexists(folder / SAMPLES):

@@ -3,7 +3,6 @@
 Only data is read: no dataset scripts, no pickles, no network but for a dataset id of the hub.
 """
 
-import difflib
 import os
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from vlmquant.calibration.sources.spec import (
     parse_map,
 )
 from vlmquant.errors import InputError, UsageError, shown
+from vlmquant.nearest import nearest
 from vlmquant.reading import parse_json, read_text
 from vlmquant.shards import some
 
@@ -302,8 +302,8 @@ def _absent(text: str) -> str:
         beside = sorted(file.name for file in path.parent.iterdir()) if path.parent.is_dir() else []
     except (OSError, ValueError):
         beside = []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    return f"{shown(text)}: no such file or folder" + (f"; did you mean {path.parent / close[0]}?" if close else "")
+    close = nearest(path.name, beside)
+    return f"{shown(text)}: no such file or folder" + (f"; did you mean {path.parent / close}?" if close else "")
 
 
 def _refuse_idle_map(spec: SourceSpec, keys: list[str]) -> None:
