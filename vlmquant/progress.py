@@ -1,34 +1,153 @@
-"""Progress bars on stderr, so that stdout holds results only."""
+"""Progress on stderr, so that stdout holds results only: bars in a terminal, plain lines where there is none."""
 
-from collections.abc import Iterator
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vlmquant import signals
+from vlmquant import notices, signals
+from vlmquant.errors import shown
 from vlmquant.streams import Stderr
 
-stderr = Console(file=Stderr())  # type: ignore[arg-type]  # all that rich asks of a file
+INTERVAL = 30.0
+"""Seconds between two plain lines: systems that run jobs end those that are silent for minutes."""
+
+
+class _Told(Stderr):
+    """Standard error for what is no error."""
+
+    def write(self, text: str) -> int:
+        return len(text) if notices.is_quiet() else super().write(text)
+
+
+stderr = Console(file=_Told())  # type: ignore[arg-type]  # all that rich asks of a file
+
+
+def in_terminal() -> bool:
+    """Whether stderr is a terminal that can be drawn on, whatever FORCE_COLOR says of colours in logs."""
+    try:
+        return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # closed
+        return False
+
+
+@dataclass
+class Task:
+    """Something that takes time. total: 0 where it is not known."""
+
+    label: str
+    total: int
+    started: float
+    done: int = 0
+
+    def line(self, now: float) -> str:
+        """ "quantize: 3/24, 2 min 10 s, about 15 min left"."""
+        passed = now - self.started
+        parts = [f"{shown(self.label)}: " + (f"{self.done}/{self.total}" if self.total else "at work")]
+        parts.append(duration(passed))
+        if 0 < self.done < self.total:
+            parts.append(f"about {duration(passed / self.done * (self.total - self.done))} left")
+        return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 2 min 10 s, 15 min, 3 h 20 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 600 and whole % 60:
+        return f"{whole // 60} min {whole % 60} s"
+    minutes = round(whole / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
+
+
+class Log:
+    """Plain lines of what is done now: one at least every INTERVAL seconds, and one when something is finished."""
+
+    def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._tasks: list[Task] = []
+        self._last = 0.0
+        self._lock = threading.Lock()
+
+    def begin(self, label: str, total: int = 0) -> Task:
+        now = self._clock()
+        with self._lock:
+            if not self._tasks:
+                self._last = now
+            self._tasks.append(task := Task(label, total, now))
+        return task
+
+    def end(self, task: Task, *, tell: bool) -> None:
+        with self._lock:
+            self._tasks.remove(task)
+        if tell:
+            self._tell(task)
+
+    def tick(self) -> float:
+        """Write a line if it is time to; returns the seconds until it is."""
+        with self._lock:
+            task = self._tasks[-1] if self._tasks else None
+        if task is not None and self._clock() - self._last >= INTERVAL:
+            self._tell(task)
+        return max(INTERVAL - (self._clock() - self._last), 0.1)
+
+    def _tell(self, task: Task) -> None:
+        self._last = self._clock()
+        self._write(task.line(self._last) + "\n")
+
+
+def _write(text: str) -> None:
+    stderr.file.write(text)
+    stderr.file.flush()
+
+
+log = Log(_write)
 
 
 class Bar:
-    """One bar; `step` moves it on and may change its label, and ends the work here if a signal asked for it."""
+    """`step` moves it on and may change its label, and ends the work here if a signal asked for it."""
 
-    def __init__(self, progress: Progress, label: str, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=total)
+    def __init__(self, move: Callable[[str | None, int], None]) -> None:
+        self._move = move
 
     def step(self, label: str | None = None, *, by: int = 1) -> None:
-        self._progress.update(self._task, advance=by)
-        if label is not None:
-            self._progress.update(self._task, description=label)
+        self._move(label, by)
         signals.check()
 
 
 @contextmanager
 def bar(label: str, total: int, *, visible: bool = True) -> Iterator[Bar]:
-    """A bar of `total` steps with elapsed and remaining time; plain final line where stderr is no terminal."""
+    """A bar of `total` steps with elapsed and remaining time; lines of the same where stderr is no terminal."""
+    if not visible or notices.is_quiet():
+        yield Bar(lambda label, by: None)
+    elif in_terminal():
+        with _drawn(label, total) as drawn:
+            yield drawn
+    else:
+        with _logged(label, total) as logged:
+            yield logged
+
+
+@contextmanager
+def _drawn(label: str, total: int) -> Iterator[Bar]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -36,5 +155,72 @@ def bar(label: str, total: int, *, visible: bool = True) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=stderr.is_terminal, disable=not visible) as progress:
-        yield Bar(progress, label, total)
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+
+        def move(label: str | None, by: int) -> None:
+            progress.update(task, advance=by)
+            if label is not None:
+                progress.update(task, description=label)
+
+        yield Bar(move)
+
+
+@contextmanager
+def _logged(label: str, total: int) -> Iterator[Bar]:
+    task = log.begin(label, total)
+
+    def move(label: str | None, by: int) -> None:
+        task.done += by
+        task.label = task.label if label is None else label
+        log.tick()
+
+    with _beating():
+        try:
+            yield Bar(move)
+        finally:
+            log.end(task, tell=True)
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """Around work of which some has no bar: where stderr is no terminal, a line of it every INTERVAL seconds."""
+    if in_terminal() or notices.is_quiet():
+        yield
+        return
+    task = log.begin(label)
+    with _beating():
+        try:
+            yield
+        finally:
+            log.end(task, tell=False)
+
+
+_beats = 0
+
+
+@contextmanager
+def _beating() -> Iterator[None]:
+    """Lines come from a thread of their own, as one step may take longer than INTERVAL."""
+    global _beats
+    _beats += 1
+    if _beats > 1:
+        try:
+            yield
+        finally:
+            _beats -= 1
+        return
+    over = threading.Event()
+    beat = threading.Thread(target=_beat, args=(over,), name="progress", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        _beats -= 1
+        over.set()
+
+
+def _beat(over: threading.Event) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*signals.STOPPING, signal.SIGALRM, signal.SIGPROF})  # the main thread's
+    while not over.wait(log.tick()):
+        pass
