@@ -78,7 +78,7 @@ def batches_of(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
     return batches
 
 
-def _to_model(batch: Batch, model: Any) -> dict[str, Tensor]:
+def to_model(batch: Batch, model: Any) -> dict[str, Tensor]:
     return {
         key: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for key, value in batch.inputs.items()
@@ -112,7 +112,7 @@ def _logits(model: Any, batch: Batch, keep: Tensor) -> Tensor:
     """(kept tokens, vocabulary): from the head alone where the model can be asked for some tokens, else from all."""
     asked = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with passing(batch, model):
-        logits: Tensor = model(**_to_model(batch, model), **asked, use_cache=False).logits
+        logits: Tensor = model(**to_model(batch, model), **asked, use_cache=False).logits
     return logits[keep] if logits.shape[:-1] == keep.shape else logits
 
 
@@ -159,7 +159,7 @@ def greedy(model: Any, encoder: Encoder, *, max_new_tokens: int, min_new_tokens:
     )
 
 
-def _decode(model: Any, batch: Batch, inputs: dict[str, Tensor], config: GenerationConfig, **options: Any) -> Tensor:
+def decode(model: Any, batch: Batch, inputs: dict[str, Tensor], config: GenerationConfig, **options: Any) -> Tensor:
     """The ids that `generate` gives by `config` alone: it fills what that leaves open from the model's own settings."""
     own = model.generation_config
     model.generation_config = config
@@ -176,7 +176,7 @@ def generate(model: Any, encoder: Encoder, rows: Sequence[Row], *, max_new_token
     """The greedy answers to rows of one batch (left-padded), special tokens dropped, stripped."""
     batch = collate([encoder.encode(row.sample, None) for row in rows], "left")
     config = greedy(model, encoder, max_new_tokens=max_new_tokens)
-    output = _decode(model, batch, _to_model(batch, model), config)
+    output = decode(model, batch, to_model(batch, model), config)
     answers = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
     return [str(encoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
@@ -198,9 +198,9 @@ class _Clock(StoppingCriteria):  # type: ignore[misc]
 def time_decoding(model: Any, encoder: Encoder, sample: Sample, *, tokens: int) -> tuple[float, float]:
     """Seconds to the first token (image included, preprocessing not) and tokens a second after it, at batch size 1."""
     batch = collate([encoder.encode(sample, None)], "left")
-    inputs = _to_model(batch, model)
+    inputs = to_model(batch, model)
     clock = _Clock()
     config = greedy(model, encoder, max_new_tokens=tokens, min_new_tokens=tokens)
     start = time.perf_counter()
-    _decode(model, batch, inputs, config, stopping_criteria=StoppingCriteriaList([clock]))
+    decode(model, batch, inputs, config, stopping_criteria=StoppingCriteriaList([clock]))
     return clock.times[0] - start, (len(clock.times) - 1) / (clock.times[-1] - clock.times[0])
