@@ -24,6 +24,7 @@ ROOMS = [
     "stream",
     "checkpoint",
     "loading",
+    "state",
     "engines",
     "support",
     "formats",

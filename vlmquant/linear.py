@@ -81,6 +81,18 @@ class PackedRows(nn.Module):
         weight: QuantizedWeight = LAYOUTS[self.layout].release(self.held, self.form)
         return replace(weight, input_scale=self.form.input_scale)
 
+    def put_rows(self, weight: QuantizedWeight, first: int) -> None:
+        """Let a weight take the place of as many rows from `first` on. ValueError where others do not go with it."""
+        rows, count = self.form.shape[0], weight.shape[0]
+        if count < rows:
+            before = self.to_weight()
+            if (before.grid, before.input_scale) != (weight.grid, weight.input_scale):
+                raise ValueError("its scales do not go with those of the weights that it is multiplied with")
+            parts = [before.rows(0, first), weight, before.rows(first + count, rows - first - count)]
+            weight = join_rows([part for part in parts if part.shape[0]])
+        self.form = form_of(weight, self.scheme.activations)
+        self._hold(LAYOUTS[self.layout].hold(weight))
+
     def forward(self, inputs: Tensor) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])
         if self.layout not in ROUNDS_INPUTS:

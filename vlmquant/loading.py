@@ -55,6 +55,7 @@ from vlmquant.linear import (
 from vlmquant.reading import read_json
 from vlmquant.recipe import Scheme
 from vlmquant.shards import INDEX_NAME, SINGLE_NAME, Shards, TensorEntry, open_shards, read_header, some
+from vlmquant.state import keep_in_state
 
 CACHE_LEAVES = tuple(f".{leaf}" for leaf in LEAVES.values())
 """The ends of the names of the KV cache's scales."""
@@ -358,19 +359,25 @@ class _Keeping:
                 model.set_submodule(follower, FollowingActivation(function, model.get_submodule(block), leaf))
             freed = _give_back(freed + model.get_submodule(name).packed_bytes)  # type: ignore[operator, arg-type]
         _share_inputs(model)
+        for module in model.modules():
+            if isinstance(module, QuantLinear | QuantEmbedding):
+                keep_in_state(module)
         self._names_for_saving(model)
         return model
 
+    def validate_environment(self, *arguments: Any, **named: Any) -> None:
+        """What transformers has its quantizers look at, the places of modules among it, once they are known."""
+        places = named.get("device_map")
+        if isinstance(places, Mapping) and (away := [name for name, place in places.items() if place == "disk"]):
+            raise CheckpointError(
+                f"device_map puts {some(away)} on disk, as there is too little memory elsewhere (max_memory); packed "
+                "weights are not offloaded: give max_memory more room, another device, or load without device_map"
+            )
+        super().validate_environment(*arguments, **named)  # type: ignore[misc]
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `save_pretrained` writes: the packed weights as they came from disk."""
-        state = model.state_dict()
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear | QuantEmbedding):
-                state.pop(f"{name}.packed.bias", None)
-                state |= FORMATS[self.coding.format].encode(name, module.to_weight(), module.scheme)
-            if isinstance(module, QuantLinear) and module.bias is not None:
-                state[f"{name}.bias"] = module.bias.clone()
-        return state, {}
+        return model.state_dict(), {}
 
     @property
     def is_trainable(self) -> bool:
