@@ -81,7 +81,7 @@ def test_what_is_kept_is_stored_in_16_bits(
     assert "kept: fp32" in note
     assert set(floats(done.path)) == {written}
     assert done.plan.bytes_after == open_shards(done.path).total_bytes
-    assert {line.scheme_label for line in done.plan.lines if line.action == "keep"} == {"fp16"}
+    assert {line.scheme_label for line in done.plan.lines if line.action == "keep"} == {name}
     config = config_of(done.path)
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     assert {part[key] for part in parts for key in ("dtype", "torch_dtype") if key in part} == {name}
@@ -136,7 +136,7 @@ def test_it_is_loaded_as_it_is_stored(kind: str, tmp_path: Path) -> None:
 def test_a_recipe_may_keep_the_32_bits(tmp_path: Path) -> None:
     source = build("llava", tmp_path / "model", model="float32")
     done = quantize(source, recipe(kept="fp32"), tmp_path / "wide")
-    assert {line.scheme_label for line in done.plan.lines if line.action == "keep"} == {"fp32"}
+    assert {line.scheme_label for line in done.plan.lines if line.action == "keep"} == {"float32"}
     assert not any("are stored as" in note for note in done.plan.notes)
     assert set(floats(done.path)) == {torch.float32}
     assert config_of(done.path)["dtype"] == "float32"
@@ -158,7 +158,7 @@ def test_what_transformers_keeps_in_float32_stays_so(tmp_path: Path) -> None:
     wide = {name for name, one in open_shards(done.path).entries.items() if one.dtype == torch.float32}
     assert any(name.endswith(GATE) for name in wide)
     assert all("gate" in name or "e_score_correction_bias" in name for name in wide)
-    assert {line.scheme_label for line in done.plan.lines if line.name.endswith(GATE)} <= {"fp32"}
+    assert {line.scheme_label for line in done.plan.lines if line.name.endswith(GATE)} <= {"float32"}
     assert done.plan.bytes_after == open_shards(done.path).total_bytes
     load_model(done.path)
 
@@ -182,7 +182,7 @@ def test_other_parts_stay_as_they_are(tmp_path: Path) -> None:
     plain = f"name: test\ncomponents: {COMPONENTS}\n{family}\n"
     done = quantize(source, parse_recipe(plain, name="test"), tmp_path / "out")
     projector = {line.name: line for line in done.plan.lines if "multi_modal_projector" in line.name}
-    assert {(line.component, line.scheme_label) for line in projector.values()} == {("other", "fp32")}
+    assert {(line.component, line.scheme_label) for line in projector.values()} == {("other", "float32")}
     entries = open_shards(done.path).entries
     assert {entries[name.removeprefix("model.")].dtype for name in projector} == {torch.float32}
 

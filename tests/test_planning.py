@@ -183,7 +183,7 @@ def test_smaller_groups_where_the_group_size_does_not_divide(tiny_qwen2_5_vl: Pa
 
 @pytest.mark.parametrize(
     ("steps", "label", "method"),
-    [("w8a8-dynamic", "w8a8-dynamic", "int8"), ("w8a16", "w8a16", "int8"), ("fp16", "fp16", None)],
+    [("w8a8-dynamic", "w8a8-dynamic", "int8"), ("w8a16", "w8a16", "int8"), ("fp16", "bfloat16", None)],
 )
 def test_other_fallbacks(tiny_qwen2_5_vl: Path, steps: str, label: str, method: str | None) -> None:
     more = f"fallback: {{when_indivisible: [{steps}]}}"
@@ -212,7 +212,7 @@ def test_overrides_apply_in_order_and_by_layer(tiny_qwen3_vl: Path) -> None:
     assert set(first.values()) == {"w4a16-g128"}
     assert result.line(f"{LAYERS}.0.mlp.up_proj.weight").method == "gptq"
     assert result.line(f"{LAYERS}.1.mlp.up_proj.weight").method == "awq"
-    assert set(labels(result, block=f"{LAYERS}.2").values()) == {"fp16"}
+    assert set(labels(result, block=f"{LAYERS}.2").values()) == {"bfloat16"}
     assert result.line(f"{LAYERS}.2.mlp.up_proj.weight").reason == "override 2 of the recipe"
 
 

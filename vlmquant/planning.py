@@ -62,10 +62,9 @@ class PlanLine:
 
     @property
     def scheme_label(self) -> str:
-        """Such as w4a16-g128; for what is kept fp16 (bfloat16 is meant as well), fp32 and so on."""
+        """Such as w4a16-g128; for what is kept, which a recipe calls fp16, the dtype that it is stored in."""
         if self.scheme is None:
-            kept = self.stored or torch.float16
-            return f"fp{8 * kept.itemsize}" if kept.is_floating_point else dtype_name(kept)
+            return dtype_name(self.stored) if self.stored else KEEP
         return self.scheme.label if isinstance(self.scheme, Scheme) else self.scheme
 
     @property

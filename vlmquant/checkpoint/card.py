@@ -96,7 +96,7 @@ def _table(plan: Plan) -> str:
 
 
 def _schemes(plan: Plan, component: str) -> str:
-    """Such as "w4a16-g128 (gptq) ×96, fp16 ×3": how many weight matrices get which scheme, most first."""
+    """Such as "w4a16-g128 (gptq) ×96, bfloat16 ×3": how many weight matrices get which scheme, most first."""
     counts: dict[str, int] = {}
     for line in plan.lines:
         if line.component == component and (line.action == "quantize" or len(line.shape) > 1):

@@ -171,7 +171,7 @@ def plan_table(plan: Plan) -> Table:
     rows = [
         (
             name,
-            ", ".join(schemes[name]) or "fp16",
+            ", ".join(schemes[name]) or "-",
             count_text(totals.parameters),
             size_text(totals.bytes_before),
             size_text(totals.bytes_after),
