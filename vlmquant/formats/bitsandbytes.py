@@ -21,7 +21,7 @@ PACKAGES = ("bitsandbytes", "accelerate")
 def require_bitsandbytes() -> None:
     """UsageError if the packages that make and load these checkpoints are not installed."""
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise UsageError(f"bitsandbytes checkpoints need {', '.join(missing)}: pip install 'vlmquant[bitsandbytes]'")
+        raise UsageError(f"bitsandbytes checkpoints need {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def write_bitsandbytes(components: ComponentMap, plan: Plan, recipe: Recipe, out_dir: Path) -> None:

@@ -217,7 +217,7 @@ def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
     except ImportError as error:
-        raise KernelError(f"the CUDA kernels need cuda-bindings ({error}); install vlmquant[cuda]") from error
+        raise KernelError(f"the CUDA kernels need cuda-bindings ({error}); pip install cuda-bindings") from error
     return nvrtc
 
 

@@ -274,7 +274,7 @@ def _driver() -> Any:
     try:
         from cuda.bindings import driver
     except ImportError as error:
-        raise KernelError(f"the CUDA kernels need cuda-bindings ({error}); install vlmquant[cuda]") from error
+        raise KernelError(f"the CUDA kernels need cuda-bindings ({error}); pip install cuda-bindings") from error
     return driver
 
 
