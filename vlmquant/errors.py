@@ -11,6 +11,20 @@ EXIT_STARVED_EXPERTS = 7
 EXIT_CACHE_SCALE = 8
 EXIT_RANK_LOST = 9
 
+EXIT_CODES = {
+    EXIT_OK: "done",
+    EXIT_ERROR: "something given is wrong (a model, a file), or a check found it so",
+    EXIT_USAGE: "the call or the recipe is wrong",
+    EXIT_GATE_FAILED: "the gate failed",
+    EXIT_GATE_INCONCLUSIVE: "the gate is inconclusive: too few samples for its thresholds",
+    EXIT_SENTINEL: "a check tripped: the result would have looked fine and been wrong",
+    EXIT_DOES_NOT_FIT: "not enough memory or disk",
+    EXIT_STARVED_EXPERTS: "too many experts of a mixture saw too few calibration tokens",
+    EXIT_CACHE_SCALE: "a scale of the KV cache is missing or of no use",
+    EXIT_RANK_LOST: "of several processes that share a run, one is gone",
+}
+"""What each means. 128 + n: signal n ended the process."""
+
 
 class VlmquantError(Exception):
     """Base of all errors that vlmquant raises on purpose."""

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -14,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vlmquant import reading
 from vlmquant.errors import LINE_CHARACTERS, RecipeError, UsageError, shown
-from vlmquant.thresholds import THRESHOLDS, option
 from vlmquant.nearest import did_you_mean
+from vlmquant.thresholds import THRESHOLDS, option
 
 RECIPE_MAX_BYTES = 1_000_000
 ERRORS_TOLD = 20
@@ -455,6 +456,29 @@ def shipped(kind: Literal["recipes", "calibration"]) -> Path:
     """Folder of the recipes or calibration sets that are shipped: packaged, or beside the package in a checkout."""
     packaged = Path(str(resources.files("vlmquant"))) / "_data" / kind
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / kind
+
+
+DEFAULT_RECIPE = "mixed"
+"""Where none is named."""
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """One that comes with vlmquant."""
+
+    name: str
+    summary: str
+    """The first line of its file."""
+    file: Path
+
+
+def shipped_recipes() -> dict[str, ShippedRecipe]:
+    """By name."""
+    found = {}
+    for file in sorted(shipped("recipes").glob("*.yaml")):
+        with file.open(encoding="utf-8") as lines:
+            found[file.stem] = ShippedRecipe(file.stem, next(lines, "").removeprefix("#").strip(), file)
+    return found
 
 
 def load_recipe(source: str | Path) -> Recipe:

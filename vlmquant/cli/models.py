@@ -1,15 +1,29 @@
 """inspect, plan, quantize: a model, what becomes of it, and the work."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from vlmquant.cli.options import Dtype, FamilyOption, Json, Model, RecipeOption, Threads, Trust
+from vlmquant import streams
+from vlmquant.cli.options import (
+    CalibrationOption,
+    Dtype,
+    FamilyOption,
+    Json,
+    Model,
+    RecipeOption,
+    Threads,
+    Trust,
+    recipe_names,
+)
 from vlmquant.cli.output import emit, say, show
-from vlmquant.cli.words import load_wanted, parse_bytes, parse_counts, parse_dtype, parse_size
-from vlmquant.errors import EXIT_DOES_NOT_FIT, EXIT_ERROR, EXIT_OK, UsageError
+from vlmquant.cli.words import load_wanted, parse_counts, parse_dtype, parse_optional_bytes, parse_size, recipe_name
+from vlmquant.errors import EXIT_DOES_NOT_FIT, EXIT_ERROR, EXIT_OK, UsageError, shown
 from vlmquant.threads import set_threads
+
+if TYPE_CHECKING:
+    from vlmquant.pipeline import Quantized
 
 
 def inspect(
@@ -23,14 +37,16 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show the component map: parameters, bytes, blocks, quantizable linears, fused groups, experts."""
-    from vlmquant.families import from_spec
-    from vlmquant.pipeline import find_components
     from vlmquant.recipe import load_family
     from vlmquant.support import load_support
-    from vlmquant.tables.models import component_summary, component_table, support_table
 
     if families == (model is not None):
         raise UsageError("give either a model or --families")
+    given = load_family(family) if family else None
+    from vlmquant.families import from_spec
+    from vlmquant.pipeline import find_components
+    from vlmquant.tables.models import component_summary, component_table, support_table
+
     if model is None:
         support = load_support()
         if as_json:
@@ -38,7 +54,7 @@ def inspect(
         else:
             show(support_table(support))
         return
-    row = from_spec(load_family(family)) if family else None
+    row = from_spec(given) if given else None
     components = find_components(model, trust_remote_code=trust_remote_code, family=row)
     if as_json:
         emit(component_summary(components))
@@ -48,7 +64,7 @@ def inspect(
 
 def plan(
     model: Model,
-    recipe: RecipeOption,
+    recipe: RecipeOption = None,
     every_weight: Annotated[bool, typer.Option("--all", help="One line for every weight.")] = False,
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory of a GPU that is to serve it, such as 24GB: what fits on it?")
@@ -69,18 +85,54 @@ def plan(
     device_memory_limit: Annotated[
         str | None, typer.Option(help="The same on a GPU of so much memory, which need not be in this machine.")
     ] = None,
-    calibration: Annotated[str | None, typer.Option(help="Calibration set for that, instead of the recipe's.")] = None,
+    calibration: CalibrationOption = None,
     family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Show what becomes of every weight, and the bytes before and after. Reads no weights.
 
-    Where the recipe has a target, also whether its engine takes the result: exit 1 if it does not. With --gpu-memory,
-    --batch, --context, --images, --image-size or --tp, also what serving it takes; with --memory-limit or
-    --device-memory-limit, what quantizing takes, for which one sample is sent through the vision encoder. Exit 6 if
-    that does not fit.
+    Where the recipe has a target, also whether its engine takes the result. With --gpu-memory, --batch, --context,
+    --images, --image-size or --tp, also what serving it takes; with --memory-limit or --device-memory-limit, what
+    quantizing takes, for which one sample is sent through the vision encoder.
     """
+    asked: dict[str, Any] = {
+        "gpu_memory": parse_optional_bytes(gpu_memory, "--gpu-memory"),
+        "batch": batch,
+        "text_tokens": context,
+        "images": images,
+        "image_size": None if image_size is None else parse_size(image_size, "--image-size"),
+        "tp": tp,
+    }
+    limits = (
+        parse_optional_bytes(memory_limit, "--memory-limit"),
+        parse_optional_bytes(device_memory_limit, "--device-memory-limit"),
+    )
+    _show_plan(
+        model,
+        load_wanted(recipe_name(recipe), family),
+        serving={key: value for key, value in asked.items() if value is not None},
+        limits=limits,
+        calibration=calibration,
+        every_weight=every_weight,
+        as_json=as_json,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _show_plan(
+    model: str,
+    wanted: Any,
+    *,
+    serving: dict[str, Any],
+    limits: tuple[int | None, int | None],
+    calibration: str | None,
+    every_weight: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> NoReturn:
+    """Print the plan of a recipe, and end with the code of what it finds. serving: fields of a Wish; limits: of host
+    and device, bytes."""
     import torch
 
     from vlmquant.budget import Limits, choose
@@ -89,30 +141,16 @@ def plan(
     from vlmquant.tables.models import plan_lines_table, plan_table
     from vlmquant.tables.work import engine_table, serving_table, work_table
 
-    wanted = load_wanted(recipe, family)
-    asked: dict[str, Any] = {
-        "gpu_memory": None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
-        "batch": batch,
-        "text_tokens": context,
-        "images": images,
-        "image_size": None if image_size is None else parse_size(image_size, "--image-size"),
-        "tp": tp,
-    }
-    asked = {key: value for key, value in asked.items() if value is not None}
     components, planned = plan_model(model, wanted, trust_remote_code=trust_remote_code)
     contract = check_target(components, planned, wanted)
-    serving = serve(components, planned, Wish(**asked)) if asked else None
-    limits = Limits(
-        None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
-        None if device_memory_limit is None else parse_bytes(device_memory_limit, "--device-memory-limit"),
-    )
-    ways = []
-    if limits != Limits():
-        device = torch.device("cpu" if limits.device is None else "cuda")
+    served = serve(components, planned, Wish(**serving)) if serving else None
+    within, ways = Limits(*limits), []
+    if within != Limits():
+        device = torch.device("cpu" if within.device is None else "cuda")
         ways = plan_work(components, planned, wanted, calibration=calibration, device=device)
     if as_json:
         extra = {} if contract is None else {"target": contract.to_json()}
-        extra |= {} if serving is None else {"serving": serving.to_json()}
+        extra |= {} if served is None else {"serving": served.to_json()}
         emit(planned.to_json() | extra | ({"quantizing": [way.to_json() for way in ways]} if ways else {}))
     else:
         if every_weight:
@@ -120,23 +158,28 @@ def plan(
         show(plan_table(planned))
         if contract is not None:
             show(engine_table(contract))
-        if serving is not None:
-            show(serving_table(serving))
+        if served is not None:
+            show(serving_table(served))
         if ways:
-            show(work_table(ways, limits))
+            show(work_table(ways, within))
     if ways:
-        choose(ways, limits)
+        choose(ways, within)
     if contract is not None and not contract.fits:
         raise typer.Exit(EXIT_ERROR)
-    raise typer.Exit(EXIT_OK if serving is None or serving.fits else EXIT_DOES_NOT_FIT)
+    raise typer.Exit(EXIT_OK if served is None or served.fits else EXIT_DOES_NOT_FIT)
 
 
 def quantize(
     model: Model,
-    recipe: RecipeOption,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the quantized model.")],
-    calibration: Annotated[str | None, typer.Option(help="Calibration set instead of the recipe's.")] = None,
+    recipe: RecipeOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the quantized model; not for --dry-run.")
+    ] = None,
+    calibration: CalibrationOption = None,
     samples: Annotated[str | None, typer.Option(help="As in eval: samples per task in file order.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and write nothing, as `plan` does.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     device: Annotated[str, typer.Option(help="Where blocks are quantized, such as cpu or cuda:0.")] = "cpu",
@@ -157,10 +200,7 @@ def quantize(
     trust_remote_code: Trust = False,
 ) -> None:
     """Quantize a model by a recipe."""
-    from vlmquant import pipeline, ranks
-    from vlmquant.tables.models import plan_table
-    from vlmquant.tables.work import span
-
+    recipe = recipe_name(recipe)
     wanted = load_wanted(recipe, family)
     if samples is not None:
         strata = parse_counts(samples)
@@ -168,7 +208,26 @@ def quantize(
             update={"strata": strata, "samples": sum(strata.values()), "order": "file"}
         )
         wanted = wanted.model_copy(update={"calibration": chosen})
+    limits = (
+        parse_optional_bytes(memory_limit, "--memory-limit"),
+        parse_optional_bytes(device_memory_limit, "--device-memory-limit"),
+    )
     set_threads(threads)
+    if dry_run:
+        _show_plan(
+            model,
+            wanted,
+            serving={},
+            limits=limits,
+            calibration=calibration,
+            every_weight=False,
+            as_json=as_json,
+            trust_remote_code=trust_remote_code,
+        )
+    if out is None:
+        raise UsageError("quantize: --out is missing: name a directory for the quantized model, or ask for --dry-run")
+    from vlmquant import pipeline, ranks
+
     with ranks.join(device) as joined:
         done = pipeline.quantize(
             model,
@@ -180,10 +239,8 @@ def quantize(
             resume=resume,
             force=force,
             trust_remote_code=trust_remote_code,
-            memory_limit=None if memory_limit is None else parse_bytes(memory_limit, "--memory-limit"),
-            device_memory_limit=None
-            if device_memory_limit is None
-            else parse_bytes(device_memory_limit, "--device-memory-limit"),
+            memory_limit=limits[0],
+            device_memory_limit=limits[1],
             command=quantize_command(
                 {
                     "--recipe": recipe,
@@ -197,8 +254,14 @@ def quantize(
             ),
             ranks=joined,
         )
-    if not joined.leads:
-        return
+    if joined.leads:
+        _show_quantized(done, as_json=as_json)
+
+
+def _show_quantized(done: "Quantized", *, as_json: bool) -> None:
+    from vlmquant.tables.models import plan_table
+    from vlmquant.tables.work import span
+
     if as_json:
         emit(done.to_json())
         return
@@ -223,3 +286,34 @@ def quantize_command(options: dict[str, Any]) -> list[str]:
         elif value:
             words += [name, Path(value).name]
     return words
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(autocompletion=recipe_names, help="A shipped recipe, to be printed whole.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the shipped recipes, or print one: a file to start your own from."""
+    from vlmquant.nearest import did_you_mean
+    from vlmquant.recipe import load_recipe, shipped_recipes
+    from vlmquant.tables.layout import make_table
+
+    known = shipped_recipes()
+    if name is None:
+        if as_json:
+            emit({row.name: row.summary for row in known.values()})
+        else:
+            show(
+                make_table("", ("recipe", "what it does"), [(row.name, row.summary) for row in known.values()], left=2)
+            )
+    elif name not in known:
+        raise UsageError(
+            f"recipes: none that is shipped is called '{shown(name)}'{did_you_mean(name, known)}; there are "
+            f"{', '.join(known)}"
+        )
+    elif as_json:
+        emit(load_recipe(name).model_dump(mode="json"))
+    else:
+        with streams.printing():
+            typer.echo(known[name].file.read_text(encoding="utf-8"), nl=False)

@@ -11,7 +11,29 @@ from vlmquant.threads import MAX_THREADS
 from vlmquant.thresholds import THRESHOLDS, option
 
 Model = Annotated[str, typer.Argument(help="Model directory or hub id.")]
-RecipeOption = Annotated[str, typer.Option("--recipe", "-r", help="Recipe file, or the name of a shipped recipe.")]
+
+
+def recipe_names() -> list[tuple[str, str]]:
+    """For a shell that completes a word: shipped recipes and what they do."""
+    from vlmquant.recipe import shipped_recipes
+
+    return [(row.name, row.summary) for row in shipped_recipes().values()]
+
+
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        envvar="VLMQUANT_RECIPE",
+        autocompletion=recipe_names,
+        help="Recipe file, or the name of a shipped recipe; else mixed.",
+    ),
+]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option("--calibration", envvar="VLMQUANT_CALIBRATION", help="Calibration set instead of the recipe's."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 FamilyOption = Annotated[
@@ -49,9 +71,29 @@ Strata = Annotated[
 ]
 Html = Annotated[Path | None, typer.Option("--html", help="Also write the report as an HTML page.")]
 Markdown = Annotated[Path | None, typer.Option("--markdown", help="Also write the report as Markdown.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Compute dtype: auto (the faster here), float32 or bfloat16.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        envvar="VLMQUANT_DEVICE",
+        help="Where to compute: cpu, cuda, cuda:1; auto is the GPU if there is one.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype", envvar="VLMQUANT_DTYPE", help="Compute dtype: auto (the faster here), float32 or bfloat16."
+    ),
+]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="CPU threads; all cores if not given.")
+    int | None,
+    typer.Option(
+        "--threads",
+        envvar="VLMQUANT_THREADS",
+        min=1,
+        max=MAX_THREADS,
+        help="CPU threads; all cores if not given.",
+    ),
 ]
 WrongImage = Annotated[
     bool,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from vlmquant import streams
+from vlmquant import notices, streams
 from vlmquant.errors import printable
 
 if TYPE_CHECKING:
@@ -41,9 +41,19 @@ def say(text: object) -> None:
         typer.echo(printable(text))
 
 
+def tell(text: object) -> None:
+    """A line on stderr, for people; none if they asked for quiet."""
+    if not notices.is_quiet():
+        _to_stderr(f"{printable(text)}\n")
+
+
 def fail(message: object, code: int) -> NoReturn:
     """One message on stderr, then exit."""
-    stderr = streams.Stderr()
-    stderr.write(f"vlmquant: {printable(message)}\n")
-    stderr.flush()
+    _to_stderr(f"vlmquant: {printable(message)}\n")
     sys.exit(code)
+
+
+def _to_stderr(text: str) -> None:
+    stderr = streams.Stderr()
+    stderr.write(text)
+    stderr.flush()

@@ -8,7 +8,7 @@ import typer
 
 from vlmquant.cli.options import AllowOutside, ImagesFolder, Json, KeyMap, MaxBadFraction, RecipeOption
 from vlmquant.cli.output import emit, say, show
-from vlmquant.cli.words import parse_counts, parse_sources
+from vlmquant.cli.words import parse_counts, parse_sources, recipe_name
 from vlmquant.errors import UsageError, shown
 
 SKIPPED_SHOWN = 5
@@ -54,7 +54,8 @@ def data(
     Both are of the same form: a folder with images/ and samples.jsonl, one sample a line,
 
     \b
-    {"id": "7", "task": "vqa", "image": "images/7.jpg", "question": "How many?", "answers": ["2", "two"]}
+    {"id": "7", "task": "vqa", "image": "images/7.jpg",
+     "question": "How many?", "answers": ["2", "two"]}
 
     where "images": [...] may stand for "image", text-only samples have neither, and "system" and "history":
     [{"question", "answer"}] may be there too. Use them as `quantize --calibration` and `eval --data`.
@@ -98,7 +99,7 @@ def calibrate(
             "Without one, samples are drawn from the recipe's set.",
         ),
     ] = None,
-    recipe: RecipeOption = "mixed",
+    recipe: RecipeOption = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples instead of the recipe's number.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed instead of the recipe's.")] = None,
     mapping: KeyMap = None,
@@ -108,12 +109,13 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Make the calibration set that a recipe asks for from your own data: the short form of `data`."""
-    from vlmquant.calibration.build import build_set, draw_set
     from vlmquant.recipe import load_recipe
 
-    spec = load_recipe(recipe).calibration
+    spec = load_recipe(recipe_name(recipe)).calibration
     changes = {"samples": samples, "seed": seed}
     spec = spec.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    from vlmquant.calibration.build import build_set, draw_set
+
     if source:
         sources = parse_sources(source, mapping, images_folder, allow_outside)
         built = build_set(sources, spec, out, max_bad_fraction=max_bad_fraction)

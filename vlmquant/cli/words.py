@@ -5,7 +5,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlmquant.cli.output import tell
 from vlmquant.errors import UsageError, shown
+
+
+def recipe_name(recipe: str | None) -> str:
+    """The recipe that is asked for; the default one is told of."""
+    from vlmquant.recipe import DEFAULT_RECIPE
+
+    if recipe is None:
+        tell(f"recipe: {DEFAULT_RECIPE}, the default; `vlmquant recipes` lists the others")
+    return recipe or DEFAULT_RECIPE
 
 
 def load_wanted(recipe: str, family: Path | None) -> Any:
@@ -64,6 +74,10 @@ def parse_bytes(text: str, option: str) -> int:
         if (count := int(float(found[1]) * UNITS[unit])) > 0:
             return count
     raise UsageError(f"{option}: expected a size such as 24GB or 1.5GiB, got '{shown(text)}'")
+
+
+def parse_optional_bytes(text: str | None, option: str) -> int | None:
+    return None if text is None else parse_bytes(text, option)
 
 
 def parse_size(text: str, option: str) -> tuple[int, int]:
