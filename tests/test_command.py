@@ -12,12 +12,14 @@ import pytest
 import typer
 
 import vlmquant
+from tests import fake_runs
 from tests.conftest import Run
 from vlmquant import cli, notices, progress
 from vlmquant.cli import COMMANDS, app
 from vlmquant.cli.help import COMMAND_MEANINGS, OPTION_MEANINGS, Entry
 from vlmquant.errors import EXIT_CODES
 from vlmquant.recipe import DEFAULT_RECIPE, load_recipe, shipped
+from vlmquant.report.data import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +46,17 @@ QUICK = [
     ["generate", "model", "--image", "no.jpg", "What is this?"],
     ["generate", "model", "--dtype", "int3", "What is this?"],
     ["quantise", "model"],
+    ["gate", "report.json"],
+    ["gate", "report.json", "--recipe", "mixed", "--junit", "gate.xml", "--json"],
+    ["gate", "report.json", "--max-kl", "0.5"],
+    ["gate", "none.json"],
 ]
 
 
 def test_what_needs_no_model_imports_no_torch(tmp_path: Path) -> None:
+    reference = [fake_runs.sample(index, "vqa") for index in range(40)]
+    candidate = fake_runs.run("int4", fake_runs.degraded(reference, seed=0))
+    write_json(fake_runs.report(reference, candidate), tmp_path / "report.json")
     script = (
         "import sys, json\nfrom vlmquant import cli\n"
         f"for words in {QUICK!r}:\n"
@@ -59,6 +68,7 @@ def test_what_needs_no_model_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "gate.xml").exists()
 
 
 def commands() -> Any:
