@@ -182,7 +182,10 @@ def quantize(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    device: Annotated[str, typer.Option(help="Where blocks are quantized, such as cpu or cuda:0.")] = "cpu",
+    device: Annotated[
+        str,
+        typer.Option("--device", envvar="VLMQUANT_DEVICE", help="Where blocks are quantized, such as cpu or cuda:0."),
+    ] = "cpu",
     dtype: Dtype = "auto",
     threads: Threads = None,
     memory_limit: Annotated[
