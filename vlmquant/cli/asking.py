@@ -42,10 +42,14 @@ def generate(
 
     for path in image or ():
         open_image(path)  # a wrong path is told before a model is loaded
+    from transformers.utils import logging
+
     from vlmquant.evaluation.conversation import Conversation
     from vlmquant.kernels.probe import compute_dtype
     from vlmquant.progress import working
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     set_threads(threads)
     place = choose_device(device)
     with working("load the model"):
