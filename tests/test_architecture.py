@@ -48,6 +48,7 @@ ROOMS = [
     "recipe",
     "pages",
     "ranks",
+    "devices",
     "progress",
     "streams",
     "scratch",

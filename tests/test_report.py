@@ -19,7 +19,7 @@ from rich.console import Console
 from tests import fake_runs
 from vlmquant.calibration.samples import Sample
 from vlmquant.errors import InputError
-from vlmquant.evaluation.records import Estimate
+from vlmquant.evaluation.records import Estimate, Memory, Round
 from vlmquant.gate import judge
 from vlmquant.recipe import GateSpec
 from vlmquant.report.cells import column_axis, loss_cell
@@ -69,7 +69,10 @@ def report() -> Report:
         scored = fake_runs.degraded(reference, seed=seed, nll=0.01 + seed)
         for index in range(3 + 5 * seed):
             scored[index] = replace(scored[index], generated=f"{MALICE} {index}", exact=False)
-        runs.append(fake_runs.run(label, scored, manifest=MANIFEST))
+        costs = fake_runs.in_turns(
+            replace(fake_runs.COSTS, memory={"cpu": Memory(121_500_000, 80_000_000, 300_000_000)})
+        )
+        runs.append(fake_runs.run(label, scored, manifest=MANIFEST, costs=costs))
     return fake_runs.report(reference, *runs)
 
 
@@ -172,6 +175,8 @@ def at(data: dict[str, Any], path: str) -> tuple[Any, Any]:
         ("candidates.0.costs.load_seconds", "fast"),
         ("candidates.0.costs.tokens_per_second", -1.0),
         ("candidates.0.costs.tokens_per_second_range", [1.0]),
+        ("candidates.0.costs.memory", {"cpu": {"held": -1, "activations": None, "load": None}}),
+        ("candidates.0.costs.rounds", [{"reference": {"first_token_seconds": 1.0, "tokens_per_second": 2.0}}]),
         ("candidates.0.manifest", []),
         ("candidates.0.samples", []),
         ("candidates.0.label", "\ud800"),
@@ -327,12 +332,15 @@ def test_two_models_of_one_name_are_refused() -> None:
 def test_the_table_has_the_reference_first_and_a_number_in_each_cell(report: Report) -> None:
     rows = compare_table(report)
     assert [row.method for row in rows] == ["bf16", "gptq-int4", "rtn|int3"]
-    assert COLUMNS == ("method", "perplexity", "BLEU-4", "exact match", "KL", "flips", "tokens/s", "memory", "size")
+    costs = ("speed", "first token", "memory", "size")
+    assert ("method", "perplexity", "BLEU-4", "exact match", "KL", "flips", *costs) == COLUMNS
     texts = {title: cell.text for title, cell in rows[0].cells.items()}
     assert re.fullmatch(r"7\.39 \[7\.39, 7\.39\]", texts["perplexity"])  # exp(20 nats / 10 tokens)
     assert texts["exact match"] == "100.0 % [100.0, 100.0]"
     assert (texts["KL"], texts["flips"]) == ("–", "–")
-    assert (texts["tokens/s"], texts["memory"], texts["size"]) == ("21.5", "1.40 GB", "243.0 MB")
+    assert [texts[title] for title in costs] == ["–", "–", "486.0 MB", "243.0 MB"]
+    texts = {title: cell.text for title, cell in rows[1].cells.items()}
+    assert [texts[title] for title in costs] == ["1.50× [1.50, 1.50]", "1.60× [1.60, 1.60]", "121.5 MB", "243.0 MB"]
     assert rows[1].cells["KL"].value == report.summaries[1]["all"]["kl"].point
 
 
@@ -340,7 +348,9 @@ def test_rows_for_machines_are_plain_json(report: Report) -> None:
     rows = json.loads(json.dumps(compare_rows(report), allow_nan=False))
     assert list(rows[0]) == list(COLUMNS)
     assert rows[0]["KL"] == {"point": None, "low": None, "high": None, "n": None}
-    assert rows[1]["size"] == 243_000_000
+    assert (rows[1]["size"], rows[1]["memory"]) == (243_000_000, 121_500_000)
+    assert rows[0]["speed"] == {"point": None, "low": None, "high": None, "n": None}
+    assert rows[1]["speed"] == {"point": 1.5, "low": 1.5, "high": 1.5, "n": 10, "stable": True}
     kl = report.summaries[1]["all"]["kl"]
     assert rows[1]["KL"] == {"point": kl.point, "low": kl.low, "high": kl.high, "n": 80}
 
@@ -467,6 +477,59 @@ def test_the_worst_layers_are_named_beside_their_plot(one: Report) -> None:
     text = Page(to_html(one)).text
     # two errors, .02 and .0007; their median is .01035
     assert "layer 0 down_proj 0.02, 1.9× layer 11 q_proj 0.0007, 0.1×" in text
+
+
+# --- what it takes
+
+
+def test_a_speed_whose_rounds_disagree_is_nobody_s_headline(one: Report) -> None:
+    fast, slow = fake_runs.FAST, fake_runs.SLOW
+    rounds = tuple(Round(slow, fast if number % 2 else slow) for number in range(10))  # tokens/s: 1.0 or 1.5 times
+    told = replace(one, candidates=(replace(one.candidates[0], costs=replace(one.candidates[0].costs, rounds=rounds)),))
+    assert [compare_table(told)[1].cells[title].text for title in ("speed", "first token")] == ["unstable"] * 2
+    row = compare_rows(told)[1]["speed"]
+    assert row == {"point": 1.25, "low": 1.0, "high": 1.5, "n": 10, "stable": False}
+    for page in (to_markdown(told), Page(to_html(told)).text):
+        assert "speed is unstable: 1.00× to 1.50× over 10 rounds" in page
+        assert "1.25×" not in page
+    for page in (to_markdown(one), Page(to_html(one)).text):
+        assert "1.50× [1.50, 1.50]" in page
+        assert "unstable" not in page
+    tiles = Page(to_html(one)).text
+    assert "speed 1.50× [1.50, 1.50] in 10 turns; 20.0 → 30.0 tokens/s" in tiles
+    assert "first token 1.60× [1.60, 1.60] in 10 turns; 0.40 → 0.25 s" in tiles
+    assert "weights in memory 25 % 486.0 MB → 121.5 MB; activations 90.0 MB → 80.0 MB" in tiles
+    assert "1.40 GB" not in tiles.split("How to repeat it")[0]  # the whole process: in the details alone
+    assert "process at its peak 1.40 GB" in tiles
+
+
+def test_a_model_without_turns_has_no_speed_and_says_why(one: Report) -> None:
+    costs = replace(one.candidates[0].costs, rounds=None, unpaired="it and the reference do not fit")
+    told = replace(one, candidates=(replace(one.candidates[0], costs=costs),))
+    assert compare_table(told)[1].cells["speed"].text == "not in turns"
+    for page in (to_markdown(told), Page(to_html(told)).text):
+        assert "its speed was not measured in turns with the reference's: it and the reference do not fit" in page
+        assert "1.50×" not in page
+        assert "1.60×" not in page
+
+
+def test_a_report_of_before_is_read_judged_and_shown(one: Report, tmp_path: Path) -> None:
+    """As vlmquant wrote it when speed had no rounds and memory was the whole process."""
+    file = tmp_path / "report.json"
+    write_json(one, file)
+    data = json.loads(file.read_text())
+    for run in (data["reference"], *data["candidates"]):
+        for key in ("memory", "rounds", "unpaired"):
+            del run["costs"][key]
+    file.write_text(json.dumps(data))
+    old = read_json(file)
+    assert old.candidates[0].costs.peak_bytes == one.candidates[0].costs.peak_bytes
+    assert judge(old, GateSpec(max_kl=1.0))
+    texts = {title: cell.text for title, cell in compare_table(old)[1].cells.items()}
+    assert [texts[title] for title in ("speed", "first token", "memory", "size")] == ["–", "–", "–", "243.0 MB"]
+    for page in (to_markdown(old), Page(to_html(old)).text):
+        assert "21.5" in page  # tokens a second of either, one after the other
+        assert "weights in memory 25 %" not in page
 
 
 # --- Markdown and HTML

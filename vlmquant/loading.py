@@ -34,6 +34,7 @@ from vlmquant.components import (
     read_config,
 )
 from vlmquant.conversion import Lazy, Stored, left_aside, match
+from vlmquant.devices import find_device
 from vlmquant.errors import CacheScaleError, CheckpointError, InputError, VlmquantError, first_line, shown
 from vlmquant.experts import Form, form_of, match_apart, parts_of, take_apart
 from vlmquant.families import ACTIVATIONS, FAMILIES, FOLDS, shared_inputs
@@ -531,11 +532,12 @@ def load_model(
 ) -> Any:
     """The model in a directory, quantized or not, in eval mode; quantized weights stay packed.
 
-    dtype: of everything that is not quantized; None for the model's own. generation: instead of generation_config.json,
-    which is then not opened. Raises InputError for a damaged directory and CheckpointError where the checkpoint does
+    dtype: of everything that is not quantized; None for the model's own. device: "auto" is the GPU if there is one.
+    generation: instead of generation_config.json, which is then not opened. Raises UsageError for a device that is not
+    there, InputError for a damaged directory and CheckpointError where the checkpoint does
     not fit its model: every tensor must be there, be used and have its shape.
     """
-    path, device = Path(path), torch.device(device)
+    path, device = Path(path), torch.device(find_device(str(device)))
     shards, content = open_shards(path), read_config(path)
     source = _fp8_source(path, content)
     quantized_by = None if source else _method_of(path, content)
@@ -585,7 +587,7 @@ def load_model(
         _cast_kept(model, dtype)
     if device.type != "cpu" and quantized_by != bitsandbytes.METHOD:
         model.to(device)
-    _give_back_freed_memory()
+    give_back_freed_memory()
     return model.eval()
 
 
@@ -685,11 +687,11 @@ def _give_back(freed: int) -> int:
     """Have memory returned once so many bytes were freed that it is worth the call; what is still to be returned."""
     if freed < WORTH_RETURNING:
         return freed
-    _give_back_freed_memory()
+    give_back_freed_memory()
     return 0
 
 
-def _give_back_freed_memory() -> None:
+def give_back_freed_memory() -> None:
     """Let glibc return what packing a weight needed for a moment: it keeps it, in holes too small for the next one.
 
     Other C libraries return it by themselves or have no such call.

@@ -8,7 +8,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +30,7 @@ from vlmquant.checkpoint import AlreadyFinishedError, CheckpointWriter, Inputs, 
 from vlmquant.checkpoint.card import base_name, base_revision, record_evaluation
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.components import CONFIG_NAME, ComponentMap, locate_model, resolve_components, resolve_from_headers
+from vlmquant.devices import AUTO, find_device, tell_device
 from vlmquant.engines import Contract, check_plan
 from vlmquant.errors import (
     DoesNotFitError,
@@ -42,8 +43,7 @@ from vlmquant.errors import (
 )
 from vlmquant.evaluation.environment import peak_resident_bytes
 from vlmquant.evaluation.inputs import check_first
-from vlmquant.evaluation.logprobs import LogProbs
-from vlmquant.evaluation.scoring import score_model
+from vlmquant.evaluation.remote import score_models
 from vlmquant.evaluation.settings import Settings
 from vlmquant.families import Family, from_spec
 from vlmquant.formats import FORMATS, bitsandbytes
@@ -129,7 +129,7 @@ def quantize(
     out: str | Path,
     *,
     calibration: str | Path | None = None,
-    device: str = "cpu",
+    device: str = AUTO,
     dtype: torch.dtype | None = None,
     resume: bool = False,
     force: bool = False,
@@ -142,6 +142,7 @@ def quantize(
     """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
 
     calibration: a set's name or folder instead of the recipe's.
+    device: where passes run, as find_device has it; told on stderr.
     memory_limit: bytes that the process may hold; DoesNotFitError before any work where it would need more. Without
     one, what the machine and its limits leave decides how the passes run (budget.WAYS).
     device_memory_limit: the same of a GPU's memory, where that is the device.
@@ -153,7 +154,9 @@ def quantize(
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
     _return_freed_memory()
-    _check_device(device)
+    device = find_device(ranks.device if device == AUTO and ranks.size > 1 else device)
+    if ranks.leads:
+        tell_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     components, plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
     if (contract := check_target(components, plan, recipe)) is not None and not contract.fits:
@@ -495,16 +498,6 @@ def _repeatable(command: Sequence[str], model_dir: Path) -> list[str]:
     return [name if word == MODEL else word for word in command]
 
 
-def _check_device(device: str) -> None:
-    """UsageError for a device that torch does not know, cannot reach, or that does not compute, such as meta."""
-    try:
-        torch.ones(1, device=device).item()
-    except Exception as error:
-        raise UsageError(
-            f"device {shown(device)}: cannot be used here ({first_line(error)}); leave it out to use the CPU"
-        ) from error
-
-
 def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, **more: int) -> None:
     record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens, **more}
     if result.cache:
@@ -554,12 +547,15 @@ def evaluate(
     settings: Settings | None = None,
     command: Sequence[str] = (),
 ) -> Report:
-    """Score the reference and every model on the same samples of a set, in processes of their own.
+    """Score the reference and every model on the same samples of a set, in processes of their own, and time each in
+    turns with the reference.
 
     limit: at most so many samples, shared among the tasks. strata: so many of each task, in file order; None and None
     take them all. Raises InputError where a model was calibrated on images of the set.
     """
     settings = settings or Settings()
+    settings = replace(settings, device=find_device(settings.device))
+    tell_device(settings.device)
     sample_set = load_set(data)
     selection = choose_samples(sample_set, _evaluation_spec(sample_set, limit, strata))
     for row in selection.short:
@@ -572,12 +568,7 @@ def evaluate(
     labels = _labels(directories)
     check_first(directories, selection.samples, allow_other=settings.allow_other_inputs)
     with unnamed_file() as record:
-        base = score_model(directories[0], selection.samples, settings, reference=None, record=record, label=labels[0])
-        logprobs = LogProbs.open(record)
-        runs = [
-            score_model(model_dir, selection.samples, settings, reference=logprobs, record=None, label=label)
-            for model_dir, label in zip(directories[1:], labels[1:], strict=True)
-        ]
+        base, *runs = score_models(directories, selection.samples, settings, record=record, labels=labels)
     return build_report(
         base,
         runs,

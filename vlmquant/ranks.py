@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from vlmquant.devices import AUTO, GPU, find_device
 from vlmquant.errors import EXIT_ERROR, RankLostError, UsageError, VlmquantError, first_line, printable, shown
 from vlmquant.streams import Stderr
 
@@ -177,29 +178,32 @@ ALONE = Ranks()
 
 
 @contextmanager
-def join(device: str = "cpu") -> Iterator[Ranks]:
+def join(device: str = AUTO) -> Iterator[Ranks]:
     """The ranks that torchrun's variables speak of; a process that was started by itself is alone.
 
-    device: of all of them; `cuda` is the GPU of a rank's number on its machine, over NCCL. Leaving it waits for the
-    others. Raises UsageError for variables that mean nothing, RankLostError where not all come.
+    device: of all of them, as find_device has it; `cuda` is the GPU of a rank's number on its machine, over NCCL.
+    Leaving it waits for the others. Raises UsageError for variables that mean nothing, and for a device that is not
+    there; RankLostError where not all come.
     """
     size = _number("WORLD_SIZE", 1, least=1)
     if size == 1:
-        yield Ranks(device=device)
+        yield Ranks(device=find_device(device))
         return
     rank = _number("RANK", None)
     if rank >= size:
         raise UsageError(f"RANK is {rank} and WORLD_SIZE {size}; ranks are numbered from 0")
     local, here = _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", 1, least=1)
-    own_gpu = device == "cuda"
+    own_gpu = device == GPU or (device == AUTO and torch.cuda.is_available())
     if own_gpu:
         found = torch.cuda.device_count()
         if local >= found:
             raise UsageError(
                 f"device cuda: this machine has {found} GPUs, so there is none for its process {local}; start as "
-                "many processes as there are GPUs, or name one that they share, such as cuda:0"
+                "many processes as there are GPUs, or name what they share: cuda:0, or cpu"
             )
-        device = f"cuda:{local}"
+        device = f"{GPU}:{local}"
+    device = find_device(device)
+    if own_gpu:
         torch.cuda.set_device(local)
     watch = Watch(rank, size)
     try:

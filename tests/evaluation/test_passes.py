@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from vlmquant.calibration.encode import Encoder, collate
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample
+from vlmquant.evaluation import passes
 from vlmquant.evaluation.passes import (
     Scored,
     batches_of,
@@ -130,6 +132,20 @@ def test_speed_is_measured_over_the_tokens_asked_for(model: Any, encoder: Encode
     prefill, speed = time_decoding(model, encoder, samples[0], tokens=5)
     assert prefill > 0
     assert 1 < speed < 1e5
+
+
+def test_speed_by_a_planted_clock(
+    model: Any, encoder: Encoder, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that takes 3 s for the prompt with its image and half a second for each token after the first."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(passes, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slow(_: Any, args: Any, inputs: dict[str, Any]) -> None:
+        clock.now += 3.0 if inputs["input_ids"].shape[1] > 1 else 0.5
+
+    model.register_forward_pre_hook(slow, with_kwargs=True)
+    assert time_decoding(model, encoder, samples[0], tokens=5) == (3.0, 2.0)
 
 
 def test_batches_hold_like_lengths_longest_first(encoder: Encoder, samples: list[Sample]) -> None:

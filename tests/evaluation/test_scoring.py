@@ -3,10 +3,11 @@
 import json
 import math
 import shutil
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -19,23 +20,26 @@ from vlmquant.calibration.encode import Encoder
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
 from vlmquant.errors import InputError, SentinelError, UsageError, VlmquantError
-from vlmquant.evaluation import process, scoring
+from vlmquant.evaluation import remote, scoring
 from vlmquant.evaluation.environment import environment, peak_resident_bytes
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.metrics import summarize
+from vlmquant.evaluation.process import Worker
 from vlmquant.evaluation.records import Run
+from vlmquant.evaluation.remote import score_model, score_models
 from vlmquant.evaluation.scoring import (
-    answer_request,
+    Answering,
     check_samples,
     divergence,
     sample_from_dict,
     score_here,
-    score_model,
     with_wrong_images,
 )
 from vlmquant.evaluation.settings import Settings
 
-SETTINGS = Settings(dtype="float32", batch_size=3, caption_tokens=4, answer_tokens=3, speed_prompts=1, speed_tokens=3)
+SETTINGS = Settings(
+    dtype="float32", batch_size=3, caption_tokens=4, answer_tokens=3, speed_prompts=1, speed_rounds=2, speed_tokens=3
+)
 
 
 @pytest.fixture
@@ -150,8 +154,111 @@ def test_run_records_what_was_done(tiny_llava: Path, samples: list[Sample]) -> N
     assert run.costs.weight_bytes == (tiny_llava / "model.safetensors").stat().st_size
     assert run.costs.tokens_per_second is not None
     assert run.costs.tokens_per_second > 0
-    assert run.costs.peak_bytes >= (run.costs.load_peak_bytes or 0) >= (run.costs.baseline_bytes or 0) > 0
+    assert run.costs.peak_bytes >= (run.costs.baseline_bytes or 0) > 0
+    weights = sum(value.numel() * 4 for value in load_file(tiny_llava / "model.safetensors").values())  # in float32
+    assert run.costs.memory is not None
+    assert list(run.costs.memory) == ["cpu"]
+    assert weights <= (run.costs.held_bytes or 0) <= weights + 4096  # and buffers that no file holds
+    assert (run.costs.rounds, run.costs.unpaired) == (None, None)
     assert Run.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_the_longest_prompts_with_an_image_are_timed(tiny_llava: Path, samples: list[Sample]) -> None:
+    long = "which of the many things in this picture is the largest of all?"
+    asked = [
+        *samples,
+        replace(samples[0], id="long", question=long),
+        replace(samples[0], id="text", question=10 * long, images=()),
+    ]
+    encoder = Encoder(load_processor(tiny_llava), tidy_captions=False)
+    of = scoring._Answers(asked, encoder, SETTINGS)
+    assert scoring.long_prompts(of, 3) == [4, 3, 0]  # "how many circles?" has more tokens than "describe the image."
+    only_text = scoring._Answers([replace(one, images=()) for one in asked], encoder, SETTINGS)
+    assert scoring.long_prompts(only_text, 1) == [5]
+
+
+def test_no_answers_no_speed(tiny_llava: Path, samples: list[Sample]) -> None:
+    run = score_here(tiny_llava, samples[:1], replace(SETTINGS, generate=False), reference=None, record=None)
+    assert (run.costs.tokens_per_second, run.costs.prefill_seconds) == (None, None)
+
+
+class Here:
+    """A worker in this process: what it is asked, and what it answers or, by a plan, cannot."""
+
+    log: ClassVar[list[str]] = []
+    fails: ClassVar[Callable[[str], bool]] = staticmethod(lambda asked: False)
+    free: ClassVar[int | None] = None
+
+    def __init__(self, files: Sequence[int]) -> None:
+        self.answering, self.name = Answering(), ""
+
+    def ask(self, request: dict[str, Any]) -> bytes:
+        ((what, asked),) = request.items()
+        if what == "load":
+            self.name = Path(asked["model_dir"]).name
+        self.log.append(f"{what} {self.name}" + (f" {asked}" if what == "time" else ""))
+        if Here.fails(self.log[-1]):
+            return json.dumps({"error": {"kind": "DoesNotFitError", "message": "no room"}}).encode()
+        answer = self.answering(json.loads(json.dumps(request, default=str)))
+        if what == "score" and Here.free is not None:
+            answer["score"]["room"]["free"] = Here.free
+        return json.dumps(answer).encode()
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.append(f"end {self.name}")
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> type[Here]:
+    monkeypatch.setattr(remote, "Worker", Here)
+    Here.log, Here.fails, Here.free = [], staticmethod(lambda asked: False), None
+    return Here
+
+
+def test_models_take_turns_with_the_reference(
+    here: type[Here], tiny_llava: Path, other_llava: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    base, run = score_models(
+        [tiny_llava, other_llava], samples, SETTINGS, record=tmp_path / "lp", labels=["the original", "noise"]
+    )
+    one, other = tiny_llava.name, other_llava.name
+    assert here.log == [
+        f"load {one}", f"score {one}",
+        f"load {other}", f"time {one} 3", f"time {other} 3", f"time {other} 3", f"time {one} 3", f"score {other}",
+        f"end {other}", f"end {one}",
+    ]  # fmt: skip
+    assert (base.label, run.label) == ("the original", "noise")
+    assert base.costs.rounds is None
+    assert run.costs.rounds is not None
+    assert base.costs.tokens_per_second == pytest.approx(
+        statistics.median(one.reference.tokens_per_second for one in run.costs.rounds)
+    )
+    assert run.samples[0].kl is not None
+
+
+@pytest.mark.parametrize("why", ["no room to begin with", "memory runs out"])
+def test_models_that_do_not_fit_beside_the_reference_are_scored_without_it(
+    why: str, here: type[Here], tiny_llava: Path, other_llava: Path, samples: list[Sample], tmp_path: Path
+) -> None:
+    one, other = tiny_llava.name, other_llava.name
+    if why == "memory runs out":
+        here.fails = staticmethod(lambda asked: asked == f"load {other}" and f"end {one}" not in here.log)
+    else:
+        here.free = 1000
+    base, run = score_models([tiny_llava, other_llava], samples, SETTINGS, record=tmp_path / "lp", labels=["a", "b"])
+    tried = [f"load {other}", f"end {other}"] if why == "memory runs out" else []
+    alone = [f"load {other}", f"time {other} 3", f"time {other} 3", f"score {other}", f"end {other}"]
+    assert here.log == [
+        f"load {one}", f"score {one}", *tried, f"time {one} 3", f"time {one} 3", f"end {one}", *alone
+    ]  # fmt: skip
+    assert run.costs.rounds is None
+    assert run.costs.unpaired == "it and the reference do not fit into memory at once"
+    assert base.costs.tokens_per_second
+    assert run.costs.tokens_per_second
+    assert run.samples[0].kl is not None
 
 
 def test_wrong_images_are_another_samples_of_the_task(samples: list[Sample]) -> None:
@@ -184,10 +291,12 @@ def test_score_model_runs_in_a_process_of_its_own(tiny_llava: Path, samples: lis
 def test_an_error_in_the_process_comes_back_as_itself(
     tiny_llava: Path, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def here(request: dict[str, Any], *, files: Sequence[int]) -> tuple[bytes, int]:
-        return json.dumps(answer_request(json.loads(json.dumps(request, default=str)))).encode(), 0
+    answering = Answering()
 
-    monkeypatch.setattr(process, "run", here)  # spares the seconds of importing transformers
+    def here(worker: Worker, request: dict[str, Any]) -> bytes:
+        return json.dumps(answering(json.loads(json.dumps(request, default=str)))).encode()
+
+    monkeypatch.setattr(Worker, "ask", here)  # spares the seconds of importing transformers
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
     with pytest.raises(InputError, match=r"broken\.png"):

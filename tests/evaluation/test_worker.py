@@ -17,9 +17,10 @@ from tests.small_set import write_small_set
 from vlmquant import scratch
 from vlmquant.calibration.sets import load_set
 from vlmquant.errors import DoesNotFitError, InputError, VlmquantError
-from vlmquant.evaluation import process, scoring
+from vlmquant.evaluation import process, remote
 from vlmquant.evaluation.logprobs import LogProbs
-from vlmquant.evaluation.scoring import score_model
+from vlmquant.evaluation.process import Worker
+from vlmquant.evaluation.remote import score_model
 from vlmquant.evaluation.settings import Settings
 
 SLOW = """
@@ -28,12 +29,13 @@ sys.path.insert(0, {root!r})
 from vlmquant.evaluation import worker
 import types
 scoring = types.ModuleType("vlmquant.evaluation.scoring")
-def answer_request(request):
-    with open(request["seen"], "w") as file:
-        file.write(str(os.getpid()))
-    {what}
-    return {{"run": 1}}
-scoring.answer_request = answer_request
+class Answering:
+    def __call__(self, request):
+        with open(request["seen"], "w") as file:
+            file.write(str(os.getpid()))
+        {what}
+        return {{"run": 1}}
+scoring.Answering = Answering
 sys.modules["vlmquant.evaluation.scoring"] = scoring
 utils = types.ModuleType("transformers.utils")
 utils.logging = types.SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
@@ -47,7 +49,7 @@ ROOT = str(Path(__file__).parents[2])
 
 @pytest.fixture
 def act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Have process.run start a worker that does something else than scoring."""
+    """Have Worker start one that does something else than scoring."""
 
     def replace(what: str, before: str = "") -> None:
         script = tmp_path / "worker.py"
@@ -100,8 +102,8 @@ def test_a_worker_ended_by_a_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     act(f"resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); os.kill(os.getpid(), {int(number)}); time.sleep(60)")
-    inner = process.run
-    monkeypatch.setattr(process, "run", lambda request, files: inner({"seen": str(tmp_path / "seen")}, files=files))
+    inner = Worker.ask
+    monkeypatch.setattr(Worker, "ask", lambda self, request: inner(self, {"seen": str(tmp_path / "seen")}))
     samples = load_set(write_small_set(tmp_path / "set", pairs=1)).samples
     with pytest.raises(error, match=match) as told:
         score_model(tiny_llava, samples, Settings(threads=1, dtype="float32"), reference=None, record=None)
@@ -110,15 +112,29 @@ def test_a_worker_ended_by_a_signal(
 
 def test_a_worker_that_fails_is_a_bug_of_ours(act: Callable[..., None], tmp_path: Path) -> None:
     act("raise KeyError('x')")
-    assert process.run({"seen": str(tmp_path / "seen")}) == (b"", 1)
+    with Worker() as worker:
+        assert worker.ask({"seen": str(tmp_path / "seen")}) == b""
+        assert worker.status() == 1
     with pytest.raises(RuntimeError, match="traceback stands above"):
-        raise scoring._ended(tmp_path, 1)
+        raise remote.ended(tmp_path, 1)
 
 
 def test_answers_and_requests_of_any_size(act: Callable[..., None], tmp_path: Path) -> None:
     act("return {'echo': request['long'] * 3}")
-    answer, status = process.run({"seen": str(tmp_path / "seen"), "long": "aé\n" * 10**6})
-    assert (json.loads(answer), status) == ({"echo": "aé\n" * 3 * 10**6}, 0)
+    with Worker() as worker:
+        for times in (10**6, 1, 10**5):
+            answer = worker.ask({"seen": str(tmp_path / "seen"), "long": "aé\n" * times})
+            assert json.loads(answer) == {"echo": "aé\n" * 3 * times}
+    assert worker.status() == 0  # nothing was under way: it ended by itself
+
+
+def test_a_worker_sleeps_while_it_is_not_asked(act: Callable[..., None], tmp_path: Path) -> None:
+    act("return {'cpu': time.process_time()}")
+    with Worker() as worker:
+        used = [json.loads(worker.ask({"seen": str(tmp_path / "seen")}))["cpu"] for _ in range(3)]
+        time.sleep(1)
+        after = json.loads(worker.ask({"seen": str(tmp_path / "seen")}))["cpu"]
+    assert after - used[-1] < 0.05  # a thread that spins takes the whole second
 
 
 def test_an_exception_here_ends_the_worker(
@@ -132,8 +148,8 @@ def test_an_exception_here_ends_the_worker(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(process.signals, "check", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        process.run({"seen": str(seen)})
+    with pytest.raises(KeyboardInterrupt), Worker() as worker:
+        worker.ask({"seen": str(seen)})
     assert not is_alive(int(seen.read_text()))
 
 
@@ -148,7 +164,10 @@ signals.install()
 process.COMMAND = ({script!r},)
 with unnamed_file() as path, path.open("r+b") as file:
     file.write(b"x" * 1000)
-    process.run({{"seen": {seen!r}}}, files=[file.fileno()])
+    with process.Worker([file.fileno()]) as worker:
+        if worker.ask({{"seen": {seen!r}}}):
+            while not signals.check():
+                signals.time.sleep(0.05)
 """
 
 
@@ -157,7 +176,8 @@ def owner(
     request: pytest.FixtureRequest, act: Callable[..., None], tmp_path: Path
 ) -> Iterator[tuple["subprocess.Popen[str]", Path, Path]]:
     """A process that waits for a worker; where that notes its pid; and their TMPDIR."""
-    act("time.sleep(600)", before=getattr(request, "param", ""))
+    before, what = getattr(request, "param", ("", BUSY))
+    act(what, before=before)
     seen, place = tmp_path / "seen", tmp_path / "tmp"
     place.mkdir()
     code = OWNER.format(root=ROOT, script=str(tmp_path / "worker.py"), seen=str(seen))
@@ -175,12 +195,20 @@ def owner(
     started.communicate()
 
 
-WITHOUT_DEATH_SIGNAL, WITHOUT_PIPE = "worker.end_with_parent = lambda: None", "worker._end_with_input = lambda: None"
+WITHOUT_DEATH_SIGNAL, WITHOUT_PIPE = "worker.end_with_parent = lambda: None", "worker._listen = lambda *_: None"
+BUSY, IDLE = "time.sleep(600)", "pass"
+"""What the worker does when its owner is ended: it answers, or it has answered and sleeps."""
 
 
 @pytest.mark.parametrize(
     ("whom", "owner"),
-    [("owner", WITHOUT_DEATH_SIGNAL), ("owner", WITHOUT_PIPE), ("worker", ""), ("both", "")],
+    [
+        ("owner", (WITHOUT_DEATH_SIGNAL, BUSY)),
+        ("owner", (WITHOUT_DEATH_SIGNAL, IDLE)),
+        ("owner", (WITHOUT_PIPE, BUSY)),
+        ("worker", ("", BUSY)),
+        ("both", ("", BUSY)),
+    ],
     indirect=["owner"],
 )
 def test_nothing_is_left_behind_by_a_kill(whom: str, owner: tuple["subprocess.Popen[str]", Path, Path]) -> None:
@@ -197,6 +225,7 @@ def test_nothing_is_left_behind_by_a_kill(whom: str, owner: tuple["subprocess.Po
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("to_both", [False, True], ids=["owner", "group"])
+@pytest.mark.parametrize("owner", [("", BUSY), ("", IDLE)], ids=["busy", "idle"], indirect=True)
 def test_a_signal_ends_both_without_a_word(
     number: signal.Signals, to_both: bool, owner: tuple["subprocess.Popen[str]", Path, Path]
 ) -> None:

@@ -8,6 +8,7 @@ import typer
 from vlmquant import streams
 from vlmquant.cli.options import (
     CalibrationOption,
+    Device,
     Dtype,
     FamilyOption,
     Json,
@@ -182,10 +183,7 @@ def quantize(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from where an interrupted run stopped.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    device: Annotated[
-        str,
-        typer.Option("--device", envvar="VLMQUANT_DEVICE", help="Where blocks are quantized, such as cpu or cuda:0."),
-    ] = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
     memory_limit: Annotated[
@@ -249,7 +247,7 @@ def quantize(
                     "--recipe": recipe,
                     "--calibration": calibration,
                     "--samples": samples,
-                    "--device": None if device == "cpu" else device,
+                    "--device": None if device == "auto" else device,
                     "--dtype": None if dtype == "auto" else dtype,
                     "--family": family,
                     "--trust-remote-code": trust_remote_code,

@@ -10,6 +10,7 @@ import typer
 
 from vlmquant.cli.options import (
     Data,
+    Device,
     Dtype,
     Html,
     Json,
@@ -39,6 +40,7 @@ def evaluate(
     wrong_image: WrongImage = False,
     no_generate: NoGenerate = False,
     other_inputs: OtherInputs = False,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
     card: Annotated[
@@ -66,6 +68,7 @@ def evaluate(
         wrong_image,
         no_generate,
         other_inputs,
+        device,
         dtype,
         threads,
         thresholds,
@@ -89,6 +92,7 @@ def compare(
     wrong_image: WrongImage = False,
     no_generate: NoGenerate = False,
     other_inputs: OtherInputs = False,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     threads: Threads = None,
     thresholds: ThresholdsFile = None,
@@ -111,6 +115,7 @@ def compare(
         wrong_image=wrong_image,
         generate=not no_generate,
         allow_other_inputs=other_inputs,
+        device=device,
         dtype=dtype,  # type: ignore[arg-type]  # Settings refuses what it does not know
         threads=threads,
     )

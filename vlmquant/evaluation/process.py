@@ -1,4 +1,4 @@
-"""The process in which a model is scored, from outside: started, waited for, and ended when we end."""
+"""A process in which a model is held and scored, from outside: started, asked, and ended when we end."""
 
 import json
 import os
@@ -19,57 +19,71 @@ PATIENCE_SECONDS = 3.0
 """Between the asking and the killing of a worker that is no longer wanted."""
 
 
-def run(request: Mapping[str, Any], *, files: Sequence[int] = ()) -> tuple[bytes, int]:
-    """What a worker answers to a request, b"" where it did not; and its exit status, negative if a signal ended it.
+class Worker:
+    """A process that answers requests, one at a time, and sleeps in between; a context manager that ends it.
 
-    files: open descriptors that the worker shares. However this process ends, the worker does not outlive it: its
-    standard input is a pipe from here.
+    files: open descriptors that it shares. However this process ends, the worker does not outlive it: its standard
+    input is a pipe from here.
     """
-    answers, answer_end = os.pipe()
-    command = [sys.executable, *COMMAND, str(answer_end)]
-    path = os.pathsep.join(filter(None, sys.path))  # the same modules as here, wherever we were started
-    environment = QUIET_WAIT | os.environ | {"PYTHONPATH": path}
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)  # the worker unblocks them when it is ready
-    try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=(answer_end, *files), env=environment)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.close(answer_end)
-    try:
-        assert process.stdin is not None
-        with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
-            process.stdin.flush()
-        answer = _receive(answers, process)
-        return answer, process.wait()
-    finally:
-        os.close(answers)
-        _end(process)
 
-
-def _receive(answers: int, process: "subprocess.Popen[bytes]") -> bytes:
-    """All that comes until the pipe or the process ends, obeying signals meanwhile."""
-    received = bytearray()
-    while True:
-        ready, _, _ = select.select([answers], [], [], POLL_SECONDS)
-        signals.check()
-        if ready:
-            part = os.read(answers, 1 << 20)
-            if not part:
-                return bytes(received)
-            received += part
-        elif process.poll() is not None:
-            return bytes(received)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    if process.poll() is None:
-        process.terminate()
+    def __init__(self, files: Sequence[int] = ()) -> None:
+        self._answers, answer_end = os.pipe()
+        self._asked = False
+        command = [sys.executable, *COMMAND, str(answer_end)]
+        path = os.pathsep.join(filter(None, sys.path))  # the same modules as here, wherever we were started
+        environment = QUIET_WAIT | os.environ | {"PYTHONPATH": path}
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)  # the worker unblocks them
         try:
-            process.wait(PATIENCE_SECONDS)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=(answer_end, *files), env=environment
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            os.close(answer_end)
+
+    def ask(self, request: Mapping[str, Any]) -> bytes:
+        """What it answers to a request, a line of JSON; b"" where it ended instead."""
+        assert self._process.stdin is not None
+        self._asked = True
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request, default=str).encode() + b"\n")
+            self._process.stdin.flush()
+        received = bytearray()
+        while not received.endswith(b"\n"):  # nothing comes unasked, and JSON has no line ends inside
+            ready, _, _ = select.select([self._answers], [], [], POLL_SECONDS)
+            signals.check()
+            if ready:
+                part = os.read(self._answers, 1 << 20)
+                if not part:
+                    return b""
+                received += part
+            elif self._process.poll() is not None:
+                return b""
+        self._asked = False
+        return bytes(received)
+
+    def status(self) -> int:
+        """The exit status of one that ended, negative if a signal ended it."""
+        return self._process.wait()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._answers)
+        if self._asked and self._process.poll() is None:
+            self._process.terminate()
+        else:
+            _close(self._process)  # which ends one that has nothing to do
+        try:
+            self._process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            self._process.kill()
+            self._process.wait()
+        _close(self._process)
+
+
+def _close(process: "subprocess.Popen[bytes]") -> None:
     assert process.stdin is not None
     with suppress(OSError):
         process.stdin.close()

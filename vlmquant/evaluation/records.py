@@ -1,7 +1,7 @@
 """What an evaluation found, as plain frozen data that a report stores and a gate judges."""
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -57,24 +57,72 @@ class SampleScore:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """One prompt answered greedily at batch size 1."""
+
+    first_token_seconds: Amount
+    """Image included, preprocessing excluded."""
+    tokens_per_second: Amount
+    """Of the tokens after the first."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The same prompt to the reference and to this model, one right after the other."""
+
+    reference: Timing
+    model: Timing
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one memory, the host's or a GPU's, that a model takes of it."""
+
+    held: Count
+    """Of the tensors that the loaded model holds: parameters, buffers, packed codes; what is shared counts once."""
+    activations: Count | None
+    """Peak above the loaded model while it was evaluated, its KV cache included; None where the system does not say."""
+    load: Count | None
+    """Peak while it was loaded, above what the process took before; None where the system does not say."""
+
+
+@dataclass(frozen=True)
 class Costs:
     """What running the model took, measured in a process of its own."""
 
     weight_bytes: Count
     """Bytes of the model's safetensors files."""
     load_seconds: Amount
+    """Until every weight is in memory."""
     peak_bytes: Count
-    """Peak resident memory of loading the model and answering at batch size 1; scoring in batches comes after."""
+    """Peak resident memory of the whole process, of which Python, torch and transformers are the larger part of a small
+    model's: no measure of the model."""
     tokens_per_second: Amount | None
-    """Median over prompts of greedy decoding at batch size 1, prefill excluded; None when not measured."""
+    """Median of its timings of greedy decoding at batch size 1, prefill excluded; None when not measured."""
     prefill_seconds: Amount | None
     """Median seconds to the first token at batch size 1, image included, preprocessing excluded."""
     tokens_per_second_range: tuple[Amount, Amount] | None = None
-    """Slowest and fastest prompt."""
+    """Slowest and fastest timing."""
     load_peak_bytes: Count | None = None
-    """Peak resident memory right after loading."""
+    """Peak resident memory of the whole process right after loading."""
     baseline_bytes: Count | None = None
-    """Peak resident memory before loading: Python, torch and transformers themselves."""
+    """Resident memory of the process before loading: Python, torch and transformers themselves."""
+    memory: dict[str, Memory] | None = None
+    """By device, "cpu" being the host; None in a report of an older vlmquant."""
+    rounds: tuple[Round, ...] | None = None
+    """Of turns with the reference (turns.speed_ratios); None for the reference, and where there were none."""
+    unpaired: str | None = None
+    """Why there were none."""
+
+    @property
+    def held_bytes(self) -> int | None:
+        """Of the loaded model's tensors, wherever they are."""
+        return None if self.memory is None else sum(place.held for place in self.memory.values())
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """Peak above the loaded model, where it computes."""
+        return _sum(place.activations for place in (self.memory or {}).values())
 
 
 @dataclass(frozen=True)
@@ -106,7 +154,7 @@ class Run:
         plain = _checked(cls, data)
         samples = tuple(_record(SampleScore, sample) for sample in plain.pop("samples"))
         notes = tuple(plain.pop("notes", ()))
-        return cls(samples=samples, costs=_record(Costs, plain.pop("costs")), notes=notes, **plain)
+        return cls(samples=samples, costs=_costs(plain.pop("costs")), notes=notes, **plain)
 
 
 @dataclass(frozen=True)
@@ -123,6 +171,25 @@ class Estimate:
 
 
 Record = TypeVar("Record")
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _round(data: Mapping[str, Any]) -> Round:
+    return Round(**{who: _record(Timing, one) for who, one in _checked(Round, data).items()})
+
+
+def _costs(data: Mapping[str, Any]) -> Costs:
+    costs = _record(Costs, data)
+    memory, rounds = costs.memory, costs.rounds
+    return replace(
+        costs,
+        memory=None if memory is None else {place: _record(Memory, found) for place, found in memory.items()},  # type: ignore[arg-type]
+        rounds=None if rounds is None else tuple(map(_round, rounds)),  # type: ignore[arg-type]
+    )
 
 
 def _checked(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

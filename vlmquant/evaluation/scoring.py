@@ -1,13 +1,9 @@
-"""Score one model on a set of samples, in a process of its own so that load time and peak memory are the model's."""
+"""Score one loaded model on a set of samples: what evaluation.worker does, in a process of its own."""
 
-import json
 import math
-import signal
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,17 +11,18 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vlmquant import errors, signals
+from vlmquant import budget, compiled, errors
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.images import pixel_sha256
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.samples import Sample, Turn
 from vlmquant.checkpoint import read_manifest
+from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, SentinelError, VlmquantError, first_line, shown
-from vlmquant.evaluation import process
-from vlmquant.evaluation.environment import environment, peak_resident_bytes
+from vlmquant.evaluation.environment import environment
 from vlmquant.evaluation.inputs import ANSWER, difference, refuse_difference
 from vlmquant.evaluation.logprobs import LogProbs
+from vlmquant.evaluation.memory import HOST, Meter, bring_in, held_bytes
 from vlmquant.evaluation.metrics import is_caption, is_exact, is_short_answer
 from vlmquant.evaluation.passes import (
     Scored,
@@ -37,110 +34,66 @@ from vlmquant.evaluation.passes import (
     teacher_forced,
     time_decoding,
 )
-from vlmquant.evaluation.records import Costs, Run, SampleScore
-from vlmquant.evaluation.settings import Settings
+from vlmquant.evaluation.records import Costs, Memory, Run, SampleScore, Timing
+from vlmquant.evaluation.settings import LEAST_TOKENS, Settings
+from vlmquant.evaluation.turns import rounds_of, with_timings
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.kvcache import simulate
 from vlmquant.limits import is_allocation_failure
-from vlmquant.loading import load_model, reading_part
+from vlmquant.loading import give_back_freed_memory, load_model, reading_part
 from vlmquant.progress import bar, stderr
 from vlmquant.shards import some
 
 MANIFEST = "vlmquant.json"
-CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 SMALLER = 4
 """Where memory runs out, batches are made so many times smaller, once."""
 
 Scores = TypeVar("Scores")
 
 
-def score_model(
-    model_dir: Path,
-    samples: Sequence[Sample],
-    settings: Settings,
-    *,
-    reference: LogProbs | None,
-    record: Path | None,
-    label: str | None = None,
-) -> Run:
-    """Score a model in a fresh process; its progress bars go to stderr.
+class Answering:
+    """What a worker does with the requests of evaluation.remote, one after the other, on one loaded model."""
 
-    reference: the reference model's log-probabilities, for KL and flips; None for the reference itself.
-    record: file to write this model's own log-probabilities to. label: the run's name, else the directory's.
-    Raises InputError for samples that cannot be scored, and whatever VlmquantError loading and running the model gives.
-    """
-    check_samples(samples)
-    if not model_dir.is_dir():
-        raise InputError(f"{model_dir}: no such model directory")
-    threads = settings.threads or torch.get_num_threads()
-    # Measured in this process and once, so that all models of a comparison are scored in the same dtype.
-    settings = replace(settings, threads=threads, dtype=_name(_dtype(settings)))
-    with ExitStack() as stack:
-        shared = {
-            name: stack.enter_context(path.open("r+b" if path.exists() else "x+b"))
-            for name, path in (("reference", reference.path if reference else None), ("record", record))
-            if path is not None
-        }
-        request = {
-            "model_dir": str(model_dir.resolve()),
-            "samples": [asdict(sample) for sample in samples],
-            "settings": asdict(settings),
-            **{name: f"/dev/fd/{file.fileno()}" for name, file in shared.items()},
-        }
-        content, status = process.run(request, files=[file.fileno() for file in shared.values()])
-    if not content:
-        raise _ended(model_dir, status)
-    answer = json.loads(content)
-    if "error" in answer:
-        raise getattr(errors, answer["error"]["kind"])(answer["error"]["message"])
-    return replace(Run.from_dict(answer["run"]), model=str(model_dir), label=label or model_dir.name)
+    def __init__(self) -> None:
+        self._scorer: Scorer | None = None
+        self._who = ""
 
+    def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """{"load": {...}}, {"time": prompt} or {"score": {...}} -> its result, or {"error": {kind, message}}."""
+        ((what, asked),) = request.items()
+        try:
+            return {what: getattr(self, f"_{what}")(asked)}
+        except Exception as error:
+            if _memory_ran_out(error):
+                error = DoesNotFitError(
+                    f"{self._who}: needs more memory than there is to be loaded and scored ({first_line(error)}); "
+                    "free some, or evaluate on a machine with more"
+                )
+            if not isinstance(error, VlmquantError):
+                raise
+            kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
+            return {"error": {"kind": kind.__name__, "message": str(error)}}
 
-def _ended(model_dir: Path, status: int) -> Exception:
-    """The error for a worker that ended without an answer."""
-    signals.check()  # it may have been asked to end along with us
-    who = f"{model_dir}: the process that scored the model"
-    number = -status if status < 0 else status - 128
-    name = signal.Signals(number).name if number in set(signal.Signals) else ""
-    if number == signal.SIGKILL:
-        return DoesNotFitError(
-            f"{who} was ended by signal 9, as the system does when memory runs out; free some memory, or evaluate on a "
-            "machine with more"
+    def _load(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        self._who = asked["model_dir"]
+        samples = [sample_from_dict(sample) for sample in asked["samples"]]
+        self._scorer = Scorer(Path(asked["model_dir"]), samples, Settings(**asked["settings"]))
+        return {"prompts": self._scorer.prompts}
+
+    def _time(self, prompt: int) -> dict[str, Any]:
+        return asdict(self._loaded.time(prompt))
+
+    def _score(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        run = self._loaded.score(
+            reference=LogProbs.open(Path(asked["reference"])) if "reference" in asked else None,
+            record=Path(asked["record"]) if "record" in asked else None,
         )
-    if number == signal.SIGBUS:
-        return DoesNotFitError(
-            f"{who} was ended by SIGBUS: a file that it reads was cut short, or a disk or memory under it is full; "
-            "check the model's files, and set TMPDIR to a larger disk"
-        )
-    if number in CRASHES:
-        return VlmquantError(f"{who} crashed ({name}) in the code of a library; please report the model")
-    if name:
-        return VlmquantError(f"{who} was ended by somebody else ({name}); run the evaluation again")
-    return RuntimeError(f"{who} failed; its traceback stands above")
+        return {"run": run.to_dict(), "room": self._loaded.room()}
 
-
-def answer_request(request: Mapping[str, Any]) -> dict[str, Any]:
-    """What the worker does with score_model's request: {"run": ...} or {"error": {kind, message}}."""
-    model_dir = Path(request["model_dir"])
-    try:
-        run = score_here(
-            model_dir,
-            [sample_from_dict(sample) for sample in request["samples"]],
-            Settings(**request["settings"]),
-            reference=LogProbs.open(Path(request["reference"])) if "reference" in request else None,
-            record=Path(request["record"]) if "record" in request else None,
-        )
-    except Exception as error:
-        if _memory_ran_out(error):
-            error = DoesNotFitError(
-                f"{model_dir}: needs more memory than there is to be loaded and scored ({first_line(error)}); "
-                "free some, or evaluate on a machine with more"
-            )
-        if not isinstance(error, VlmquantError):
-            raise
-        kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
-        return {"error": {"kind": kind.__name__, "message": str(error)}}
-    return {"run": run.to_dict()}
+    @property
+    def _loaded(self) -> "Scorer":
+        assert self._scorer is not None, "the first request is to load"
+        return self._scorer
 
 
 def _memory_ran_out(error: BaseException | None) -> bool:
@@ -176,82 +129,156 @@ def check_samples(samples: Sequence[Sample]) -> None:
 def score_here(
     model_dir: Path, samples: Sequence[Sample], settings: Settings, *, reference: LogProbs | None, record: Path | None
 ) -> Run:
-    """score_model in this process: peak memory then includes whatever it did before."""
-    check_samples(samples)
-    manifest = read_manifest(model_dir) if (model_dir / MANIFEST).is_file() else None
-    samples = [replace(sample, answers=tuple(filter(str.strip, sample.answers))) for sample in samples]
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    dtype = _dtype(settings)
-    images = [
-        tuple(pixel_sha256(path) for path in sample.images) for sample in samples
-    ]  # all readable, before any work
-    tidy = are_tokenized(samples) if settings.tidy_captions is None else settings.tidy_captions
-    encoder = Encoder(load_processor(model_dir), tidy_captions=tidy)
-    tokens = special_tokens(model_dir)
-    baseline, start = peak_resident_bytes(), time.perf_counter()
-    model = reading_part(load_model(model_dir, dtype=dtype, device=settings.device, generation=tokens).eval())
-    load_seconds, load_peak = time.perf_counter() - start, peak_resident_bytes()
-    prefill_seconds, speeds = _measure_speed(model, encoder, samples, settings)
-    costs = Costs(
-        weight_bytes=sum(file.stat().st_size for file in model_dir.glob("*.safetensors")),
-        load_seconds=load_seconds,
-        peak_bytes=peak_resident_bytes(),
-        tokens_per_second=statistics.median(speeds),
-        prefill_seconds=statistics.median(prefill_seconds),
-        tokens_per_second_range=(min(speeds), max(speeds)),
-        load_peak_bytes=load_peak,
-        baseline_bytes=baseline,
-    )
-    notes = []
-    if layers := simulate(model):
-        notes.append(
-            f"K and V of {layers} layers were rounded to FP8 by the checkpoint's scales, as in an engine with an FP8 "
-            "cache; its speed was measured without"
+    """remote.score_model in this process: its own peak memory then includes whatever it did before."""
+    scorer = Scorer(model_dir, samples, settings)
+    timings = [scorer.time(prompt) for prompt in rounds_of(scorer.prompts, settings)]
+    run = scorer.score(reference=reference, record=record)
+    return replace(run, costs=with_timings(run.costs, timings))
+
+
+class Scorer:
+    """A model that is loaded to be timed and scored on samples."""
+
+    def __init__(self, model_dir: Path, samples: Sequence[Sample], settings: Settings) -> None:
+        check_samples(samples)
+        self.manifest = read_manifest(model_dir) if (model_dir / MANIFEST).is_file() else None
+        self.model_dir, self.settings = model_dir, settings
+        self.device = find_device(settings.device)
+        self.samples = [replace(sample, answers=tuple(filter(str.strip, sample.answers))) for sample in samples]
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self.dtype = compute_dtype_of(settings)
+        # All readable, before any work.
+        self.images = [tuple(pixel_sha256(path) for path in sample.images) for sample in self.samples]
+        tidy = are_tokenized(self.samples) if settings.tidy_captions is None else settings.tidy_captions
+        self.encoder = Encoder(load_processor(model_dir), tidy_captions=tidy)
+        self.answers = _Answers(self.samples, self.encoder, settings)
+        self._load()
+        self.prompts = long_prompts(self.answers, settings.speed_prompts) if settings.generate else []
+        """Indices of the samples whose prompts are timed."""
+        for prompt in self.prompts:  # kernels are chosen, and what is made at first use is made
+            self._time(prompt, tokens=LEAST_TOKENS)
+
+    def _load(self) -> None:
+        tokens = special_tokens(self.model_dir)
+        compiled.available()  # loads numba, which would count as the model's
+        self.meter = Meter(self.device)
+        self.resident_before, start = self.meter.before, time.perf_counter()
+        model = load_model(self.model_dir, dtype=self.dtype, device=self.device, generation=tokens)
+        self.model = reading_part(model.eval())
+        del model
+        bring_in(self.model)
+        self.load_seconds = time.perf_counter() - start
+        self.load_peaks, self.load_peak_bytes = self.meter.above(), self.meter.process_peak
+        self.held = held_bytes(self.model)
+        self.meter.start()
+
+    def time(self, prompt: int) -> Timing:
+        """Seconds to the first token of an answer to a sample, and the speed of those after it."""
+        return self._time(prompt, tokens=self.settings.speed_tokens)
+
+    def _time(self, prompt: int, *, tokens: int) -> Timing:
+        return Timing(*time_decoding(self.model, self.encoder, self.samples[prompt], tokens=tokens))
+
+    def room(self) -> dict[str, int]:
+        """Bytes that are free where the model computes, and those that it takes at its peak, weights included."""
+        give_back_freed_memory()
+        free = budget.available_bytes()
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+            free = torch.cuda.mem_get_info(self.device)[0]
+        peaks = self.meter.above()
+        place = next((name for name in peaks if name != HOST), HOST)
+        load = self.load_peaks[place] or 0
+        return {"free": free, "needed": max(load, self.held.get(place, 0) + (peaks[place] or 0))}
+
+    def score(self, *, reference: LogProbs | None, record: Path | None) -> Run:
+        """All numbers but those of speed. reference, record: as of score_model. Once for a model: from then on its K
+        and V are rounded as in an engine with an FP8 cache, where it has the scales."""
+        self.rounded_layers = simulate(self.model)
+        samples, encoder, answers = self.samples, self.encoder, self.answers
+        other = _compare_inputs(self.model_dir, answers, reference, self.settings)
+
+        def score(settings: Settings) -> tuple[list[_Sums], dict[int, float], dict[int, str]]:
+            model = self.model
+            sums = _score_answers(model, encoder, answers, settings, reference=reference, record=record)
+            wrong = _score_wrong_images(model, encoder, samples, answers, settings) if settings.wrong_image else {}
+            return sums, wrong, _generate_answers(model, encoder, samples, settings) if settings.generate else {}
+
+        found, batch_size = _with_room(score, self.settings)
+        notes = self._notes(batch_size)
+        for note in notes:
+            stderr.print(f"{self.model_dir.name}: {note}", markup=False, highlight=False, soft_wrap=True)
+        return Run(
+            model=str(self.model_dir),
+            label=self.model_dir.name,
+            samples=tuple(self._sample_score(index, *found) for index in range(len(samples))),
+            costs=self._costs(),
+            settings=asdict(self.settings)
+            | {"device": self.device, "dtype": _name(self.dtype), "batch_size": batch_size},
+            environment=environment(),
+            manifest=self.manifest,
+            other_inputs=other,
+            notes=tuple(notes),
         )
-    if aside := set_aside(model_dir, model):
-        notes.append(f"decoded greedily; set aside of its generation settings: {some(map(shown, aside), most=12)}")
-    answers = _Answers(samples, encoder, settings)
-    other = _compare_inputs(model_dir, answers, reference, settings)
 
-    def score(settings: Settings) -> tuple[list[_Sums], dict[int, float], dict[int, str]]:
-        sums = _score_answers(model, encoder, answers, settings, reference=reference, record=record)
-        wrong = _score_wrong_images(model, encoder, samples, answers, settings) if settings.wrong_image else {}
-        return sums, wrong, _generate_answers(model, encoder, samples, settings) if settings.generate else {}
-
-    (sums, wrong, generated), batch_size = _with_room(score, settings)
-    if batch_size != settings.batch_size:
-        notes.append(f"memory ran out at {settings.batch_size} sequences in a batch; scored again with {batch_size}")
-    for note in notes:
-        stderr.print(f"{model_dir.name}: {note}", markup=False, highlight=False, soft_wrap=True)
-    scores = []
-    for index, sample in enumerate(samples):
-        references = tuple(encoder.answer_text(sample, answer) for answer in sample.answers)
-        text = generated.get(index)
-        short = is_short_answer(sample.task, references)
-        scores.append(
-            SampleScore(
-                id=sample.id,
-                task=sample.task,
-                images=images[index],
-                generated=text,
-                references=references,
-                exact=is_exact(text, references) if short and text is not None else None,
-                wrong_image_nll=wrong.get(index),
-                **asdict(sums[index]),
+    def _notes(self, batch_size: int) -> list[str]:
+        notes = []
+        if self.rounded_layers:
+            notes.append(
+                f"K and V of {self.rounded_layers} layers were rounded to FP8 by the checkpoint's scales, as in an "
+                "engine with an FP8 cache; its speed was measured without"
             )
+        if aside := set_aside(self.model_dir, self.model):
+            notes.append(f"decoded greedily; set aside of its generation settings: {some(map(shown, aside), most=12)}")
+        if batch_size != (asked := self.settings.batch_size):
+            notes.append(f"memory ran out at {asked} sequences in a batch; scored again with {batch_size}")
+        return notes
+
+    def _sample_score(
+        self, index: int, sums: Sequence["_Sums"], wrong: Mapping[int, float], generated: Mapping[int, str]
+    ) -> SampleScore:
+        sample, text = self.samples[index], generated.get(index)
+        references = tuple(self.encoder.answer_text(sample, answer) for answer in sample.answers)
+        short = is_short_answer(sample.task, references)
+        return SampleScore(
+            id=sample.id,
+            task=sample.task,
+            images=self.images[index],
+            generated=text,
+            references=references,
+            exact=is_exact(text, references) if short and text is not None else None,
+            wrong_image_nll=wrong.get(index),
+            **asdict(sums[index]),
         )
-    return Run(
-        model=str(model_dir),
-        label=model_dir.name,
-        samples=tuple(scores),
-        costs=costs,
-        settings=asdict(settings) | {"dtype": _name(dtype), "batch_size": batch_size},
-        environment=environment(),
-        manifest=manifest,
-        other_inputs=other,
-        notes=tuple(notes),
-    )
+
+    def _costs(self) -> Costs:
+        peaks = self.meter.above()
+        memory = {
+            place: Memory(self.held.get(place, 0), peaks.get(place), self.load_peaks.get(place))
+            for place in {**self.held, **peaks}
+        }
+        if len(memory) > 1:  # the host only feeds the GPU, and what it does for that is not the model's
+            memory[HOST] = replace(memory[HOST], activations=None)
+        return Costs(
+            weight_bytes=sum(file.stat().st_size for file in self.model_dir.glob("*.safetensors")),
+            load_seconds=self.load_seconds,
+            peak_bytes=self.meter.process_peak,
+            tokens_per_second=None,
+            prefill_seconds=None,
+            load_peak_bytes=self.load_peak_bytes,
+            baseline_bytes=self.resident_before,
+            memory=memory,
+        )
+
+
+def long_prompts(answers: "_Answers", count: int) -> list[int]:
+    """Indices of the samples with the longest prompts, of those with images where there are any."""
+    tokens: dict[int, int] = {}
+    for row, owner in zip(answers.rows, answers.owners, strict=True):
+        tokens.setdefault(owner, row.tokens - row.answer_tokens)
+    seeing = [index for index in tokens if answers.samples[index].images] or list(tokens)
+    return sorted(seeing, key=lambda index: (-tokens[index], index))[:count]
 
 
 def _with_room(score: Callable[[Settings], Scores], settings: Settings) -> tuple[Scores, int]:
@@ -265,31 +292,14 @@ def _with_room(score: Callable[[Settings], Scores], settings: Settings) -> tuple
     return score(replace(settings, batch_size=smaller)), smaller
 
 
-def _dtype(settings: Settings) -> torch.dtype:
+def compute_dtype_of(settings: Settings) -> torch.dtype:
+    """What a model is computed in; `auto` is measured."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return dtypes.get(settings.dtype) or compute_dtype(settings.device)
+    return dtypes.get(settings.dtype) or compute_dtype(find_device(settings.device))
 
 
 def _name(dtype: torch.dtype) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if dtype == torch.bfloat16 else "float32"
-
-
-def _measure_speed(
-    model: Any, encoder: Encoder, samples: Sequence[Sample], settings: Settings
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Prefill seconds and decoded tokens a second at batch size 1, on samples spread over the set.
-
-    One uncounted run comes first, in which kernels are chosen.
-    """
-    step = max(1, len(samples) // settings.speed_prompts)
-    chosen = samples[::step][: settings.speed_prompts]
-    times = []
-    with bar("speed", total=len(chosen) + 1) as progress:
-        for sample in [chosen[0], *chosen]:
-            times.append(time_decoding(model, encoder, sample, tokens=settings.speed_tokens))
-            progress.step()
-    prefill_seconds, speeds = zip(*times[1:], strict=True)
-    return prefill_seconds, speeds
 
 
 @dataclass

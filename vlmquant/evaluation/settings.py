@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from vlmquant.devices import AUTO
 from vlmquant.errors import UsageError
 from vlmquant.threads import check_threads
+
+LEAST_TOKENS = 2
+"""Of an answer whose speed is measured: the first is not of it."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,8 @@ class Settings:
     """Sequences in one forward pass."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; auto takes what is faster here, the same for all models of one comparison."""
-    device: str = "cpu"
+    device: str = AUTO
+    """Of all models; auto is the GPU if there is one."""
     threads: int | None = None
     """CPU threads; None keeps torch's own number."""
     generate: bool = True
@@ -33,16 +38,26 @@ class Settings:
     wrong_image: bool = False
     """Score every answer once more beside another sample's image: a model that looks at the image is then worse."""
     speed_prompts: int = 3
-    """Prompts on which speed is measured."""
-    speed_tokens: int = 32
-    """Tokens decoded on each of them."""
+    """The longest prompts, with an image where there is one, on which speed is measured where answers are generated."""
+    speed_rounds: int = 10
+    """Times that one of them is given to a model, and to the reference in turn: turns.median_ratio can leave out one at
+    either end."""
+    speed_tokens: int = 16
+    """Tokens decoded each time."""
 
     def __post_init__(self) -> None:
-        for name in ("references_per_caption", "batch_size", "caption_tokens", "answer_tokens", "speed_prompts"):
+        for name in (
+            "references_per_caption",
+            "batch_size",
+            "caption_tokens",
+            "answer_tokens",
+            "speed_prompts",
+            "speed_rounds",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.speed_tokens < 2:
-            raise UsageError(f"speed_tokens is {self.speed_tokens}; it must be at least 2")
+        if self.speed_tokens < LEAST_TOKENS:
+            raise UsageError(f"speed_tokens is {self.speed_tokens}; it must be at least {LEAST_TOKENS}")
         if self.threads is not None:
             check_threads(self.threads)
         if self.dtype not in ("auto", "float32", "bfloat16"):

@@ -1,46 +1,57 @@
-"""`python -m vlmquant.evaluation.worker DESCRIPTOR`: the process in which score_model has a model scored.
+"""`python -m vlmquant.evaluation.worker DESCRIPTOR`: the process that holds a model and answers for it.
 
-The request comes as a line of JSON on standard input, which stays open as long as the process that asks; the answer
-goes to the descriptor.
+Requests come as lines of JSON on standard input, which stays open as long as the process that asks; each answer goes to
+the descriptor, as a line too. Between them the process sleeps.
 """
 
 import json
 import os
+import queue
 import signal
 import sys
 import threading
+from typing import BinaryIO
 
 from vlmquant import signals
 from vlmquant.limits import end_with_parent
 
 
 def main(answers: int) -> None:
-    """Read the request, score, write the answer. Before the heavy imports: ends when it is asked to, or left alone."""
+    """Answer requests until there are no more. Before the heavy imports: ends when it is asked to, or left alone."""
     signals.install()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOPPING)
     end_with_parent()
-    request = sys.stdin.buffer.readline()
-    if not request.endswith(b"\n"):
+    stdin = open(sys.stdin.fileno(), "rb", closefd=False)  # noqa: SIM115  # not sys.stdin, which the end would wait for
+    first = stdin.readline()
+    if not first.endswith(b"\n"):
         return
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    requests: queue.Queue[bytes] = queue.Queue()
+    requests.put(first)
+    threading.Thread(target=_listen, args=(stdin, requests), daemon=True).start()
 
     from transformers.utils import logging
 
-    from vlmquant.evaluation.scoring import answer_request
+    from vlmquant.evaluation.scoring import Answering
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    answer = answer_request(json.loads(request))
+    answering = Answering()
     with os.fdopen(answers, "wb") as stream:
-        stream.write(json.dumps(answer).encode())
+        while True:
+            answer = answering(json.loads(requests.get()))
+            stream.write(json.dumps(answer).encode() + b"\n")
+            stream.flush()
+            requests.task_done()
 
 
-def _end_with_input() -> None:
-    """End the process when standard input does: whoever asked is gone."""
+def _listen(stdin: BinaryIO, requests: "queue.Queue[bytes]") -> None:
+    """Take in requests, and end the process with standard input: whoever asked wants no more, or is gone."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {*signals.STOPPING, signal.SIGALRM, signal.SIGPROF})
-    while os.read(sys.stdin.fileno(), 1):
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
+    while (line := stdin.readline()).endswith(b"\n"):
+        requests.put(line)
+    if requests.unfinished_tasks:
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,12 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from vlmquant.calibration.samples import Sample
 from vlmquant.evaluation.metrics import EVERYTHING
+from vlmquant.evaluation.records import Costs, Round
+from vlmquant.evaluation.turns import speed_ratios
 from vlmquant.pages import render_page
 from vlmquant.report import plots
 from vlmquant.report.cells import LOSS_TITLE, LOSSES, change_note, values_text
@@ -15,14 +18,16 @@ from vlmquant.report.eval_page import error_figures, eval_values
 from vlmquant.report.manifest import component_bytes, recipe_text
 from vlmquant.report.markdown import facts, run_facts
 from vlmquant.report.numbers import (
+    TIMES,
     change_text,
     fixed,
     margin_text,
     nearness_text,
+    ratio_interval,
     size_text,
     threshold_title,
 )
-from vlmquant.report.table import remarks
+from vlmquant.report.table import COST_LEGEND, COST_TITLES, SPEED_COLUMNS, SPEED_LEGEND, cost_rows, remarks
 from vlmquant.report.words import date_words, page_title, recipe_name, what_was_done
 
 
@@ -59,6 +64,7 @@ def to_html(
         thresholds=thresholds,
         headlines=_headlines(report),
         remarks=remarks(report),
+        costs=(COST_TITLES, cost_rows(report), f"{SPEED_LEGEND} {COST_LEGEND}"),
         bytes=[(run, component_bytes(run)) for run in report.candidates],
         bytes_bars=lambda parts: [plots.bytes_bars(parts, width=width) for width in (plots.WIDE, plots.NARROW)],
         size_text=size_text,
@@ -107,11 +113,30 @@ def _headlines(report: Report) -> list[Headline]:
                 change_note(loss, estimate),
             )
             found.append(Headline(LOSS_TITLE[loss], text, note))
-    if before.tokens_per_second and after.tokens_per_second:
-        times = fixed(2, unit="×")(after.tokens_per_second / before.tokens_per_second)
-        speeds = f"{before.tokens_per_second:.1f} → {after.tokens_per_second:.1f} tokens/s"
-        found.append(Headline("speed", times, speeds))
-    if before.peak_bytes:
-        times = fixed(0, scale=100, unit=" %")(after.peak_bytes / before.peak_bytes)
-        found.append(Headline("peak memory", times, f"{size_text(before.peak_bytes)} → {size_text(after.peak_bytes)}"))
+    return [*found, *_speed_headlines(after.rounds), *_memory_headlines(before, after)]
+
+
+def _speed_headlines(rounds: Sequence[Round] | None) -> list[Headline]:
+    """Of the ratios whose rounds agree; an unstable one is no headline."""
+    if not rounds or (ratios := speed_ratios(rounds)) is None:
+        return []
+    before, after = [one.reference for one in rounds], [one.model for one in rounds]
+    speeds = [fixed(1)(median(one.tokens_per_second for one in side)) for side in (before, after)]
+    waits = [fixed(2)(median(one.first_token_seconds for one in side)) for side in (before, after)]
+    spans = {"speed": f"{' → '.join(speeds)} tokens/s", "first token": f"{' → '.join(waits)} s"}
+    found = []
+    for title, choose in SPEED_COLUMNS.items():
+        if (ratio := choose(ratios)).stable:
+            note = f"{ratio_interval(ratio)} in {ratio.rounds} turns; {spans[title]}"
+            found.append(Headline(title, TIMES(ratio.point), note))
     return found
+
+
+def _memory_headlines(before: Costs, after: Costs) -> list[Headline]:
+    """Of the weights, with the activations beside them, which quantizing weights leaves as they are."""
+    if not before.held_bytes or after.held_bytes is None:
+        return []
+    share = fixed(0, scale=100, unit=" %")(after.held_bytes / before.held_bytes)
+    held = f"{size_text(before.held_bytes)} → {size_text(after.held_bytes)}"
+    above = f"activations {size_text(before.activation_bytes)} → {size_text(after.activation_bytes)}"
+    return [Headline("weights in memory", share, f"{held}; {above}")]

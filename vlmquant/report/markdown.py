@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmquant.errors import visible
 from vlmquant.evaluation.metrics import bleu_signature
-from vlmquant.evaluation.records import Run
+from vlmquant.evaluation.records import Costs, Run
 from vlmquant.report.data import Report, Verdict, overall
 from vlmquant.report.manifest import component_bytes, recipe_of, recipe_text, work_of
 from vlmquant.report.numbers import (
@@ -19,7 +19,16 @@ from vlmquant.report.numbers import (
     threshold_text,
     threshold_title,
 )
-from vlmquant.report.table import markdown_rows, markdown_table, markdown_text, remarks
+from vlmquant.report.table import (
+    COST_LEGEND,
+    COST_TITLES,
+    LEGEND,
+    cost_rows,
+    markdown_rows,
+    markdown_table,
+    markdown_text,
+    remarks,
+)
 from vlmquant.report.worst import changed_answers
 
 WORST_SHOWN = 10
@@ -36,7 +45,10 @@ def to_markdown(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds:
         parts.append(verdict_lines(verdicts, thresholds=thresholds))
     parts.append(["## Comparison", "", *markdown_table(report)])
     parts.append(
-        ["All samples; 95 % bootstrap intervals over images in brackets. KL and flips: against the reference."]
+        [
+            "All samples; 95 % bootstrap intervals over images in brackets. KL and flips: against the reference. "
+            + LEGEND
+        ]
     )
     parts.append([f"- {markdown_text(label)}: {markdown_text(text)}" for label, text in remarks(report)])
     parts.append(_strata(report))
@@ -57,7 +69,7 @@ def card_section(report: Report, verdicts: Sequence[Verdict] = (), *, thresholds
         markdown_table(report),
         [
             f"Measured on {len(report.reference.samples)} samples ({markdown_text(sets)}) on {report.created}; 95 % "
-            "bootstrap intervals over images in brackets. KL and flips: against the original."
+            f"bootstrap intervals over images in brackets. KL and flips: against the original. {LEGEND}"
         ],
         [f"- {markdown_text(label)}: {markdown_text(text)}" for label, text in remarks(report)],
     ]
@@ -108,34 +120,8 @@ def _strata(report: Report) -> list[str]:
 
 
 def _costs(report: Report) -> list[str]:
-    seconds, speed = fixed(2, unit=" s"), fixed(1)
-    body = []
-    for run in report.runs:
-        costs = run.costs
-        slowest, fastest = costs.tokens_per_second_range or (None, None)
-        body.append(
-            [
-                markdown_text(run.label),
-                size_text(costs.weight_bytes),
-                size_text(costs.peak_bytes),
-                size_text(costs.load_peak_bytes),
-                seconds(costs.load_seconds),
-                seconds(costs.prefill_seconds),
-                speed(costs.tokens_per_second),
-                "–" if slowest is None else f"{speed(slowest)} to {speed(fastest)}",
-            ]
-        )
-    titles = [
-        "method",
-        "size",
-        "peak memory",
-        "peak after load",
-        "load",
-        "first token",
-        "tokens/s",
-        "slowest to fastest",
-    ]
-    return ["## Costs", "", *markdown_rows(titles, body)]
+    body = [list(map(markdown_text, row)) for row in cost_rows(report)]
+    return ["## Costs", "", *markdown_rows(COST_TITLES, body), "", COST_LEGEND]
 
 
 def _bytes(run: Run) -> list[str]:
@@ -201,8 +187,15 @@ def run_facts(run: Run) -> list[tuple[str, str]]:
         ("model", run.model),
         *([("recipe", str(name))] if name else []),
         *work_of(run),
+        *process_facts(run.costs),
         *((key, _plain(value)) for key, value in {**run.settings, **run.environment}.items()),
     ]
+
+
+def process_facts(costs: Costs) -> list[tuple[str, str]]:
+    """The whole process that scored a model, which says little of the model."""
+    before = size_text(costs.baseline_bytes)
+    return [("process at its peak", f"{size_text(costs.peak_bytes)}, of which {before} before the model was loaded")]
 
 
 def _plain(value: Any) -> str:

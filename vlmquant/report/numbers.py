@@ -1,10 +1,11 @@
 """Numbers as text: one spelling of each quantity wherever a report shows it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from vlmquant.errors import shown
 from vlmquant.evaluation.records import Estimate
+from vlmquant.evaluation.turns import Ratio
 from vlmquant.thresholds import THRESHOLDS
 
 NOTHING = "–"
@@ -44,6 +45,31 @@ def count_text(value: int) -> str:
         if value >= size:
             return f"{value / size:.{decimals}f} {unit}"
     return f"{value:,}"
+
+
+TIMES = fixed(2, unit="×")
+UNSTABLE = "unstable"
+"""Stands where the rounds of a speed disagree: a number there would be luck."""
+UNPAIRED = "not in turns"
+"""Stands where a model was not timed in turns with the reference."""
+
+
+def ratio_text(ratio: Ratio) -> str:
+    """The median of the rounds and its interval: `1.62× [1.55, 1.70]`; `unstable` where there is none to be told."""
+    return f"{TIMES(ratio.point)} {ratio_interval(ratio)}" if ratio.stable else UNSTABLE
+
+
+def ratio_interval(ratio: Ratio) -> str:
+    low, high = (fixed(2)(bound) for bound in (ratio.low, ratio.high))
+    return f"[{low}, {high}]"
+
+
+def places_text(amounts: Mapping[str, int | None]) -> str:
+    """Bytes by device: `230.5 MB`, or `15.20 GB on cuda:0, 1.1 MB on cpu`; what is nothing is left out."""
+    known = {place: amount for place, amount in amounts.items() if amount}
+    if len(known) > 1:
+        return ", ".join(f"{size_text(amount)} on {place}" for place, amount in sorted(known.items(), reverse=True))
+    return size_text(next(iter(known.values()), 0 if any(v == 0 for v in amounts.values()) else None))
 
 
 METRIC_TEXT: dict[str, Show] = {
