@@ -23,7 +23,6 @@ from vlmquant.report.numbers import (
     fixed,
     margin_text,
     nearness_text,
-    ratio_interval,
     size_text,
     threshold_title,
 )
@@ -127,7 +126,8 @@ def _speed_headlines(rounds: Sequence[Round] | None) -> list[Headline]:
     found = []
     for title, choose in SPEED_COLUMNS.items():
         if (ratio := choose(ratios)).stable:
-            note = f"{ratio_interval(ratio)} in {ratio.rounds} turns; {spans[title]}"
+            low, high = (fixed(2)(bound) for bound in (ratio.low, ratio.high))
+            note = f"{low} to {high} in {ratio.rounds} turns; {spans[title]}"
             found.append(Headline(title, TIMES(ratio.point), note))
     return found
 

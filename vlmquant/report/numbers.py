@@ -56,12 +56,8 @@ UNPAIRED = "not in turns"
 
 def ratio_text(ratio: Ratio) -> str:
     """The median of the rounds and its interval: `1.62× [1.55, 1.70]`; `unstable` where there is none to be told."""
-    return f"{TIMES(ratio.point)} {ratio_interval(ratio)}" if ratio.stable else UNSTABLE
-
-
-def ratio_interval(ratio: Ratio) -> str:
     low, high = (fixed(2)(bound) for bound in (ratio.low, ratio.high))
-    return f"[{low}, {high}]"
+    return f"{TIMES(ratio.point)} [{low}, {high}]" if ratio.stable else UNSTABLE
 
 
 def places_text(amounts: Mapping[str, int | None]) -> str:
