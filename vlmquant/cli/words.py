@@ -15,7 +15,8 @@ def recipe_name(recipe: str | None) -> str:
 
     if recipe is None:
         tell(f"recipe: {DEFAULT_RECIPE}, the default; `vlmquant recipes` lists the others")
-    return recipe or DEFAULT_RECIPE
+        return DEFAULT_RECIPE
+    return recipe
 
 
 def load_wanted(recipe: str, family: Path | None) -> Any:
