@@ -13,6 +13,7 @@ ROOMS = [
     "demo",
     "doctor",
     "tables",
+    "recommend",
     "pipeline",
     "publish",
     "export",

@@ -463,6 +463,11 @@ def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = F
     components = find_components(
         model, trust_remote_code=trust_remote_code, family=family, needing_class=needs_class(recipe)
     )
+    return plan_components(components, recipe)
+
+
+def plan_components(components: ComponentMap, recipe: Recipe) -> tuple[ComponentMap, Plan]:
+    """The same of a model that is known; with it the model as the plan writes what it keeps."""
     plan = make_plan(components, recipe)
     components = as_written(components, plan, recipe)
     if recipe.output.format in FORMATS:

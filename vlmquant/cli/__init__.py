@@ -8,7 +8,7 @@ import typer
 
 import vlmquant
 from vlmquant import notices, streams
-from vlmquant.cli import asking, checkpoints, machine, models, reports, sets
+from vlmquant.cli import advice, asking, checkpoints, machine, models, reports, sets
 from vlmquant.cli.help import EPILOG, Entry, Group, Quiet, Verbose, obey, register
 from vlmquant.cli.output import emit, fail, say, show
 from vlmquant.cli.words import parse_bytes, parse_counts, parse_shape, parse_size
@@ -60,6 +60,15 @@ COMMANDS = {
         (
             "sizes before and after\nvlmquant plan org/model --recipe mixed",
             "does it fit, with 8 sequences at once?\nvlmquant plan org/model --gpu-memory 24GB --batch 8",
+        ),
+        (EXIT_DOES_NOT_FIT,),
+    ),
+    "recommend": Entry(
+        advice.recommend,
+        (
+            "which recipe for a card of 24 GB\nvlmquant recommend org/model --gpu-memory 24GB --gpu hopper",
+            "fast answers first, and the recipe in a file\n"
+            "vlmquant recommend org/model --gpu-memory 80GB --gpu hopper --latency --out mine.yaml",
         ),
         (EXIT_DOES_NOT_FIT,),
     ),

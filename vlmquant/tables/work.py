@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from vlmquant.budget import Limits, Prediction
 from vlmquant.engines import Contract
 from vlmquant.publish import Upload
+from vlmquant.recommend import Recommendation
 from vlmquant.report.numbers import size_text
 from vlmquant.serving import USABLE, Serving
 from vlmquant.tables.layout import Table, make_table
@@ -70,6 +71,26 @@ def serving_table(serving: Serving) -> Table:
             lines.append(f"It does NOT fit: {serving.what_fits()}.")
     title = f"Serving, on each of {wish.tp} GPUs" if wish.tp > 1 else "Serving"
     return make_table(title, ("", "bytes"), rows, caption=lines)
+
+
+def recommendation_table(found: Recommendation) -> Table:
+    """All candidates of the guide, in the order of the goal; the recommended one is marked."""
+    rows = []
+    for choice in found.choices:
+        serving = choice.serving
+        rows.append(
+            (
+                ("> " if choice is found.choice else "") + choice.candidate.recipe,
+                choice.candidate.what,
+                choice.verdict,
+                size_text(serving.weight_bytes) if serving else "-",
+                size_text(serving.cache_bytes) if serving else "-",
+                f"{max(serving.largest_batch or 0, 0):,}" if serving else "-",
+                f"{max(serving.largest_text or 0, 0):,}" if serving else "-",
+            )
+        )
+    columns = ("recipe", "what it is", "verdict", "weights", "KV cache", "largest batch", "most tokens")
+    return make_table(f"{found.goal}: {found.place}", columns, rows, left=3)
 
 
 def work_table(ways: Sequence[Prediction], limits: Limits) -> Table:
