@@ -11,14 +11,10 @@ import ast
 import inspect
 import json
 import re
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 
 import click
 import typer
@@ -32,6 +28,7 @@ from vlmquant.planning import CALIBRATED, CALIBRATED_INPUTS
 from vlmquant.serving import USABLE
 from vlmquant.support import load_support
 
+ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SIZES = ROOT / "benchmarks" / "results" / "model_sizes.json"
 MARKER = re.compile(
@@ -42,7 +39,9 @@ MARKER = re.compile(
 END = "<!-- end -->\n"
 
 
-def table(columns: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]], *, numbers: int = 0) -> str:
+def table(
+    columns: tuple[str, ...], rows: Iterator[tuple[str, ...]] | list[tuple[str, ...]], *, numbers: int = 0
+) -> str:
     """Markdown; the last `numbers` columns stand to the right."""
     ruled = ["---"] * (len(columns) - numbers) + ["---:"] * numbers
     lines = [columns, tuple(ruled), *rows]
@@ -70,10 +69,13 @@ def bare(text: str) -> str:
 
 
 def notes_of(model: type[BaseModel]) -> dict[str, str]:
-    """The text below each field in the source."""
-    (node,) = ast.parse(inspect.cleandoc(inspect.getsource(model))).body
+    """The text below each field in the source, of the class and those it is made of."""
+    found: dict[str, str] = {}
+    for base in model.__bases__:
+        if base is not recipe.Data and issubclass(base, recipe.Data):
+            found |= notes_of(base)
+    (node,) = ast.parse(inspect.getsource(model)).body
     assert isinstance(node, ast.ClassDef)
-    found = {}
     for field, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and below.value.value
@@ -373,8 +375,8 @@ vlmquant gate report.json
         f"```bash\nvllm serve {out}-w4\n```",
         "## Sizes",
         table(columns, rows, numbers=len(columns) - 1).rstrip(),
-        f"By `plan`, of models of which only the headers exist. KV cache: one sequence of {found['tokens']:,} tokens, in "
-        f"the model's dtype. An engine uses about {USABLE:.0%} of a GPU's memory for weights and cache.",
+        f"By `plan`, of models of which only the headers exist. KV cache: one sequence of {found['tokens']:,} tokens, "
+        f"in the model's dtype. An engine uses about {USABLE:.0%} of a GPU's memory for weights and cache.",
         "## What to watch",
         "\n".join(f"- {line}" for line in watched(kinds, models, support)),
     ]
@@ -393,21 +395,26 @@ def watched(kinds: tuple[str, ...], models: Mapping[str, Any], support: Mapping[
         yield f"`{kind}`: its parts are {source}. {parts[:1].upper()}{parts[1:]}."
         compared = " and ".join(tried["compared"])
         calibrated = "and calibrated (INT8, GPTQ)" if tried["calibrated"] else "but not calibrated"
+        broken = f" transformers' own class fails there: {bare(tried['broken'])}." if "broken" in tried else ""
         yield (
-            f"`{kind}` was tried on a tiny random model: rounded {calibrated}; the logits of {compared} are those of the "
-            f"dequantized model." + (f" transformers' own class fails there: {tried['broken']}." if "broken" in tried else "")
+            f"`{kind}` was tried on a tiny random model: rounded {calibrated}; the logits of {compared} are those of "
+            f"the dequantized model.{broken}"
         )
-        if tried["stock"] != "ok":
-            yield f"`{kind}` needs `import vlmquant` to load in transformers; without it: {tried['stock']}."
-        else:
+        if tried["stock"] == "ok":
             yield (
-                f"`{kind}` also loads in transformers without vlmquant, dequantized; but `generate` with an image fails there "
-                "where the vision encoder is INT8."
+                f"`{kind}` also loads in transformers without vlmquant, dequantized; but `generate` with an image "
+                "fails there where the vision encoder is INT8."
             )
-        if missing := {"vision_encoder", "language"} - set(tried["folds"]):
-            yield f"`{kind}`: no layer of the {' and '.join(sorted(missing)).replace('_', ' ')} takes AWQ's scales: AWQ only clips there."
+        else:
+            yield f"`{kind}` needs `import vlmquant` to load in transformers; without it: {bare(tried['stock'])}."
+        if missing := sorted({"vision_encoder", "language"} - set(tried["folds"])):
+            where = " and ".join(missing).replace("_", " ")
+            yield f"`{kind}`: no layer of the {where} takes AWQ's scales, so AWQ only clips there."
         if tried["experts"]:
-            yield f"`{kind}` is a mixture of experts: each is calibrated on its own tokens, so give it more samples (see [recipes](../recipes.md))."
+            yield (
+                f"`{kind}` is a mixture of experts: each is calibrated on its own tokens, so give it more samples "
+                "([recipes](../recipes.md))."
+            )
     for name, one in models.items():
         told = [note for size in one["recipes"].values() for note in size.get("notes", ())]
         for note in dict.fromkeys([*one["cache_notes"], *(note for note in told if "%" not in note)]):
@@ -429,7 +436,9 @@ def model_pages() -> str:
 
 def pages() -> dict[Path, str]:
     """Every page that is filled or made, and what belongs into it."""
-    by_hand = {file: filled(file.read_text(encoding="utf-8")) for file in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))}
+    by_hand = {
+        file: filled(file.read_text(encoding="utf-8")) for file in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    }
     return by_hand | {DOCS / "models" / f"{page}.md": model_page(page) for page in PAGES}
 
 

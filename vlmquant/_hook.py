@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the command must reach its signal handlers at once, and `ty
     from typing import Any
 
 DISABLE = "VLMQUANT_DISABLE_HF_PATCH"
+"""Set to 1, transformers is left as it is; `vlmquant.load` keeps weights packed all the same."""
 WATCHED = "transformers.quantizers.auto"
 """The module that holds transformers' table of quantizers."""
 METHOD = "compressed-tensors"

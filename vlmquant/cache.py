@@ -9,6 +9,7 @@ from pathlib import Path
 from vlmquant.notices import warn_once
 
 CACHE = "VLMQUANT_CACHE"
+"""The folder of compiled kernels and measurements; else vlmquant in the user's cache folder."""
 
 
 def cache_home() -> Path:
