@@ -78,6 +78,19 @@ def test_the_card_says_from_what_and_how_it_was_made(written: Path) -> None:
     assert manifest["command"][2] == f"org/name@{SHA}"
 
 
+def test_the_card_says_how_to_load_it(written: Path, tiny_llava: Path, tmp_path: Path) -> None:
+    """transformers alone runs no quantized vision encoder (FORMATS of compressed-tensors, `generate` with an image)."""
+    card = (written / "README.md").read_text()
+    assert "Do not leave out `import vlmquant`" in card
+    assert "generate with an image calls a quantized vision encoder before it is dequantized and fails" in card
+    assert "in an environment of its own" in card
+    assert "inputs are rounded to 8 bits on CPUs with AMX; set VLLM_CPU_INT4_W4A8=0 for the server." in card
+    recipe = parse_recipe("name: language\ncomponents: {language: fp8-dynamic}", name="recipe")
+    other = (quantize(tiny_llava, recipe, tmp_path / "out").path / "README.md").read_text()
+    assert "Without `import vlmquant` transformers dequantizes it to 16 bits in memory." in other
+    assert "W4A8" not in other
+
+
 def test_another_run_has_the_same_card_and_manifest(written: Path, tmp_path: Path) -> None:
     """Neither card nor manifest says where the output went or how often the run was begun."""
     again = quantize(

@@ -13,11 +13,13 @@ from vlmquant.checkpoint.companions import BASE_CARD_NAME, CARD_NAME, Companions
 from vlmquant.checkpoint.files import disk_errors, sha256_of, write_text
 from vlmquant.checkpoint.manifest import MANIFEST_NAME, digest_of_text, manifest_text, read_manifest, sealed
 from vlmquant.components import ComponentMap, auto_class
+from vlmquant.engines import check_plan
+from vlmquant.engines.table import CPU
 from vlmquant.errors import CheckpointError, InputError, shown
 from vlmquant.formats import compressed_tensors
 from vlmquant.planning import Plan
 from vlmquant.reading import parse_yaml, read_text
-from vlmquant.recipe import WORD_FORMATS, Recipe
+from vlmquant.recipe import WORD_FORMATS, Recipe, TargetSpec
 
 FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)\n---[ \t]*(?:\n|$)", re.DOTALL)
 """Of a card of the hub: YAML between two lines of dashes."""
@@ -69,7 +71,7 @@ def card(
         _calibration((manifest or {}).get("calibration")),
         _cache(plan),
         _command((manifest or {}).get("command")),
-        _loading(auto_class(components.config).__name__, recipe) if not components.unknown else UNKNOWN_CLASS,
+        _loading(components, recipe, plan) if not components.unknown else UNKNOWN_CLASS,
         f"The recipe, what became of every weight, each layer's error and the checksums of all files are in "
         f"`{MANIFEST_NAME}`;\n`vlmquant verify` checks them.",
         f"The original model's card is in [{BASE_CARD_NAME}]({BASE_CARD_NAME})."
@@ -134,7 +136,8 @@ def _command(words: Any) -> str:
     return f"Made by\n\n```sh\n{shlex.join([*map(shown, words), '--out'])} OUT\n```"
 
 
-def _loading(auto: str, recipe: Recipe) -> str:
+def _loading(components: ComponentMap, recipe: Recipe, plan: Plan) -> str:
+    """How it is loaded: with vlmquant, by transformers alone (or why not), in vLLM."""
     if recipe.output.format in WORD_FORMATS:
         return """Load it with vlmquant, which keeps the weights packed:
 
@@ -145,12 +148,14 @@ model = vlmquant.load("path/to/this/directory")
 ```
 
 transformers itself loads it where gptqmodel (and for GPTQ optimum) is installed."""
-    target = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained("
+    auto = auto_class(components.config).__name__
     text = f"""Load it with transformers:
 
 ```python
 import vlmquant  # keeps the weights packed
-{target}"path/to/this/directory")
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/directory")
 ```"""
     if recipe.output.format != compressed_tensors.METHOD:
         return text
@@ -159,11 +164,30 @@ import vlmquant  # keeps the weights packed
         options = f" --tensor-parallel-size {recipe.target.tp}"
     return f"""{text}
 
-or serve it with vLLM (`vlmquant check DIRECTORY --engine vllm --gpu sm_90` says for which cards):
+{_without_us(components, plan)}
+
+Or serve it with vLLM, in an environment of its own, as vLLM may pin an older transformers than vlmquant needs
+(`vlmquant check DIRECTORY --engine vllm --gpu sm_90` says for which cards):
 
 ```sh
 vllm serve path/to/this/directory{options}
-```"""
+```{_on_a_cpu(components, plan)}"""
+
+
+def _without_us(components: ComponentMap, plan: Plan) -> str:
+    """What transformers alone makes of it, by the table of engines."""
+    alone = check_plan(components, plan, TargetSpec(engine="transformers"))
+    if alone.fits:
+        return "Without `import vlmquant` transformers dequantizes it to 16 bits in memory."
+    problems = "".join(f"\n- {one.what}" for one in alone.refusals)
+    return f"Do not leave out `import vlmquant`: transformers {alone.version} alone does not run all of it:\n{problems}"
+
+
+def _on_a_cpu(components: ComponentMap, plan: Plan) -> str:
+    """What vLLM's kernels do otherwise there than one may think."""
+    there = check_plan(components, plan, TargetSpec(engine="vllm", gpu=CPU))
+    notes = dict.fromkeys(f"{one.what}; {one.change}" for one in there.findings if one.rule == "kernel")
+    return "\n\nvLLM on a CPU: " + ". ".join(notes) + "." if there.fits and notes else ""
 
 
 def _licence(companions: Companions) -> dict[str, Any]:
