@@ -17,8 +17,14 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import load_set
 
 DEMO = Path(demo.__file__).parent
-COUNT = 12
+COUNT = 16
 """Samples of each source."""
+
+
+FAMILY = """vision_encoder: [model.vision_tower]
+projector: [model.multi_modal_projector]
+language: model.language_model
+"""
 
 
 def some_samples() -> list[Sample]:
@@ -49,6 +55,7 @@ def furnish(folder: Path) -> None:
         shutil.copyfile(one.images[0], folder / one.images[0].name)  # COCO's lie beside the file
     parquet(folder / "train.parquet", samples)
     webdataset(folder / "shard-000.tar", samples)
+    (folder / "my-family.yaml").write_text(FAMILY)
     with (folder / "odd.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["picture", "meta", "label"])

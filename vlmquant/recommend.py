@@ -310,7 +310,8 @@ def _what_would(
             continue
         split = replace(wish, tp=tp)
         shared = target.model_copy(update={"tp": tp}) if target else None
-        if _choice(smallest.candidate, components, split, shared, image_tokens=image_tokens).fits:
+        again = (_choice(one.candidate, components, split, shared, image_tokens=image_tokens) for one in able)
+        if any(one.fits for one in again):
             would.append(f"{tp} GPUs of this size (--tp {tp})")
             break
     fewer = serving.what_fits()
