@@ -123,7 +123,10 @@ def write_headers(config: dict[str, Any], out: Path) -> Path:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(out), dtype=torch.bfloat16)
     header: dict[str, Any] = {}
     end = 0
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     for key, value in model.state_dict().items():
+        if key in tied:
+            continue  # files hold a weight that has two names once
         start, end = end, end + 2 * value.numel()
         header[key] = {"dtype": "BF16", "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
