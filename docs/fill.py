@@ -9,6 +9,7 @@ it, is replaced. The pages of docs/models are made as a whole. tests/test_docs.p
 
 import ast
 import inspect
+import itertools
 import json
 import re
 import types
@@ -194,7 +195,7 @@ def variables() -> dict[str, str]:
         for name in re.findall(r"VLMQUANT_[A-Z_]+", text):
             found.setdefault(name, "")
         body = ast.parse(text).body
-        for node, below in zip(body, [*body[1:], None], strict=True):
+        for node, below in itertools.zip_longest(body, body[1:]):
             value = getattr(node, "value", None)
             if isinstance(node, ast.Assign) and isinstance(value, ast.Constant) and value.value in found:
                 told = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and below.value.value
@@ -431,7 +432,7 @@ def watched(kinds: tuple[str, ...], models: Mapping[str, Any], support: Mapping[
 
 
 def model_pages() -> str:
-    return "".join(f"- [{title}](models/{page}.md)\n" for page, (title, _, _) in PAGES.items())
+    return "".join(f"- [{title}](docs/models/{page}.md)\n" for page, (title, _, _) in PAGES.items())
 
 
 def pages() -> dict[Path, str]:
