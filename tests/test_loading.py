@@ -319,7 +319,7 @@ def test_bitsandbytes_checkpoints_keep_names_and_load(
     assert 0 < error < tolerance
 
 
-def test_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitsandbytes, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'vlmquant\[bitsandbytes\]'"):
+    with pytest.raises(UsageError, match=r"need bitsandbytes, accelerate: pip install bitsandbytes accelerate"):
         bitsandbytes.require_bitsandbytes()

@@ -213,5 +213,5 @@ def test_the_label_of_a_plan_says_what_is_written(tmp_path: Path) -> None:
     entries, names = open_shards(done.path).entries, read_manifest(done.path)["disk_names"]
     for line in done.plan.lines:
         if line.action == "keep":
-            assert line.scheme_label == f"fp{8 * entries[names[line.name]].dtype.itemsize}"
+            assert line.scheme_label == str(entries[names[line.name]].dtype).removeprefix("torch.")
             assert line.bytes_after == entries[names[line.name]].nbytes
