@@ -143,7 +143,7 @@ def test_every_way_gives_the_same_files(
     assert {path.name for path in tmp_path.iterdir()} == {"set", *(f"out-{w.rerun}-{w.spill}" for w in WAYS)}
 
 
-@pytest.mark.parametrize("recipe", ["mixed", "mixed-awq", "rtn-w4"])
+@pytest.mark.parametrize("recipe", ["mixed", pytest.param("mixed-awq", marks=pytest.mark.slow), "rtn-w4"])
 def test_few_rows_at_a_time_give_the_same_files(
     recipe: str, run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

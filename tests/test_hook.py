@@ -34,8 +34,10 @@ ENTRY = (
     [
         ("import vlmquant", LOADED, *ENTRY),
         ("import transformers.quantizers.auto, vlmquant", *ENTRY),
-        ("import transformers, vlmquant", *ENTRY),
-        ("import vlmquant, importlib", "importlib.reload(vlmquant)", LOADED, *ENTRY),
+        pytest.param(("import transformers, vlmquant", *ENTRY), marks=pytest.mark.slow),
+        pytest.param(
+            ("import vlmquant, importlib", "importlib.reload(vlmquant)", LOADED, *ENTRY), marks=pytest.mark.slow
+        ),
     ],
     ids=["before", "after", "between", "twice"],
 )
