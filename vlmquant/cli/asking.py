@@ -44,6 +44,7 @@ def generate(
         open_image(path)  # a wrong path is told before a model is loaded
     from transformers.utils import logging
 
+    from vlmquant.devices import find_device, tell_device
     from vlmquant.evaluation.conversation import Conversation
     from vlmquant.kernels.probe import compute_dtype
     from vlmquant.progress import working
@@ -51,7 +52,8 @@ def generate(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     set_threads(threads)
-    place = choose_device(device)
+    place = find_device(device)
+    tell_device(place)
     with working("load the model"):
         talk = Conversation(model, dtype=wanted or compute_dtype(place), device=place, images=image or ())
     for asked in [question] if question is not None else read_questions():
@@ -62,14 +64,6 @@ def generate(
             write_piece("\n")
         if not answer.finished:
             tell(f"cut after {answer.tokens} tokens; --max-new-tokens allows more")
-
-
-def choose_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return device
 
 
 def read_questions() -> Iterator[str]:

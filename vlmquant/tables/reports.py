@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from vlmquant.errors import shown
 from vlmquant.report.data import Report, Verdict, overall
 from vlmquant.report.numbers import change_text, margin_text, threshold_text, threshold_title
-from vlmquant.report.table import COLUMNS, compare_table
+from vlmquant.report.table import COLUMNS, LEGEND, compare_table
 from vlmquant.tables.layout import Table, make_table
 
 
 def comparison_table(report: Report) -> Table:
     """One row per model, the reference first."""
     rows = [(row.method, *(cell.text for cell in row.cells.values())) for row in compare_table(report)]
-    return make_table("", COLUMNS, rows)
+    return make_table("", COLUMNS, rows, caption=[LEGEND])
 
 
 def verdict_table(verdicts: Sequence[Verdict], *, thresholds: str = "") -> Table:
