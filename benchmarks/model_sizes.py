@@ -146,6 +146,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "internvl",
         "text_config": text(3584, 18_944, 28, 28, 4, 151_674, model_type="qwen2"),
         "vision_config": INTERN_300M,
+        "tie_word_embeddings": False,
     },
     "Llama 4 Scout": {
         "model_type": "llama4",
@@ -158,6 +159,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "mistral3",
         "text_config": text(5120, 32_768, 40, 32, 8, 131_072, model_type="mistral", head_dim=128),
         "vision_config": tower(1024, 4096, 24, 16, model_type="pixtral", head_dim=64, image_size=1540, patch_size=14),
+        "tie_word_embeddings": False,
     },
     "SmolVLM2 2.2B": {
         "model_type": "smolvlm",

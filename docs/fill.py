@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -165,26 +165,10 @@ def recipes() -> str:
 
 # --- errors, environment, commands ---
 
-WITHOUT_ERROR = {
-    "EXIT_OK": "done; of `gate`: passed",
-    "EXIT_ERROR": "something in the input is wrong; of `check` and `verify`: it does not fit, it is not sound",
-    "EXIT_GATE_FAILED": "`gate`: the loss is beyond a threshold for certain",
-    "EXIT_GATE_INCONCLUSIVE": "`gate`: too few samples to say",
-}
-"""What no error of ours stands for, or more than one."""
-
 
 def exit_codes() -> str:
-    classes = [one for _, one in inspect.getmembers(errors, inspect.isclass) if issubclass(one, errors.VlmquantError)]
-    rows = []
-    for name, code in sorted(vars(errors).items(), key=lambda item: str(item[1]).zfill(3)):
-        if not name.startswith("EXIT_") or not isinstance(code, int):
-            continue
-        own = [one for one in classes if vars(one).get("exit_code") == code]
-        told = WITHOUT_ERROR.get(name) or " ".join(one_line(one.__doc__) for one in own)
-        rows.append((str(code), told))
-    rows.append(("128 + n", "stopped by signal n (130: Ctrl-C)"))
-    return table(("code", "meaning"), rows)
+    rows = [(str(code), told) for code, told in errors.EXIT_CODES.items()]
+    return table(("code", "meaning"), [*rows, ("128 + n", "stopped by signal n (130: Ctrl-C)")])
 
 
 def variables() -> dict[str, str]:
@@ -227,12 +211,18 @@ def commands() -> list[tuple[str, click.Command]]:
     return list(group.commands.items())
 
 
+EVERYWHERE = ("--quiet", "--verbose")
+"""Options of all commands, which the page tells once."""
+
+
 def command_reference() -> str:
     parts = []
     for name, command in commands():
         words = [one_line(paragraph) for paragraph in (command.help or "").split("\n\n")]
         rows = []
         for parameter in command.params:
+            if parameter.opts[0] in EVERYWHERE:
+                continue
             told = bare(one_line(getattr(parameter, "help", "")))
             if parameter.param_type_name == "argument":
                 rows.append((f"`{parameter.name.upper()}`", told, "has to be given" if parameter.required else ""))
@@ -242,7 +232,11 @@ def command_reference() -> str:
             shown = "has to be given" if parameter.required else f"`{default}`" if plain else ""
             rows.append((", ".join(f"`{word}`" for word in parameter.opts), told, shown))
         listed = table(("option", "", "default"), rows) if rows else ""
-        parts.append(f"## vlmquant {name}\n\n" + "\n\n".join(map(bare, words)) + f"\n\n{listed}")
+        entry = cli.COMMANDS[name]
+        examples = "\n\n".join("# " + example for example in entry.examples)
+        codes = ", ".join(f"{code} ({errors.EXIT_CODES[code]})" for code in sorted({0, 1, 2, *entry.codes}))
+        told = ["\n\n".join(map(bare, words)), f"```sh\n{examples}\n```", listed.rstrip(), f"Exit codes: {codes}."]
+        parts.append(f"## vlmquant {name}\n\n" + "\n\n".join(filter(None, told)) + "\n")
     return "\n".join(parts)
 
 
@@ -366,14 +360,9 @@ def model_page(page: str) -> str:
         f"# {title}",
         "Made by `python docs/fill.py`: sizes from `benchmarks/model_sizes.py`, the rest from the code's tables.",
         "## Commands",
-        f"""```bash
-vlmquant recommend {example} --gpu-memory 24GB --gpu hopper --batch 8 --out recipe.yaml
-vlmquant quantize {example} --recipe mixed --out {out}-w4
-vlmquant eval {out}-w4 --reference {example} --data ./sets/evaluation --out report.json --html report.html
-vlmquant gate report.json
-```""",
+        f"```bash\n{model_commands(example, list(models.values()), support[kinds[0]])}\n```",
         "In vLLM, in [an environment of its own](../serving.md):",
-        f"```bash\nvllm serve {out}-w4\n```",
+        f"```bash\nvllm serve {out}-{'w4' if support[kinds[0]]['calibrated'] else 'fp8'}\n```",
         "## Sizes",
         table(columns, rows, numbers=len(columns) - 1).rstrip(),
         f"By `plan`, of models of which only the headers exist. KV cache: one sequence of {found['tokens']:,} tokens, "
@@ -382,6 +371,28 @@ vlmquant gate report.json
         "\n".join(f"- {line}" for line in watched(kinds, models, support)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+ROOMY = 0.7
+"""Share of a card that weights of 4 bits may take, for a page to name it: the rest is for the KV cache."""
+CARDS = (24, 80, 141)
+"""GB."""
+
+
+def model_commands(example: str, models: Sequence[Mapping[str, Any]], tried: Mapping[str, Any]) -> str:
+    """What makes, measures and judges a checkpoint; of a class that does not run, what makes one without data."""
+    out = example.rpartition("/")[2].lower()
+    smallest = min(one["recipes"]["mixed"]["bytes"] for one in models)
+    card = next(size for size in CARDS if smallest < ROOMY * size * 1e9)
+    lines = [f"vlmquant recommend {example} --gpu-memory {card}GB --gpu hopper --out recipe.yaml"]
+    if not tried["calibrated"]:
+        return "\n".join([*lines, f"vlmquant quantize {example} --recipe hopper-fp8 --out {out}-fp8"])
+    lines += [
+        f"vlmquant quantize {example} --recipe mixed --calibration ./sets/calibration --out {out}-w4",
+        f"vlmquant eval {out}-w4 --reference {example} --data ./sets/evaluation --html report.html",
+        "vlmquant gate report.json",
+    ]
+    return "\n".join(lines)
 
 
 def watched(kinds: tuple[str, ...], models: Mapping[str, Any], support: Mapping[str, Any]) -> Iterator[str]:
@@ -411,24 +422,29 @@ def watched(kinds: tuple[str, ...], models: Mapping[str, Any], support: Mapping[
         if missing := sorted({"vision_encoder", "language"} - set(tried["folds"])):
             where = " and ".join(missing).replace("_", " ")
             yield f"`{kind}`: no layer of the {where} takes AWQ's scales, so AWQ only clips there."
-        if tried["experts"]:
+        if tried["experts"] and tried["calibrated"]:
             yield (
                 f"`{kind}` is a mixture of experts: each is calibrated on its own tokens, so give it more samples "
                 "([recipes](../recipes.md))."
             )
+        if not tried["calibrated"]:
+            yield f"`{kind}` cannot be calibrated with this transformers: take a recipe without data, as `hopper-fp8`."
+    said: dict[str, list[str]] = {}
     for name, one in models.items():
         told = [note for size in one["recipes"].values() for note in size.get("notes", ())]
-        for note in dict.fromkeys([*one["cache_notes"], *(note for note in told if "%" not in note)]):
-            yield f"{name}: {note}."
+        for note in (*one["cache_notes"], *(note for note in told if "%" not in note)):
+            said.setdefault(note, []).append(name)
         for recipe_name, size in one["recipes"].items():
             if "refused" in size:
-                yield f"{name}, `{recipe_name}`: {size['refused']}."
+                said.setdefault(f"`{recipe_name}`: {size['refused']}", []).append(name)
             cards: dict[str, list[str]] = {}
             for card, refusals in size.get("refused_by_vllm", {}).items():
                 for what in refusals:
                     cards.setdefault(what, []).append(card)
             for what, on in cards.items():
-                yield f"{name}, `{recipe_name}`: vLLM refuses it on {', '.join(on)}: {what}."
+                said.setdefault(f"vLLM refuses `{recipe_name}` on {', '.join(on)}: {what}", []).append(name)
+    for what, names in said.items():
+        yield f"{', '.join(dict.fromkeys(names))}: {what}."
 
 
 def model_pages() -> str:

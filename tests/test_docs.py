@@ -51,7 +51,7 @@ def test_every_exit_code_is_told() -> None:
     codes = {value for name, value in vars(errors).items() if name.startswith("EXIT_") and isinstance(value, int)}
     told = dict(re.findall(r"^\| (\d+) \| (.+) \|$", fill.exit_codes(), re.MULTILINE))
     assert {int(code) for code in told} == codes
-    assert "memory or disk" in told["6"]
+    assert told["6"] == "not enough memory or disk"
     assert all(len(text) > 8 for text in told.values())
 
 
@@ -65,6 +65,7 @@ def test_every_command_is_in_the_reference() -> None:
     for name, _ in fill.commands():
         assert f"## vlmquant {name}\n" in text
     assert "`--gpu-memory`" in text
+    assert "vlmquant recommend org/model --gpu-memory 24GB --gpu hopper\n" in text
 
 
 def test_the_recipes_are_told_in_their_own_words() -> None:

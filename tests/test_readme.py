@@ -40,8 +40,6 @@ NOT_HERE = {
 }
 """Lines of ```bash blocks that are not run, and why. The last two hold for pages of models alone."""
 OF_MODELS = 2
-NOT_YET = ("generate",)
-"""Commands that are named and are still being built: a command that is here must not stand here."""
 SMALLER = {"calibration=256,evaluation=200": "calibration=7,evaluation=4", "org/my-vlm ": "./my-vlm "}
 """What is run with fewer samples, and on the bundled model."""
 CODES = {"gate": (0, 3, 4), "check": (0, 1), "recommend": (0,)}
@@ -81,15 +79,10 @@ COMMANDS = sorted(
 )
 
 
-def test_nothing_stands_under_not_yet_that_is_here() -> None:
-    assert [name for name in NOT_YET if name in GROUP.commands] == []
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_one_that_we_have(command: str) -> None:
     name, *words = words_of(command)[1:]
-    if name not in NOT_YET:
-        GROUP.commands[name].make_context(name, words)  # raises for an unknown option or a missing argument
+    GROUP.commands[name].make_context(name, words)  # raises for an unknown option or a missing argument
 
 
 def test_there_are_commands() -> None:
@@ -125,8 +118,7 @@ def test_the_commands_of_a_page_run(page: str, furnished: Path, run: Run, monkey
         if why_not(line, page) is not None:
             continue
         assert line.startswith("vlmquant "), f"{page}: neither run nor named among NOT_HERE: {line}"
-        if words_of(line)[1] not in NOT_YET:
-            run_line(line, run)
+        run_line(line, run)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/models/")])
