@@ -92,6 +92,7 @@ def internvl_40b() -> dict[str, Any]:
         "model_type": "internvl",
         "architectures": ["InternVLForConditionalGeneration"],
         "dtype": "bfloat16",
+        "tie_word_embeddings": False,
         "image_token_id": 63_999,
         "vision_config": {
             "model_type": "internvl_vision",

@@ -99,7 +99,7 @@ def headers_only(name: str, out: Path) -> Path:
         content["vision_config"] |= {**VISION, "image_size": 336, "patch_size": 14}
     else:
         content = {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
-        content |= AutoConfig.for_model("qwen3_vl_moe").to_dict()
+        content |= AutoConfig.for_model("qwen3_vl_moe").to_dict() | {"tie_word_embeddings": False}
         content["text_config"] |= {
             "hidden_size": 4096,
             "num_hidden_layers": 94,

@@ -67,8 +67,7 @@ COMMANDS = {
         advice.recommend,
         (
             "which recipe for a card of 24 GB\nvlmquant recommend org/model --gpu-memory 24GB --gpu hopper",
-            "fast answers first, and the recipe in a file\n"
-            "vlmquant recommend org/model --gpu-memory 80GB --gpu hopper --latency --out mine.yaml",
+            "fast answers first\nvlmquant recommend org/model --gpu-memory 80GB --gpu hopper --latency",
         ),
         (EXIT_DOES_NOT_FIT,),
     ),
