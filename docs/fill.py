@@ -377,6 +377,8 @@ ROOMY = 0.7
 """Share of a card that weights of 4 bits may take, for a page to name it: the rest is for the KV cache."""
 CARDS = (24, 80, 141)
 """GB."""
+MUCH = 0.5
+"""Share of a checkpoint that stays at 16 bits, from which on a page says so."""
 
 
 def model_commands(example: str, models: Sequence[Mapping[str, Any]], tried: Mapping[str, Any]) -> str:
@@ -434,6 +436,10 @@ def watched(kinds: tuple[str, ...], models: Mapping[str, Any], support: Mapping[
         told = [note for size in one["recipes"].values() for note in size.get("notes", ())]
         for note in (*one["cache_notes"], *(note for note in told if "%" not in note)):
             said.setdefault(note, []).append(name)
+        mixed = one["recipes"]["mixed"]
+        if mixed.get("kept_bytes", 0) > MUCH * mixed["bytes"]:
+            kept = f"{gigabytes(mixed['kept_bytes'])} of the {gigabytes(mixed['bytes'])} of `mixed`"
+            said.setdefault(f"{kept} are embeddings and whatever else stays at 16 bits", []).append(name)
         for recipe_name, size in one["recipes"].items():
             if "refused" in size:
                 said.setdefault(f"`{recipe_name}`: {size['refused']}", []).append(name)
