@@ -1,13 +1,13 @@
 """recommend: which recipe for which GPU."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vlmquant.cli.options import Json, Model, Trust
+from vlmquant.cli.options import Batch, Context, Images, ImageSize, Json, Model, TensorParallel, Trust
 from vlmquant.cli.output import emit, say, show
-from vlmquant.cli.words import parse_bytes, parse_size
+from vlmquant.cli.words import parse_wish
 from vlmquant.errors import UsageError
 
 
@@ -23,15 +23,11 @@ def recommend(
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Fast answers come first; needs --gpu.")] = False,
     accuracy: Annotated[bool, typer.Option("--accuracy", help="Accuracy comes first.")] = False,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of text in a sequence, prompt and answer, else 4096.")
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option(min=0, help="Images in a sequence, else 1; their tokens are added.")
-    ] = None,
-    image_size: Annotated[str | None, typer.Option(help="Their width and height in pixels, else 1024x768.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs that share the model, else 1.")] = None,
+    batch: Batch = None,
+    context: Context = None,
+    images: Images = None,
+    image_size: ImageSize = None,
+    tp: TensorParallel = None,
     engine: Annotated[str, typer.Option(help="What serves it: vllm, sglang or transformers.")] = "vllm",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the recipe to this file, which must not be there yet.")
@@ -57,15 +53,7 @@ def recommend(
         raise UsageError("--latency: what is fast depends on the card; give --gpu, such as hopper or sm_90")
     if out is not None and (out.exists() or out.is_symlink()):
         raise UsageError(f"{out}: is there already; give the recipe another name")
-    asked: dict[str, Any] = {
-        "gpu_memory": parse_bytes(gpu_memory, "--gpu-memory"),
-        "batch": batch,
-        "text_tokens": context,
-        "images": images,
-        "image_size": None if image_size is None else parse_size(image_size, "--image-size"),
-        "tp": tp,
-    }
-    wish = Wish(**{key: value for key, value in asked.items() if value is not None})
+    wish = Wish(**parse_wish(gpu_memory, batch, context, images, image_size, tp))
     target = parse_target(engine, gpu=parse_gpu(gpu), tp=wish.tp) if gpu is not None else None
     goal: Goal = "latency" if latency else "accuracy" if accuracy else "balanced"
     found = find(model, wish, goal=goal, target=target, trust_remote_code=trust_remote_code)

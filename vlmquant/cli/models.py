@@ -7,19 +7,24 @@ import typer
 
 from vlmquant import streams
 from vlmquant.cli.options import (
+    Batch,
     CalibrationOption,
+    Context,
     Device,
     Dtype,
     FamilyOption,
+    Images,
+    ImageSize,
     Json,
     Model,
     RecipeOption,
+    TensorParallel,
     Threads,
     Trust,
     recipe_names,
 )
 from vlmquant.cli.output import emit, say, show
-from vlmquant.cli.words import load_wanted, parse_counts, parse_dtype, parse_optional_bytes, parse_size, recipe_name
+from vlmquant.cli.words import load_wanted, parse_counts, parse_dtype, parse_limits, parse_wish, recipe_name
 from vlmquant.errors import EXIT_DOES_NOT_FIT, EXIT_ERROR, EXIT_OK, UsageError, shown
 from vlmquant.threads import set_threads
 
@@ -70,15 +75,11 @@ def plan(
     gpu_memory: Annotated[
         str | None, typer.Option(help="Memory of a GPU that is to serve it, such as 24GB: what fits on it?")
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of text in a sequence, prompt and answer, else 4096.")
-    ] = None,
-    images: Annotated[
-        int | None, typer.Option(min=0, help="Images in a sequence, else 1; their tokens are added.")
-    ] = None,
-    image_size: Annotated[str | None, typer.Option(help="Their width and height in pixels, else 1024x768.")] = None,
-    tp: Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs that share the model, else 1.")] = None,
+    batch: Batch = None,
+    context: Context = None,
+    images: Images = None,
+    image_size: ImageSize = None,
+    tp: TensorParallel = None,
     memory_limit: Annotated[
         str | None,
         typer.Option(help="Memory that quantizing may hold, such as 20GiB: would it fit, and in which time?"),
@@ -97,22 +98,11 @@ def plan(
     --images, --image-size or --tp, also what serving it takes; with --memory-limit or --device-memory-limit, what
     quantizing takes, for which one sample is sent through the vision encoder.
     """
-    asked: dict[str, Any] = {
-        "gpu_memory": parse_optional_bytes(gpu_memory, "--gpu-memory"),
-        "batch": batch,
-        "text_tokens": context,
-        "images": images,
-        "image_size": None if image_size is None else parse_size(image_size, "--image-size"),
-        "tp": tp,
-    }
-    limits = (
-        parse_optional_bytes(memory_limit, "--memory-limit"),
-        parse_optional_bytes(device_memory_limit, "--device-memory-limit"),
-    )
+    limits = parse_limits(memory_limit, device_memory_limit)
     _show_plan(
         model,
         load_wanted(recipe_name(recipe), family),
-        serving={key: value for key, value in asked.items() if value is not None},
+        serving=parse_wish(gpu_memory, batch, context, images, image_size, tp),
         limits=limits,
         calibration=calibration,
         every_weight=every_weight,
@@ -209,10 +199,7 @@ def quantize(
             update={"strata": strata, "samples": sum(strata.values()), "order": "file"}
         )
         wanted = wanted.model_copy(update={"calibration": chosen})
-    limits = (
-        parse_optional_bytes(memory_limit, "--memory-limit"),
-        parse_optional_bytes(device_memory_limit, "--device-memory-limit"),
-    )
+    limits = parse_limits(memory_limit, device_memory_limit)
     set_threads(threads)
     if dry_run:
         _show_plan(

@@ -40,6 +40,11 @@ FamilyOption = Annotated[
     Path | None,
     typer.Option("--family", help="YAML file that says where the parts of a model are that vlmquant does not know."),
 ]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of text in a sequence, prompt and answer, else 4096.")]
+Images = Annotated[int | None, typer.Option(min=0, help="Images in a sequence, else 1; their tokens are added.")]
+ImageSize = Annotated[str | None, typer.Option(help="Their width and height in pixels, else 1024x768.")]
+TensorParallel = Annotated[int | None, typer.Option(min=1, max=1024, help="GPUs that share the model, else 1.")]
 Data = Annotated[
     Path,
     typer.Option(

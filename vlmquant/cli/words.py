@@ -81,6 +81,31 @@ def parse_optional_bytes(text: str | None, option: str) -> int | None:
     return None if text is None else parse_bytes(text, option)
 
 
+def parse_limits(memory: str | None, device_memory: str | None) -> tuple[int | None, int | None]:
+    """Of --memory-limit and --device-memory-limit."""
+    return parse_optional_bytes(memory, "--memory-limit"), parse_optional_bytes(device_memory, "--device-memory-limit")
+
+
+def parse_wish(
+    gpu_memory: str | None,
+    batch: int | None,
+    context: int | None,
+    images: int | None,
+    image_size: str | None,
+    tp: int | None,
+) -> dict[str, Any]:
+    """What was asked for of the fields of a serving.Wish."""
+    asked = {
+        "gpu_memory": parse_optional_bytes(gpu_memory, "--gpu-memory"),
+        "batch": batch,
+        "text_tokens": context,
+        "images": images,
+        "image_size": None if image_size is None else parse_size(image_size, "--image-size"),
+        "tp": tp,
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
 def parse_size(text: str, option: str) -> tuple[int, int]:
     """ "1024x768" -> (1024, 768)."""
     found = re.fullmatch(r"([1-9][0-9]{0,4})[xX]([1-9][0-9]{0,4})", text.strip())
