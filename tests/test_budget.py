@@ -250,4 +250,5 @@ def test_experts_see_the_tokens_that_are_routed_to_them(tmp_path: Path) -> None:
     assert budget._products(stages, block, tokens, rerun=False) == pytest.approx(by_hand)
     footprint = Footprint({"language": Place(1000, form.hidden, 4_000, 100)}, input_bytes=0)
     passes = [predict(components, plan, footprint, base=0, dtype=torch.float32, passes=way) for way in WAYS]
-    assert len({way.parts["language"]["inside the passes"] for way in passes}) == 1
+    for what in ("inside the passes", "weights of the block", "a stage"):
+        assert len({way.parts["language"][what] for way in passes}) == 1

@@ -150,7 +150,7 @@ def predict(
                 whole,
                 components.dtype,
                 dtype,
-                rerun=passes.rerun,
+                rerun=rerun,
                 row_elements=None if elsewhere else ROW_ELEMENTS,
             )
             kept = (largest if rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
@@ -173,7 +173,8 @@ def predict(
         parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
         if elsewhere:
             there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
-    speed = None if elsewhere and not _is_there(device) else _products_per_second(dtype, device or torch.device("cpu"))
+    timed = not elsewhere or torch.cuda.is_available()
+    speed = _products_per_second(dtype, device or torch.device("cpu")) if timed else None
     longest = None if speed is None else products / speed
     spilled = max((place.nbytes for place in footprint.components.values()), default=0) + footprint.input_bytes
     return Prediction(
@@ -348,10 +349,6 @@ def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun:
         if stage.method == "gptq":
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
     return total
-
-
-def _is_there(device: torch.device | None) -> bool:
-    return device is None or device.type == "cpu" or torch.cuda.is_available()
 
 
 @measured
