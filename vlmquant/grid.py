@@ -104,12 +104,13 @@ class Grid:
         return e2m1_values(codes).mul_(1 / E2M1_UNIT)
 
     def round_scales(self, scales: Tensor) -> Tensor:
-        """float32 scales (rows, groups) -> the nearest that can be stored and are positive.
+        """float32 scales (rows, groups) -> the nearest that can be stored and are not 0; floats' are above it.
 
         Rounding before the codes are chosen keeps codes and stored scales in agreement.
         """
         if self.kind == "int":
-            return scales.clamp(SCALE_FLOOR, torch.finfo(self.scale_dtype).max).to(self.scale_dtype).float()
+            sizes = scales.abs().clamp(SCALE_FLOOR, torch.finfo(self.scale_dtype).max).to(self.scale_dtype).float()
+            return sizes.copysign(scales)
         return self.load_scales(self.store_scales(scales))
 
     def store_scales(self, scales: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class QuantizedWeight:
     """A linear layer's weight as codes on a grid.
 
     codes   (out, in)     uint8 in [0, 2**bits)
-    scales  (out, groups) float32 > 0, as rounded by the grid; rows that share one repeat it
+    scales  (out, groups) float32, not 0, as rounded by the grid; rows that share one repeat it
     zeros   (out, groups) uint8 in [0, 2**bits), or None: the grid is symmetric
     Input column j belongs to group j // group_size, and groups == ceil(in / group_size); one group is "per channel".
     """

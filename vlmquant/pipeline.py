@@ -204,7 +204,9 @@ def quantize(
                 done = quantize_blocks(
                     writer, batches, dtype=dtype, device=torch.device(device), passes=planned.passes, ranks=ranks
                 )
-                errors, notes = done.errors, [*notes, *done.notes]
+                errors, notes = done.errors, [*notes, *done.notes, *_target_note(done.alphas)]
+                if done.alphas:
+                    manifest["alphas"] = {name: round(alpha, 4) for name, alpha in done.alphas.items()}
                 manifest["settings"]["batch_size"] = ranks.first(lambda: batch_size(writer))
                 if done.expert_tokens:
                     manifest["experts"] = done.expert_tokens
@@ -412,6 +414,7 @@ def _quantize_blocks(
     notes = list(outside.notes)
     expert_tokens: dict[str, list[int]] = {}
     cache: dict[str, Maxima] = {}
+    alphas: dict[str, float] = {}
     with bar("quantize", total=len(components.blocks), visible=ranks.leads) as progress:
         for block in stream:
             for stage in block.stages():
@@ -424,8 +427,9 @@ def _quantize_blocks(
             notes += block.notes
             expert_tokens |= block.expert_tokens
             cache |= block.cache
+            alphas |= block.alphas
             progress.step(f"quantize {block.info.component}")
-    return BlockResult({}, {}, errors, tuple(notes), expert_tokens, cache)
+    return BlockResult({}, {}, errors, tuple(notes), expert_tokens, cache, alphas)
 
 
 def find_components(
@@ -505,6 +509,8 @@ def _repeatable(command: Sequence[str], model_dir: Path) -> list[str]:
 
 def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, **more: int) -> None:
     record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens, **more}
+    if result.alphas:
+        record["alphas"] = result.alphas
     if result.cache:
         record["cache"] = {name: asdict(maxima) for name, maxima in result.cache.items()}
     writer.add(unit, result.quantized, result.changed, record)
@@ -516,7 +522,32 @@ def _restore(writer: CheckpointWriter, unit: str | None) -> BlockResult | None:
         return None
     quantized, changed, record = kept
     cache = kvcache.from_record(record)
-    return BlockResult(quantized, changed, record["errors"], tuple(record["notes"]), record.get("experts", {}), cache)
+    return BlockResult(
+        quantized,
+        changed,
+        record["errors"],
+        tuple(record["notes"]),
+        record.get("experts", {}),
+        cache,
+        record.get("alphas", {}),
+    )
+
+
+LITTLE_HELD = 0.3
+"""Below it, most of what a layer learned from the calibration samples was no use for others."""
+
+
+def _target_note(alphas: Mapping[str, float]) -> list[str]:
+    """How much of what makes up for earlier layers' errors held on samples held out: whether samples were enough."""
+    if not alphas:
+        return []
+    kinds: dict[str, list[float]] = {}
+    for name, alpha in alphas.items():
+        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(alpha)
+    told = ", ".join(f"{kind} {median(found):.2f}" for kind, found in kinds.items())
+    few = sum(alpha < LITTLE_HELD for alpha in alphas.values())
+    advice = f"; {few} of {len(alphas)} are below {LITTLE_HELD:g}: more calibration samples would help" if few else ""
+    return [f"target: of the correction by the original's outputs, held-out samples confirm (median): {told}{advice}"]
 
 
 def _expert_note(tokens: Mapping[str, list[int]], recipe: Recipe) -> str:

@@ -59,6 +59,8 @@ class PlanLine:
     bytes_after: int
     stored: torch.dtype | None = None
     """The dtype in which a kept tensor is written."""
+    needs_original: bool = False
+    """Whether its codes are found from what the original model gives it, beside what the quantized one does."""
 
     @property
     def scheme_label(self) -> str:
@@ -684,6 +686,9 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         parameter.shape,
         parameter.nbytes,
         stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
+        needs_original=choice.method == "gptq"
+        and getattr(recipe.components, parameter.component).gptq.target == "outputs"
+        and not any(parameter.name.startswith(f"{home}.") for home in components.experts),
     )
 
 

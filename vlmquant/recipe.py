@@ -205,6 +205,11 @@ class GptqOptions(Data):
     """Quantize columns by falling Hessian diagonal; groups keep their original columns: nothing is permuted on disk."""
     scale_search: Literal["minmax", "mse", "weighted"] = "weighted"
     """What a group's scale minimises: nothing (extremes), sum of d^2, or sum of E[x^2] |d|^3."""
+    signed_scales: bool = False
+    """Whether a group's scale may be below 0 on a symmetric grid, whose codes reach further to one side."""
+    target: Literal["weights", "outputs"] = "weights"
+    """What is rounded: a layer's own weights; or those by which it puts out most nearly, from what the quantized model
+    gives it, what the original's layer does (QEP, arXiv:2504.09629), as far as samples held out say that it helps."""
 
 
 class AwqOptions(Data):

@@ -6,6 +6,9 @@ embeddings, feature merging and whatever else stands between blocks need no seco
 quantized on what the already quantized part of the model gives it (vision encoder and projector included), and each
 block runs once. Only the block at hand has weights; the others stay on the meta device.
 
+Where a method wants to know what the original model gives a linear, each batch has a second pass, with the original
+weights. Up to the first block that has codes it takes what the first pass computes.
+
 Where several processes share the work (ranks), each runs some of the batches; what they collect, and where to go next,
 is put together in the order of all batches.
 """
@@ -13,7 +16,7 @@ is put together in the order of all batches.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,6 +58,10 @@ WAITING = ("linear", "experts")
 """Pauses inside a block."""
 SPILL_BYTES = 1 << 16
 """Smaller tensors are not worth a file."""
+HELD_EVERY = 8
+"""One of so many samples is held out where a method judges by samples that it has not seen; fewer, where those have
+more than HELD_TOKENS tokens."""
+HELD_TOKENS = 4096
 ROW_ELEMENTS = 1 << 23
 """Of a weight, that algorithms work on at a time."""
 MOST_LOST = 0.1
@@ -78,6 +85,8 @@ class BlockResult:
     """For each module of experts, how many calibration tokens were routed to each of them."""
     cache: dict[str, Maxima] = field(default_factory=dict)
     """What attention modules put into the KV cache, where the plan quantizes it."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """By parameter name: how much of what would make up for the errors before a layer held on samples held out."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,14 @@ class _Walk(greenlet):
         self.group_inputs: dict[str, Tensor] = {}
         """Inputs of the first linear of a group, by its name."""
         self.paused: _Pause | None = None
+        self.batch: Batch | None = None
+        """As the model is given it, on the device."""
+        self.original: _Walk | None = None
+        """The same batch in the original model, where a method wants that."""
+        self.first: _Walk | None = None
+        """Of a pass through the original model: the one through the quantized model."""
+        self.output: Any = None
+        """What the block before gave, kept for the pass through the original model."""
         self.entering: Callable[[], Any] | None = None
         """Where it is paused before a block: what that would compute next."""
         self.guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
@@ -127,6 +144,7 @@ class _Walk(greenlet):
 
         walk = _Walk(run, self.number)
         walk.token_mask, walk.kinds_of_tokens = self.token_mask, self.kinds_of_tokens
+        walk.original, walk.first = self.original, self.first
         return walk
 
     def real_tokens(self, count: int) -> Tensor | None:
@@ -163,13 +181,75 @@ class Rerun:
     def __init__(self, block: "Block", name: str) -> None:
         self._block, self._name = block, name
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None] | None]:
+    def __iter__(self) -> Iterator["Given | None"]:
         return self._block.inputs_of(self._name)
 
+    def with_originals(self) -> Iterator["Given | None"]:
+        return self._block.inputs_of(self._name, originals=True)
 
-Inputs = Sequence[tuple[Tensor, Tensor | None] | None] | Rerun
-"""What a linear is given by each pass of this process, and a mask of its real tokens, or how much each counts. None for
-a pass that does not come there."""
+
+@dataclass(frozen=True)
+class Given:
+    """What a linear is given by a pass."""
+
+    inputs: Tensor
+    counts: Tensor | None
+    """A mask of its real tokens, or how much each counts; None where all are real."""
+    original: Tensor | None = None
+    """What the original model gives it there."""
+
+
+Inputs = Sequence[Given | None] | Rerun
+"""By each pass of this process; None for one that does not come there."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The inputs of a batch as float32 (tokens, in), padding left out."""
+
+    inputs: Tensor
+    weights: Tensor | None
+    """How much each token counts, None for 1."""
+    shift: Tensor | None = None
+    """What the original model gives, less the inputs, (tokens, in)."""
+    held: Tensor | None = None
+    """bool (tokens,): those of samples that are held out."""
+
+    @property
+    def count(self) -> float:
+        return len(self.inputs) if self.weights is None else self.weights.sum().item()
+
+    def scaled(self, values: Tensor) -> Tensor:
+        """Values of each token (tokens, in), by the root of what it counts."""
+        return values if self.weights is None else values * self.weights.sqrt()[:, None]
+
+    def parts(self) -> tuple["Rows | None", "Rows | None"]:
+        """The tokens of samples that are not held out, and of those that are."""
+        assert self.held is not None
+        fit, held = (self._some(which) for which in (~self.held, self.held))
+        return fit if len(fit.inputs) else None, held if len(held.inputs) else None
+
+    def _some(self, which: Tensor) -> "Rows":
+        if bool(which.all()):
+            return self
+        weights, shift = (None if one is None else one[which] for one in (self.weights, self.shift))
+        return Rows(self.inputs[which], weights, shift, which[which])
+
+
+@dataclass
+class Moments:
+    """What the inputs z of a stage are like, and how they differ from x, which the original model gives.
+
+    The sums are over the samples that are not held out; their memory is the receiver's.
+    """
+
+    squares: Tensor
+    """The sum of z z^T, float32 (in, in)."""
+    cross: Tensor
+    """The sum of (x - z) z^T, float32 (in, in)."""
+    tokens: float
+    held: list[Rows]
+    """Of the samples held out."""
 
 
 class Stage:
@@ -213,22 +293,27 @@ class Stage:
     def _columns(self) -> int:
         return next(iter(self.stored.values())).shape[1]
 
-    def _rows(self) -> Iterator[tuple[Tensor, Tensor | None] | None]:
-        """The inputs of each batch of this process as float32 (tokens, in), padding left out; and how much each token
-        counts, None for 1. None for a batch that does not come here."""
-        for given in self._inputs or ():
-            if given is None:
-                yield None
-                continue
-            inputs, mask = given
-            flat = inputs.reshape(-1, inputs.shape[-1])
-            if mask is None:
-                yield flat.float(), None
-                continue
-            counts = mask.flatten()
-            kept = counts != 0
-            weights = counts[kept]
-            yield flat[kept].float(), None if weights.dtype == torch.bool or bool((weights == 1).all()) else weights
+    def _rows(self, *, originals: bool = False) -> Iterator[Rows | None]:
+        """The inputs of each batch of this process; None for a batch that does not come here. originals: with what the
+        original model gives, where that is known of a batch."""
+        given = self._inputs or ()
+        passes = given.with_originals() if originals and isinstance(given, Rerun) else given
+        for number, one in zip(self.block.numbers if self._inputs is not None else (), passes, strict=True):
+            yield None if one is None else self._rows_of(one, number, originals=originals)
+
+    def _rows_of(self, given: Given, number: int, *, originals: bool) -> Rows:
+        flat = given.inputs.reshape(-1, given.inputs.shape[-1])
+        counts = None if given.counts is None else given.counts.flatten()
+        kept = slice(None) if counts is None else counts != 0
+        rows, weights = flat[kept].float(), None if counts is None else counts[kept]
+        if weights is not None and (weights.dtype == torch.bool or bool((weights == 1).all())):
+            weights = None
+        if not originals:
+            return Rows(rows, weights)
+        held = self.block.stream.held_out(number, given.inputs)[kept]
+        if given.original is None or given.original.shape != given.inputs.shape:
+            return Rows(rows, weights, None, held)
+        return Rows(rows, weights, given.original.reshape(flat.shape)[kept].float() - rows, held)
 
     def hessian(self) -> Tensor:
         """E[x x^T] over all tokens, float32 (in, in)."""
@@ -255,11 +340,52 @@ class Stage:
         total = torch.zeros(self._columns, self._columns, device=self.block.stream.device)
         relay, tokens = self.block.relay(), dict[int, float]()
         for turn, number, found in zip(relay, self.block.numbers, self._rows(), strict=True):
-            rows, weights = found or (None, None)
-            if rows is not None:
-                tokens[number] = len(rows) if weights is None else weights.sum().item()
-            _add_gram(total, rows if rows is None or weights is None else rows * weights.sqrt()[:, None], turn)
+            rows = None
+            if found is not None:
+                tokens[number] = found.count
+                rows = found.scaled(found.inputs)
+            _add_gram(total, rows, turn)
         return total, sum(self.ranks.in_order(tokens), 0.0), relay.last
+
+    @property
+    def has_originals(self) -> bool:
+        """Whether it is known what the original model gives these linears."""
+        if isinstance(self._inputs, Rerun):
+            known = self.block.follows_original
+        else:
+            known = any(one is not None and one.original is not None for one in self._inputs or ())
+        return any(self.ranks.gather(known))
+
+    def of_moments(self, make: Callable[[Moments], T]) -> T:
+        """What an algorithm makes of inputs and of what the original model gives instead, for all processes."""
+        moments, holder = self._moments()
+        kept = [moments]
+        del moments
+        if self.ranks.rank != holder:
+            kept.clear()
+        return self.ranks.made_by(holder, lambda: make(kept.pop()))
+
+    def _moments(self) -> tuple[Moments, int]:
+        """And which process they are right in."""
+        device = self.block.stream.device
+        squares, cross = (torch.zeros(self._columns, self._columns, device=device) for _ in range(2))
+        relay, own = self.block.relay(), dict[int, tuple[float, Rows | None]]()
+        for turn, number, found in zip(relay, self.block.numbers, self._rows(originals=True), strict=True):
+            fit, held = (None, None) if found is None else found.parts()
+            inputs = None if fit is None else fit.scaled(fit.inputs)
+            shift = None if fit is None or fit.shift is None else fit.scaled(fit.shift)
+            _add_gram(squares, inputs, turn)
+            with turn.adding(cross):
+                if inputs is not None and shift is not None:
+                    cross.addmm_(shift.T, inputs)
+            if found is not None:
+                own[number] = (0.0 if fit is None else fit.count, held)
+        everywhere = self.ranks.in_order(own)
+        tokens, held_out = sum((count for count, _ in everywhere), 0.0), [rows for _, rows in everywhere if rows]
+        if self.ranks.rank == relay.last:
+            whole = squares.diagonal() + sum(rows.scaled(rows.inputs).square().sum(0) for rows in held_out)
+            self._refuse_bad_inputs(whole, tokens + sum(rows.count for rows in held_out))
+        return Moments(_mirror_upper(squares), cross, tokens, held_out), relay.last
 
     def _mean_of_squares(self, total: Tensor, tokens: float) -> Tensor:
         mean = _mirror_upper(total).div_(tokens or 1)
@@ -269,6 +395,10 @@ class Stage:
     def measured(self, local: str, lost: float, whole: float) -> None:
         """tr(E H E^T) and tr(W H W^T) of a linear whose weight loses E, where an algorithm comes by them."""
         self._measured[local] = (lost, whole)
+
+    def aimed(self, alpha: float) -> None:
+        """The share of the correction by the original model's outputs that its linears have taken over."""
+        self.block.alphas |= {f"{self.block.info.name}.{local}.weight": alpha for local in self.linears}
 
     def mean_square(self) -> Tensor:
         """E[x_j^2], float32 (in,)."""
@@ -286,10 +416,8 @@ class Stage:
         own: dict[int, tuple[Tensor, float]] = {}
         for number, found in zip(self.block.numbers, self._rows(), strict=True):
             if found is not None:
-                rows, weights = found
-                own[number] = (
-                    (of(rows).sum(0), len(rows)) if weights is None else (weights @ of(rows), weights.sum().item())
-                )
+                rows, weights = of(found.inputs), found.weights
+                own[number] = rows.sum(0) if weights is None else weights @ rows, found.count
         total, tokens = torch.zeros(self._columns, device=self.block.stream.device), 0.0
         for part, count in self.ranks.in_order(own):
             total += part
@@ -385,8 +513,8 @@ class Stage:
     def _input_scale(self) -> float:
         """The number that inputs are rounded by, of their largest magnitude as the weights meet them."""
         largest = 0.0
-        for rows, _ in filter(None, self._rows()):
-            met = rows if self._channel_scales is None else rows / self._channel_scales
+        for found in filter(None, self._rows()):
+            met = found.inputs if self._channel_scales is None else found.inputs / self._channel_scales
             largest = max(largest, met.abs().max().item() if len(met) else 0.0)
         largest = max(self.ranks.gather(largest))
         scale = input_scale(largest, self.scheme.activations, self.model_dtype)
@@ -518,10 +646,13 @@ class Block:
         self.changed: dict[str, Tensor] = dict(restored.changed) if restored else {}
         self.errors: dict[str, float] = dict(restored.errors) if restored else {}
         self.notes: list[str] = list(restored.notes) if restored else []
+        self.alphas: dict[str, float] = dict(restored.alphas) if restored else {}
         self.settled = False
         """True once every weight is final: the block then computes what it will compute in service."""
         self._walks = walks
         self._everywhere = everywhere
+        self._originals: dict[str, Tensor] = {}
+        """Weights of the original model that its passes are being computed with."""
         self._rerun = stream.rerun and not has_experts(stream.components, info)
         self._divisors: dict[str, Tensor] = {}
         self._folded: dict[str, Tensor] = {}
@@ -550,7 +681,15 @@ class Block:
 
     @property
     def result(self) -> BlockResult:
-        return BlockResult(self.quantized, self.changed, self.errors, tuple(self.notes), self.expert_tokens, self.cache)
+        return BlockResult(
+            self.quantized,
+            self.changed,
+            self.errors,
+            tuple(self.notes),
+            self.expert_tokens,
+            self.cache,
+            self.alphas,
+        )
 
     @property
     def cache(self) -> dict[str, Maxima]:
@@ -581,7 +720,7 @@ class Block:
 
     def note_cached(self, name: str, keys: Tensor, values: Tensor) -> None:
         """What an attention module is about to cache in one pass; its linears have their codes by then."""
-        if self.settled:
+        if self.settled or _walk().first is not None:
             return
         mask = _walk().token_mask
         found = absolute_maxima(keys, mask), absolute_maxima(values, mask)
@@ -603,10 +742,16 @@ class Block:
         yield from self._rerun_stages(group_of) if self._rerun else self._kept_stages(group_of)
         self._collect_cached()
 
+    @property
+    def follows_original(self) -> bool:
+        """Whether passes of the original model come along, and compute something else."""
+        return self.stream.follows_original and not self.stream.alike
+
     def _kept_stages(self, group_of: dict[str, tuple[LinearInfo, ...]]) -> Iterator[Stage]:
         """The stages of passes that wait where they are."""
         for walk in self._walks:
             walk.resume()
+            self._resume_original(walk)
         while place := self._next_place():
             kind, name = place
             members = [
@@ -616,7 +761,7 @@ class Block:
                 self._share_out(name, [pause for walk in members if (pause := walk.paused)])
             else:
                 inputs = [
-                    (walk.paused.inputs, self._mask_for(walk))
+                    Given(walk.paused.inputs, self._mask_for(walk), self._original_inputs(walk, name))
                     if walk in members and walk.paused and walk.paused.inputs is not None
                     else None
                     for walk in self._walks
@@ -633,8 +778,31 @@ class Block:
                 if not self._is_final(name):
                     raise AssertionError(f"{self.info.name}.{name} was left unfinished")
                 del stage, inputs
+            self._originals.clear()
             for walk in members:
                 walk.resume()
+                if walk.original and walk.original.paused and walk.original.paused.name == name:
+                    self._resume_original(walk)
+        self._finish_originals()
+
+    def _resume_original(self, walk: _Walk) -> None:
+        if walk.original is not None and self.follows_original:
+            walk.original.resume()
+
+    def _original_inputs(self, walk: _Walk, name: str) -> Tensor | None:
+        """What the original model gives a linear in the same pass, where that waits there."""
+        other = walk.original
+        return other.paused.inputs if other and other.paused and other.paused.name == name else None
+
+    def _finish_originals(self) -> None:
+        """Let the passes of the original model go on to the next block, while its kept parameters are in place."""
+        for walk in self._walks if self.follows_original else ():
+            other = walk.original
+            if other and other.paused == _Pause("enter", self.info.name):
+                other.resume()
+            while other and other.paused and other.paused.kind in WAITING:
+                other.resume()
+        self._originals.clear()
 
     def _next_place(self) -> tuple[str, str] | None:
         """Where the first of all batches waits in the block: kind and name."""
@@ -660,17 +828,30 @@ class Block:
             yield Stage(self, group_of[name], self._line(self._by_local[name]), Rerun(self, name))
             if not self._is_final(name):
                 raise AssertionError(f"{self.info.name}.{name} was left unfinished")
+        self._finish_originals()
         if self.stream.plan.cache and self.stream.plan.cache.inside(self.info.name):
             for _ in self._beside():  # as far as its end: what attention caches is known when its linears are
                 pass
 
-    def inputs_of(self, name: str) -> Iterator[tuple[Tensor, Tensor | None] | None]:
-        """What each pass gives to the linear that is quantized next, None where it does not come to that one next."""
+    def inputs_of(self, name: str, *, originals: bool = False) -> Iterator[Given | None]:
+        """What each pass gives to the linear that is quantized next, None where it does not come to that one next.
+        originals: and what the original model gives it."""
         for walk, pause in self._beside():
             if pause and pause.name == name and pause.inputs is not None:
-                yield pause.inputs, self._mask_for(walk)
+                original = self._original_beside(walk, name) if originals and self.follows_original else None
+                yield Given(pause.inputs, self._mask_for(walk), original)
             else:
                 yield None
+
+    def _original_beside(self, walk: _Walk, name: str) -> Tensor | None:
+        assert walk.original is not None
+        other = walk.original.beside()
+        try:
+            other.resume()
+            return other.paused.inputs if other.paused and other.paused.name == name else None
+        finally:
+            if other:
+                other.throw(GreenletExit)
 
     def _beside(self) -> Iterator[tuple[_Walk, _Pause | None]]:
         """Each pass, walking through the block as it now stands, where it first pauses; one at a time."""
@@ -744,8 +925,10 @@ class Block:
         blend: whether other experts' tokens are to be had.
         """
         walk = _walk()
-        if self.settled or not any(
-            not self._is_final(local) for local in self._by_local if local.startswith(f"{module}.")
+        if (
+            self.settled
+            or walk.first is not None
+            or not any(not self._is_final(local) for local in self._by_local if local.startswith(f"{module}."))
         ):
             yield from (None for _ in given)
             return
@@ -889,16 +1072,22 @@ class Block:
 
         What is to be quantized comes when it has its codes: until then no pass computes with it.
         """
-        waiting = set() if self.restored else {linear.local for group in self._groups() for linear in group}
+        waiting = {linear.local for group in self._groups() for linear in group}
         for local in list(self.module.state_dict()):
             name = f"{self.info.name}.{local}"
-            final = self.quantized.get(name)
-            if local.removesuffix(".weight") in waiting:
-                continue
-            if final is not None:
-                self._place_codes(local, final)
-            elif local in self._parameters or self.stream.components.holds(name):
-                self._place(local, self.value(local))
+            if local.removesuffix(".weight") not in waiting and (
+                local in self._parameters or self.stream.components.holds(name)
+            ):
+                self._place(local, self.stream.read(name))
+        if not self.restored:
+            return
+        self._finish_originals()
+        for local in list(self.module.state_dict()):
+            name = f"{self.info.name}.{local}"
+            if name in self.quantized:
+                self._place_codes(local, self.quantized[name])
+            elif name in self.changed:
+                self._place(local, self.changed[name])
 
     def settle(self) -> None:
         """Let the passes go on to the next block, on what this block computes with its final weights."""
@@ -906,6 +1095,8 @@ class Block:
         self.settled = True
         for walk in self._walks:
             walk.resume()
+            if walk.original is not None and self.stream.alike:
+                walk.original.resume()
         self.release()
 
     def _settle_folds(self) -> None:
@@ -921,7 +1112,7 @@ class Block:
     def forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model's forward pass runs in the block's place."""
         output = forward(*args, **kwargs)
-        if self.settled:
+        if self.settled or _walk().first is not None:
             return output
         _pause(_Pause("exit", self.info.name))
         self._settle_folds()
@@ -930,6 +1121,8 @@ class Block:
 
     def linear(self, local: str, module: nn.Linear, inputs: Tensor) -> Tensor:
         """What the block's forward pass runs in a linear's place: it waits for its codes, then computes with them."""
+        if _walk().first is not None:
+            return self._original_linear(local, module, inputs)
         if not self.settled:
             if local in self._followers:
                 _walk().group_inputs[local] = inputs
@@ -945,6 +1138,20 @@ class Block:
         values = weight.dequantize(self.stream.dtype).to(self.stream.device) if self._rerun else None
         return _linear(self._line(self._by_local[local]), module, inputs, weight.input_scale, values)
 
+    def _original_linear(self, local: str, module: nn.Linear, inputs: Tensor) -> Tensor:
+        """The same in the original model: it waits until others know its inputs, then computes as it always did."""
+        line = self._line(self._by_local[local])
+        if line.action != "quantize":
+            return _linear(None, module, inputs)
+        if line.needs_original and not self._is_final(local):
+            _pause(_Pause("linear", local, inputs))
+        if (weight := self._originals.get(local)) is None:
+            name = f"{local}.weight"
+            weight = self.stream.cast(self.stream.read(f"{self.info.name}.{name}"), name, self.module)
+            if line.needs_original and not self._rerun:
+                self._originals[local] = weight  # for the other passes, which are next
+        return _linear(None, module, inputs, weight=weight)
+
     def _check_shared(self, local: str, leader: str, inputs: Tensor) -> None:
         """Linears that are quantized together are so on the inputs of the first: the others must get the same."""
         kept = _walk().group_inputs
@@ -958,6 +1165,18 @@ class Block:
                 "and please "
                 "report the model"
             )
+
+
+def _end(walks: Iterable[_Walk | None]) -> None:
+    for walk in walks:
+        if walk:
+            walk.throw(GreenletExit)
+
+
+def _copied(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(map(_copied, value))
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _named(experts: Sequence[int]) -> str:
@@ -1044,6 +1263,17 @@ class BlockStream:
         self._current: Block | None = None
         self.runs_passes = False
         """Whether some block is quantized on data."""
+        self._wanting = {
+            info.name
+            for info in components.blocks
+            if any(plan.line(f"{linear.name}.weight").needs_original for linear in info.linears)
+        }
+        """Blocks that are still to be told what the original model gives them."""
+        self.alike = True
+        """While no block had codes: the original model and the quantized one give the same."""
+        self._held_every = HELD_EVERY
+        self._samples: dict[int, int] = {}
+        """In each batch of this process."""
         self._embeddings: list[nn.Embedding] = []
         """Which are not needed any more once all passes have come to the language model."""
         self._order = {info.name: index for index, info in enumerate(components.blocks)}
@@ -1112,6 +1342,11 @@ class BlockStream:
             with torch.no_grad():
                 for walk in walks:
                     walk.resume()
+                    if self.follows_original:
+                        walk.original = _Walk(self._original_pass(walk), walk.number)
+                        walk.original.first = walk
+                        walk.original.resume()
+            self._hold_out(walks)
             while numbers := self._next(walks):
                 index = min(numbers.values())
                 everywhere = [number for number, block in numbers.items() if block == index]
@@ -1120,6 +1355,9 @@ class BlockStream:
                 if info.component == "language":
                     self._release_embeddings()
                 block = self._current = Block(self, info, members, self._restore(info), everywhere)
+                self.alike = self.alike and not any(
+                    self._line_of(linear).action == "quantize" for linear in info.linears
+                )
                 block.load()
                 block.settled = block.restored
                 waiting.discard(info.name)
@@ -1128,17 +1366,56 @@ class BlockStream:
                     if not waiting:
                         block.release()
                         return
+                    self._wanting.discard(info.name)
+                    if not self.follows_original:
+                        _end(walk.original for walk in walks)
                     block.settle()
         finally:
-            for walk in walks:
-                if walk:
-                    walk.throw(GreenletExit)
+            _end(walk.original for walk in walks)
+            _end(walks)
             self._current = None
 
     def _next(self, walks: Sequence[_Walk]) -> dict[int, int]:
         """Before which block, by its place in the order, each batch waits: of all processes, in the batches' order."""
         found = {walk.number: (walk.number, self._order[walk.paused.name]) for walk in walks if walk.paused}
         return dict(self.ranks.in_order(found))
+
+    @property
+    def follows_original(self) -> bool:
+        """Whether some block is still to be told what the original model gives it."""
+        return bool(self._wanting)
+
+    def _line_of(self, linear: LinearInfo) -> PlanLine:
+        return self.plan.line(f"{linear.name}.weight")
+
+    def _hold_out(self, walks: Sequence[_Walk]) -> None:
+        """Decide which samples are held out where a method wants that: of so many tokens that they fit into memory."""
+        if self.follows_original:
+            tokens = sum(self.ranks.gather(sum(walk.batch.answer_mask.numel() for walk in walks if walk.batch)))
+            self._held_every = HELD_EVERY * max(-(-tokens // (HELD_EVERY * HELD_TOKENS)), 1)
+
+    def held_out(self, number: int, inputs: Tensor) -> Tensor:
+        """bool (rows,): which rows of a batch's inputs (samples, ..., in) are of samples held out. Where a row's sample
+        is not known, whole batches are."""
+        rows, samples = inputs.shape[:-1].numel(), self._samples[number]
+        if samples > 1 and inputs.dim() > 2 and len(inputs) == samples:
+            which = (number * samples + torch.arange(samples, device=inputs.device)) % self._held_every
+            return (which == self._held_every - 1).repeat_interleave(rows // samples)
+        few = len(self._batches) < self._held_every
+        held = number == len(self._batches) - 1 > 0 if few else number % self._held_every == self._held_every - 1
+        return torch.full((rows,), held, device=inputs.device)
+
+    def _original_pass(self, walk: _Walk) -> Callable[[], None]:
+        """The same through the original model."""
+
+        def run() -> None:
+            assert walk.batch is not None
+            own = _walk()
+            own.guard = walk.guard
+            with own.guard():
+                self._running(**walk.batch.inputs, use_cache=False)
+
+        return run
 
     def _pass_of(self, make: Callable[[], Batch]) -> Callable[[], None]:
         def run() -> None:
@@ -1158,7 +1435,8 @@ class BlockStream:
                 for key, value in inputs.items()
             }
             del inputs
-            batch = replace(batch, inputs=cast)
+            walk.batch = batch = replace(batch, inputs=cast)
+            self._samples[walk.number] = len(batch.samples)
             walk.guard = functools.partial(passing, batch, self._running)
             with walk.guard():
                 self._running(**cast, use_cache=False)
@@ -1261,8 +1539,15 @@ class BlockStream:
             walk.entering = functools.partial(forward, *args, **kwargs)
             _pause(_Pause("enter", name))
             walk.entering = None
+            if walk.first is not None and self.alike:
+                output, walk.first.output = walk.first.output, None
+                return output
             assert self._current is not None
-            return self._put_away(self._current.forward(forward, args, kwargs))
+            output = self._put_away(self._current.forward(forward, args, kwargs))
+            if walk.original is not None and self.alike:
+                # A copy: the model's code may write into what it was given.
+                walk.output = self._put_away(_copied(output))
+            return output
 
         return run
 

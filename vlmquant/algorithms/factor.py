@@ -48,6 +48,27 @@ class Factor:
             found += ((2 * earlier + here @ block) * here).sum(1)
         return found
 
+    def solve(self, rows: Tensor) -> Tensor:
+        """rows B (out, in), columns as in the weight -> B H^-1 of the damped H, float32 (out, in)."""
+        if self.damping == float("inf"):
+            return torch.zeros_like(rows)
+        # B = X M D M^T. Only the triangle below the diagonal is read, and the diagonal taken for 1.
+        found: Tensor = torch.linalg.solve_triangular(
+            self.matrix, rows[:, self.order], upper=False, left=False, unitriangular=True
+        )
+        found /= self.pivots
+        found = torch.linalg.solve_triangular(self.matrix.T, found, upper=True, left=False, unitriangular=True)
+        return found[:, self.order.argsort()]
+
+    def hessian(self) -> Tensor:
+        """H as it was given, undamped, in the memory of the factor, which is used up."""
+        for start, end in _panels(len(self.order)):
+            self.matrix[start:end, :start] = self.matrix[:start, start:end].T
+            self.matrix[start:end, start:end] = _symmetric(self.matrix[start:end, start:end])
+        self.matrix.diagonal().copy_(self.mean_square[self.order])
+        _reorder(self.matrix, self.order.argsort())
+        return self.matrix
+
 
 def factorize(hessian: Tensor, damping: float, *, activation_order: bool) -> Factor:
     """H (in, in) float32, symmetric, whose memory the result takes over -> the factor of the damped H.

@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmquant.algorithms import loops
 from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.algorithms.scales import search_scales
+from vlmquant.algorithms.target import aim
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage
@@ -26,9 +27,15 @@ DEAD_FRACTION = 1e-12
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent."""
     options = stage.options.gptq
-    factor = stage.of_hessian(
-        lambda hessian: factorize(hessian, options.damping, activation_order=options.activation_order)
-    )
+    weights = stage.stored
+    if options.target == "outputs" and stage.has_originals:
+        target = stage.of_moments(lambda moments: aim(stage.stored, moments, options))
+        factor, weights = target.factor, target.weights
+        stage.aimed(target.alpha)
+    else:
+        factor = stage.of_hessian(
+            lambda hessian: factorize(hessian, options.damping, activation_order=options.activation_order)
+        )
     if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
             f"{dead} of {len(factor.order)} inputs never fired during calibration; "
@@ -40,12 +47,12 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
         stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
     grid, quantized = stage.grid.fitted(*stage.stored.values()), dict[str, QuantizedWeight]()
 
-    def rounded(stored: Tensor) -> tuple[QuantizedWeight, Tensor, Tensor]:
-        weight = stored.float()
+    def rounded(wanted: Tensor) -> tuple[QuantizedWeight, Tensor, Tensor]:
+        weight = wanted.float()
         return *quantize_weight(weight, factor, grid, options), factor.energy(weight)
 
-    for name, stored in stage.stored.items():  # their rows are independent, and in float32 one is enough at a time
-        parts = stage.by_rows(stored, rounded, work=len(stored) * stored.shape[1] ** 2)
+    for name, wanted in weights.items():  # their rows are independent, and in float32 one is enough at a time
+        parts = stage.by_rows(wanted, rounded, work=len(wanted) * wanted.shape[1] ** 2)
         quantized[name] = join_rows([weight for weight, *_ in parts])
         lost, whole = torch.cat([rows for _, rows, _ in parts]), torch.cat([rows for _, _, rows in parts])
         stage.measured(name, lost.sum().item(), whole.double().sum().item())
@@ -62,7 +69,9 @@ def quantize_weight(weight: Tensor, factor: Factor, grid: Grid, options: GptqOpt
 
     And for each row e of their error e H e^T, float64 (out,).
     """
-    scales, zeros = search_scales(weight, factor.mean_square, grid, search=options.scale_search)
+    scales, zeros = search_scales(
+        weight, factor.mean_square, grid, search=options.scale_search, signed=options.signed_scales
+    )
     codes, lost = round_columns(weight, scales, zeros, factor, grid)
     return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid), lost
 

@@ -143,7 +143,7 @@ def _tensor_problems(path: Path, shards: Shards, manifest: Mapping[str, Any]) ->
                 found = f"{entry.dtype} {list(entry.shape)}"
                 yield f"{path}: tensor {shown(name)} is {found}, its scheme needs {dtype} {list(part)}"
             elif name.endswith(("_scale", ".scales")) and (bad := compressed_tensors.bad_scales(shards.read(name))):
-                yield f"{entry.file}: tensor {name} has {bad} scales that are not finite numbers above 0"
+                yield f"{entry.file}: tensor {name} has {bad} scales that are 0 or no finite numbers"
     yield from _cache_problems(path, shards, manifest)
     yield from (f"{path}: tensor {shown(name)} is missing" for name in sorted(expected - entries.keys()))
     expected |= cache_shapes(manifest).keys()

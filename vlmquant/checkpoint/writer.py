@@ -203,12 +203,12 @@ class CheckpointWriter:
 
         quantized, changed: by parameter name; `changed` are kept weights whose values are no longer the model's.
         record: plain JSON data to be given back by `restored`.
-        Raises SentinelError where a value is not finite or a scale not above 0, CacheScaleError for one of the cache.
+        Raises SentinelError where a value is not finite or a scale is 0, CacheScaleError for one of the cache.
         """
         tensors: dict[str, Tensor] = {}
         for name, weight in quantized.items():
-            if not bool((weight.scales.isfinite() & (weight.scales > 0)).all()):
-                raise SentinelError(f"{name}: a scale is not a finite number above 0; please report this as a bug")
+            if not bool((weight.scales.isfinite() & (weight.scales != 0)).all()):
+                raise SentinelError(f"{name}: a scale is 0 or no finite number; please report this as a bug")
             tensors |= self._codec.encode(self._module_on_disk(name), weight, self._scheme(name))
         for name, value in changed.items():
             if not bool(value.isfinite().all()):

@@ -104,11 +104,14 @@ def encode(disk_module: str, weight: QuantizedWeight, scheme: Scheme) -> dict[st
 
 
 def bad_scales(stored: Tensor) -> int:
-    """How many of a weight's scales are no finite numbers above 0. Bytes are exponents of two (E8M0), 255 is NaN."""
+    """How many of a weight's scales are 0 or no finite numbers. Bytes are exponents of two (E8M0), 255 is NaN.
+
+    Scales below 0 are sound: codes of integers reach further to one side, and some tools turn them round.
+    """
     if stored.dtype == torch.uint8:
         return int((stored == 255).sum())
     values = stored.float()
-    return int(values.numel() - (values.isfinite() & (values > 0)).sum())
+    return int(values.numel() - (values.isfinite() & (values != 0)).sum())
 
 
 def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> QuantizedWeight:
@@ -124,7 +127,7 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
 
     def number(leaf: str) -> float:
         value = tensor(leaf).flatten()
-        if len(value) != 1 or bad_scales(value):
+        if len(value) != 1 or bad_scales(value) or value < 0:
             raise refuse(leaf, "is no positive number")
         return float(value)
 
@@ -153,7 +156,7 @@ def decode(disk_module: str, read: Callable[[str], Tensor], scheme: Scheme) -> Q
     if stored == NVFP4:
         grid = replace(grid, global_scale=number("weight_global_scale"))
     if bad_scales(scales):
-        raise refuse("weight_scale", "holds values that are not positive numbers")
+        raise refuse("weight_scale", "holds values that are 0 or no numbers")
     scales = grid.load_scales(scales.view(E8M0) if stored == MXFP4 else scales)
     zeros = None
     if not scheme.symmetric:

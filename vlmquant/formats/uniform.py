@@ -116,7 +116,7 @@ def half_scales(disk_module: str, weight: QuantizedWeight) -> Tensor:
     halves = weight.scales.half()
     if bool((halves.float() != weight.scales).any()):
         wrong = halves.float() != weight.scales
-        worst = float(((halves.float() - weight.scales).abs() / weight.scales)[wrong].max())
+        worst = float(((halves.float() - weight.scales) / weight.scales).abs()[wrong].max())
         held = dtype_name(weight.grid.scale_dtype)
         raise CheckpointError(
             f"{disk_module}: {int(wrong.sum())} of {wrong.numel()} scales ({held}) have no equal in float16, in which "
@@ -126,10 +126,10 @@ def half_scales(disk_module: str, weight: QuantizedWeight) -> Tensor:
 
 
 def sound_scales(disk_module: str, scales: Tensor) -> Tensor:
-    """Scales (out, groups) in float32. CheckpointError where one is no positive number."""
-    if not scales.is_floating_point() or not bool((scales.isfinite() & (scales > 0)).all()):
+    """Scales (out, groups) in float32. CheckpointError where one is 0 or no number; below 0 they are sound."""
+    if not scales.is_floating_point() or not bool((scales.isfinite() & (scales != 0)).all()):
         raise CheckpointError(
-            f"{disk_module or 'weight'}: scales holds values that are not positive numbers; the checkpoint is damaged"
+            f"{disk_module or 'weight'}: scales holds values that are 0 or no numbers; the checkpoint is damaged"
         )
     return scales.float().contiguous()
 

@@ -1,0 +1,80 @@
+"""What is rounded so that a layer puts out what the original model's does, from inputs that are not the original's.
+
+With Z (in, tokens) the inputs in the quantized model, X those in the original one, H = Z Z^T and C = (X - Z) Z^T, the
+squared error of Q Z against W X is tr((W* - Q) H (W* - Q)^T) and a constant, with W* = W + W C H^-1: the layer makes up
+for the errors of those before it. GPTAQ (arXiv:2504.02692), QEP (arXiv:2504.09629) and Qronos round a form of W*.
+
+The correction D = W C H^-1 is fitted to few tokens and holds less on others. So it is shrunk: alpha D. For samples that
+D was not fitted to, the loss of W + alpha D is a parabola in alpha, least at tr(W C_h D^T) / tr(D H_h D^T).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlmquant.algorithms.factor import Factor, factorize
+from vlmquant.recipe import GptqOptions
+from vlmquant.stream import Moments, Rows
+
+UNSHRUNK, DROPPED = 1.0, 0.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the linears of a stage are to be rounded from."""
+
+    factor: Factor
+    """Of the second moments of all samples."""
+    weights: dict[str, Tensor]
+    """By local name, W + alpha D, float32 (out, in)."""
+    alpha: float
+    """The share of the correction that pays on samples that it was not fitted to, 0 to 1."""
+
+
+def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) -> Target:
+    """stored: weights (out, in) of linears that share their inputs. moments: which are used up."""
+    squares, cross, held = moments.squares, moments.cross, moments.held
+    tokens = moments.tokens + sum(rows.count for rows in held)
+    weights = {name: weight.float() for name, weight in stored.items()}
+    alpha = DROPPED
+    if held and moments.tokens:
+        factor = _factor(squares.div_(moments.tokens), options)
+        cross.div_(moments.tokens)
+        alpha = shrink(weights, {name: _correction(weight, cross, factor) for name, weight in weights.items()}, held)
+        squares, cross = factor.hessian().mul_(moments.tokens), cross.mul_(moments.tokens)
+    for rows in held:
+        inputs = rows.scaled(rows.inputs)
+        squares.addmm_(inputs.T, inputs)
+        if rows.shift is not None:
+            cross.addmm_(rows.scaled(rows.shift).T, inputs)
+    factor = _factor(squares.div_(tokens or 1), options)
+    if alpha > DROPPED:
+        cross.div_(tokens or 1)
+        for name, weight in weights.items():
+            weights[name] = _correction(weight, cross, factor).mul_(alpha).add_(weight)
+    return Target(factor, weights, alpha)
+
+
+def _factor(hessian: Tensor, options: GptqOptions) -> Factor:
+    return factorize(hessian, options.damping, activation_order=options.activation_order)
+
+
+def _correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
+    """W C H^-1 (out, in), H damped."""
+    return factor.solve(weight @ cross)
+
+
+def shrink(weights: Mapping[str, Tensor], corrections: Mapping[str, Tensor], held: list[Rows]) -> float:
+    """alpha_h of linears that share their inputs, from the tokens held out."""
+    gained = lost = 0.0
+    for rows in held:
+        if rows.shift is None:
+            continue
+        inputs, shift = rows.scaled(rows.inputs), rows.scaled(rows.shift)
+        for name, correction in corrections.items():
+            moved = inputs @ correction.T
+            gained += (moved * (shift @ weights[name].T)).sum(dtype=torch.float64).item()
+            lost += moved.square_().sum(dtype=torch.float64).item()
+    return min(max(gained / lost, DROPPED), UNSHRUNK) if lost > 0 and gained / lost > 0 else DROPPED
