@@ -3,7 +3,7 @@
 Works block by block; what another format cannot hold is refused before anything is written.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -85,16 +85,14 @@ def export(
         )
     check_output(Path(out), components.model_dir, resume=False, force=force)
     manifest = _manifest_of(coded.path)
-    plan = _plan(coded, format, manifest)
+    plan = plan_of(coded, format, manifest)
     FORMATS[format].quantization_config(plan, components)
     scale_dtype, notes = _check(coded, format, round_scales=round_scales)
     inputs = Inputs(components)
-    recipe = _recipe(coded, format, manifest)
-    carried = {key: manifest[key] for key in CARRIED if key in manifest}
+    recipe = recipe_of(coded, format, manifest)
+    carried = carried_by(coded, manifest)
     if scale_dtype != components.dtype and format == compressed_tensors.METHOD:
         carried["scale_dtype"] = dtype_name(scale_dtype)
-    base = {"base_model": base_name(coded.path), "base_revision": base_revision(coded.path)}
-    base |= {key: manifest[key] for key in base if key in manifest}
     came = f"exported from {coded.coding.format}: codes, scales and zero points are those of {base_name(coded.path)}"
     all_notes = (*manifest.get("notes", ()), came, *notes)
     writer = CheckpointWriter(
@@ -114,10 +112,10 @@ def export(
         return _in_format(coded.read(name)[0], format, scale_dtype)
 
     with writer, bar("export", total=len(coded.schemes)) as progress:
-        for unit, names in _units(coded):
+        for unit, names in units_of(coded):
             signals.check()
             writer.add(unit, _OneByOne(names, weight, progress.step), {}, {})
-        writer.finish({**carried, **base, "exported_from": _origin(coded, manifest), "notes": all_notes})
+        writer.finish({**carried, "exported_from": _origin(coded, manifest), "notes": all_notes})
     return Exported(Path(out), plan, coded.coding.format, format, (came, *notes))
 
 
@@ -138,13 +136,22 @@ class _OneByOne(Mapping[str, QuantizedWeight]):
         return len(self.names)
 
 
-def _units(coded: Coded) -> Iterator[tuple[str | None, list[str]]]:
-    """The coded weights outside all blocks (None), then those of each block."""
+def carried_by(coded: Coded, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of a checkpoint made of another says of the codes, and of the model behind both."""
+    base = {"base_model": base_name(coded.path), "base_revision": base_revision(coded.path)}
+    base |= {key: manifest[key] for key in base if key in manifest}
+    return {key: manifest[key] for key in CARRIED if key in manifest} | base
+
+
+def units_of(coded: Coded, *, also: Iterable[str] = ()) -> Iterator[tuple[str | None, list[str]]]:
+    """The coded weights outside all blocks (None), then those of each block; and units that hold others besides."""
     blocks = {f"{info.name}.": info.name for info in coded.components.blocks}
     found: dict[str | None, list[str]] = {}
     for name in coded.schemes:
         owner = next((block for prefix, block in blocks.items() if name.startswith(prefix)), None)
         found.setdefault(owner, []).append(name)
+    for name in also:
+        found.setdefault(next((block for prefix, block in blocks.items() if name.startswith(prefix)), None), [])
     for unit in (None, *blocks.values()):
         if unit in found:
             yield unit, found[unit]
@@ -211,7 +218,7 @@ def _refuse_permuted(coded: Coded, name: str, scheme: Scheme, format: str) -> No
             )
 
 
-def _plan(coded: Coded, format: str, manifest: Mapping[str, Any]) -> Plan:
+def plan_of(coded: Coded, format: str, manifest: Mapping[str, Any]) -> Plan:
     """A line for every tensor: what is codes stays codes, the rest is copied."""
     methods = {line["name"]: line.get("method") for line in manifest.get("plan", {}).get("lines", ())}
     lines = []
@@ -242,7 +249,7 @@ def _manifest_of(path: Path) -> dict[str, Any]:
     return read_manifest(path) if (path / MANIFEST_NAME).is_file() else {}
 
 
-def _recipe(coded: Coded, format: str, manifest: Mapping[str, Any]) -> Recipe:
+def recipe_of(coded: Coded, format: str, manifest: Mapping[str, Any]) -> Recipe:
     """The source's own recipe with another format; for others' checkpoints one that says each component's scheme."""
     if manifest:
         recipe = Recipe.model_validate(manifest["recipe"])

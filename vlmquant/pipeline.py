@@ -406,6 +406,7 @@ def _quantize_blocks(
         dtype=dtype,
         device=device,
         experts=recipe.calibration.experts,
+        token_weights=recipe.calibration.token_weights,
         rerun=passes is not None and passes.rerun,
         spill=_spill_folder(writer, ranks) if passes is not None and passes.spill else None,
         ranks=ranks,

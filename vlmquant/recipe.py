@@ -320,6 +320,19 @@ class ExpertOptions(Data):
     """The largest share of a layer's experts that may starve: above it the run ends with exit code 7."""
 
 
+class TokenWeights(Data):
+    """How much tokens of the language model count in what a layer is calibrated on: all alike where all are 1."""
+
+    image: Annotated[Number, Field(ge=0, le=100)] = 1.0
+    """Those whose place image features take."""
+    prompt: Annotated[Number, Field(ge=0, le=100)] = 1.0
+    answer: Annotated[Number, Field(gt=0, le=100)] = 1.0
+
+    @property
+    def equal(self) -> bool:
+        return self.image == self.prompt == self.answer == 1
+
+
 class CalibrationSpec(Data):
     set: str = "default"
     """Name of a shipped set or path of a set's folder."""
@@ -332,6 +345,7 @@ class CalibrationSpec(Data):
     order: Literal["hashed", "file"] = "hashed"
     """Which samples of a task are taken: hashed ranks them by a hash of seed and id, file takes the first ones."""
     experts: ExpertOptions = ExpertOptions()
+    token_weights: TokenWeights = TokenWeights()
 
 
 def _short_kv_cache(value: Any) -> Any:

@@ -38,7 +38,7 @@ from vlmquant.kernels.reference import input_scale, round_inputs
 from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.ranks import ALONE, ROWS, Ranks, Relay, Turn
-from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme
+from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme, TokenWeights
 from vlmquant.scratch import mapped_copy
 from vlmquant.shards import some
 
@@ -113,6 +113,8 @@ class _Walk(greenlet):
         self.number = number
         """Of its batch."""
         self.token_mask: Tensor | None = None
+        self.token_weights: Tensor | None = None
+        """float32 (samples, tokens): how much each counts, 0 for padding; None where all count alike."""
         self.kinds_of_tokens: list[Tensor] = []
         """Which tokens are of which type, for models whose experts see those of one type only."""
         self.row_weights: Tensor | None = None
@@ -144,6 +146,7 @@ class _Walk(greenlet):
 
         walk = _Walk(run, self.number)
         walk.token_mask, walk.kinds_of_tokens = self.token_mask, self.kinds_of_tokens
+        walk.token_weights = self.token_weights
         walk.original, walk.first = self.original, self.first
         return walk
 
@@ -946,6 +949,8 @@ class Block:
             shown = weights.nonzero()[:, 0]
             if real is not None:  # padding is computed too, and counts for nothing
                 weights *= real
+            if walk.token_weights is not None and walk.token_weights.numel() == tokens:
+                weights *= walk.token_weights.flatten()
             walk.row_weights = weights[shown]
             yield None if share is None else shown
         walk.row_weights = None
@@ -963,7 +968,9 @@ class Block:
             return walk.row_weights
         if walk.token_mask is None or inputs is None or self.info.component != "language":
             return None
-        return walk.token_mask if inputs.shape[:-1] == walk.token_mask.shape else None
+        if inputs.shape[:-1] != walk.token_mask.shape:
+            return None
+        return walk.token_mask if walk.token_weights is None else walk.token_weights
 
     def _line(self, linear: LinearInfo) -> PlanLine:
         return self.stream.plan.line(f"{linear.name}.weight")
@@ -1231,6 +1238,7 @@ class BlockStream:
     dtype: of the forward passes; weights are read from the model and codes are chosen in float32 whatever it is.
     device: where passes run and codes are chosen; one block's weights lie there at a time.
     experts: which tokens the experts of a mixture are calibrated on.
+    token_weights: how much tokens of the language model count.
     rerun: keep nothing of the passes inside a block: they walk through it anew for each of its stages; no floats that
     codes stand for; and no embedding once it is done with. The same codes.
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
@@ -1249,6 +1257,7 @@ class BlockStream:
         dtype: torch.dtype,
         device: torch.device,
         experts: ExpertOptions | None = None,
+        token_weights: TokenWeights | None = None,
         rerun: bool = False,
         spill: Path | None = None,
         ranks: Ranks = ALONE,
@@ -1258,6 +1267,7 @@ class BlockStream:
         self.rerun, self._spill = rerun, spill
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
+        self._token_weights = token_weights or TokenWeights()
         self.model_dtype = components.dtype
         self._batches, self._outside, self._restore = batches, outside, restore
         self._current: Block | None = None
@@ -1422,6 +1432,7 @@ class BlockStream:
             batch = make()
             inputs, walk = batch.inputs, _walk()
             walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
+            walk.token_weights = self._weights_of(batch)
             walk.kinds_of_tokens = [
                 (value == kind).flatten().to(self.device)
                 for key, value in inputs.items()
@@ -1442,6 +1453,17 @@ class BlockStream:
                 self._running(**cast, use_cache=False)
 
         return run
+
+    def _weights_of(self, batch: Batch) -> Tensor | None:
+        """float32 (samples, tokens): how much each token counts, 0 for padding; None where all count alike."""
+        counts = self._token_weights
+        if counts.equal or "attention_mask" not in batch.inputs:
+            return None
+        weights = torch.full(batch.answer_mask.shape, float(counts.prompt))
+        weights[batch.answer_mask] = float(counts.answer)
+        if batch.image_mask is not None:
+            weights[batch.image_mask] = float(counts.image)
+        return (weights * batch.inputs["attention_mask"].bool()).to(self.device)
 
     def rehearse(self) -> dict[str, Place]:
         """Run the passes on the model's own weights as far as its language model: to where images meet text.

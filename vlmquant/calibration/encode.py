@@ -66,6 +66,8 @@ class Encoded:
     """(tokens,) bool: the answer's tokens and the token that ends the turn; all false for a prompt to generate from."""
     pad_id: int
     """Token id that fills shorter rows of a batch."""
+    image_id: int | None = None
+    """Token id that stands for image features."""
 
     @property
     def tokens(self) -> int:
@@ -80,6 +82,8 @@ class Batch:
     answer_mask: Tensor
     """(batch, tokens) bool, aligned with input_ids."""
     samples: tuple[Sample, ...]
+    image_mask: Tensor | None = None
+    """(batch, tokens) bool: where image features take a token's place; None where that is not known."""
 
 
 def tidy_caption(text: str) -> str:
@@ -262,7 +266,7 @@ class Encoder:
             inputs = {key: self._append(key, value, ids) for key, value in inputs.items()}
         answer_mask = torch.zeros(length + len(ids), dtype=torch.bool)
         answer_mask[length:] = True
-        return Encoded(sample, inputs, answer_mask, self.pad_id)
+        return Encoded(sample, inputs, answer_mask, self.pad_id, self.image_id)
 
     def image_tokens(self, inputs: dict[str, Tensor]) -> int:
         """How many of the input tokens stand for image features."""
@@ -377,7 +381,9 @@ def collate(items: Sequence[Encoded], pad_side: str) -> Batch:
             rows = _same_shape(rows)
         inputs[key] = torch.cat(rows, along)
     answer_mask = torch.cat([pad_tokens(item.answer_mask[None], 0) for item in items])
-    return Batch(inputs, answer_mask, tuple(item.sample for item in items))
+    image_id = items[0].image_id
+    image_mask = None if image_id is None else inputs["input_ids"] == image_id
+    return Batch(inputs, answer_mask, tuple(item.sample for item in items), image_mask)
 
 
 def _same_shape(values: list[Tensor]) -> list[Tensor]:

@@ -115,6 +115,11 @@ COMMANDS = {
     "export": Entry(
         checkpoints.export, ("for engines that read GPTQ\nvlmquant export out --format gptq --out out-gptq",)
     ),
+    "polish": Entry(
+        checkpoints.polish,
+        ("on more samples\nvlmquant polish out --original model --samples 448 --out out-p",),
+        (EXIT_DOES_NOT_FIT,),
+    ),
     "verify": Entry(checkpoints.verify, ("after a download\nvlmquant verify out",), (EXIT_CACHE_SCALE,)),
     "check": Entry(checkpoints.check, ("will vLLM take it on an H100?\nvlmquant check out --engine vllm --gpu sm_90",)),
     "push": Entry(checkpoints.push, ("what would be sent\nvlmquant push out org/name --dry-run",)),

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlmquant.cli.options import Json, Trust
+from vlmquant.cli.options import Device, Json, Trust
 from vlmquant.cli.output import emit, say, show
 from vlmquant.errors import EXIT_ERROR, EXIT_OK
 
@@ -33,6 +33,44 @@ def export(
     for note in done.notes:
         say(f"note: {note}")
     say(f"{done.path}: {done.plan.bytes_after:,} bytes of {done.format}, from {done.source_format}")
+
+
+def polish(
+    checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint whose codes are integers.")],
+    original: Annotated[str, typer.Option("--original", help="The model that it was made of: directory or hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new checkpoint.")],
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", "-c", help="Set to tune on; that of the recipe if none is given.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=16, help="How many of it; as the recipe says if not given.")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Times that every sample is seen.")] = 1,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Of learning; found on samples held out if not given.")
+    ] = None,
+    device: Device = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tune the scales of a checkpoint, its codes frozen, to answer more like the original; kept only if that helps."""
+    from vlmquant.polish import Options
+    from vlmquant.polish import polish as tune
+
+    done = tune(
+        checkpoint,
+        original,
+        out,
+        calibration=calibration,
+        samples=samples,
+        options=Options(epochs=epochs, rate=rate),
+        device=device,
+        force=force,
+    )
+    if as_json:
+        emit(done.to_json())
+        return
+    say(f"{done.path}: {done.notes[0]}")
 
 
 def verify(

@@ -108,6 +108,15 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
         start += count
 
 
+def answer_logits(model: Any, encoder: Encoder, rows: Sequence[Row]) -> list[Tensor]:
+    """The logits that predict each row's answer tokens (answer tokens, vocabulary), by one right-padded pass whose
+    gradients can be asked for."""
+    batch = collate([encoder.encode(row.sample, row.answer) for row in rows], "right")
+    keep = batch.answer_mask.roll(-1, dims=1).to(model.device)
+    logits = _logits(model, batch, keep)
+    return list(torch.split(logits, batch.answer_mask.sum(1).tolist()))
+
+
 def _logits(model: Any, batch: Batch, keep: Tensor) -> Tensor:
     """(kept tokens, vocabulary): from the head alone where the model can be asked for some tokens, else from all."""
     asked = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

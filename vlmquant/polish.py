@@ -1,0 +1,507 @@
+"""Tune the scales of a finished checkpoint, with its codes frozen, until it answers more like the model it came from.
+
+What is least is KL(original || quantized) over the answer tokens of calibration samples, by gradients through the whole
+language model: of the scale of each group, as a factor e^d, and of the gains of norms (the idea of mlx-lm's DWQ). The
+file keeps its format and its size. One of HELD_EVERY samples is held out. They choose the rate, as one that is too high
+does harm, and the epoch; and where they lose nothing by it, the checkpoint stays as it was.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import vlmquant
+from vlmquant import budget, signals
+from vlmquant.calibration.encode import Encoder, are_tokenized
+from vlmquant.calibration.processor import load_processor
+from vlmquant.calibration.sampling import choose_samples
+from vlmquant.calibration.sets import load_set
+from vlmquant.checkpoint import CheckpointWriter, Inputs, check_output, read_manifest
+from vlmquant.checkpoint.coded import Coded, open_coded
+from vlmquant.components import locate_model
+from vlmquant.devices import find_device
+from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
+from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows
+from vlmquant.export import carried_by, plan_of, recipe_of, units_of
+from vlmquant.grid import QuantizedWeight, expand_groups
+from vlmquant.kernels.probe import compute_dtype
+from vlmquant.limits import is_allocation_failure
+from vlmquant.loading import give_back_freed_memory, load_model, reading_part
+from vlmquant.progress import bar
+from vlmquant.recipe import CalibrationSpec
+
+HELD_EVERY = 8
+TOP = 64
+"""Log-probabilities of the original that are kept for a token; the others' sum is kept as one."""
+BATCH = 8
+"""Sequences of a step."""
+RATES = (2e-3, 6e-4, 2e-4)
+"""Of Adam, tried from the highest down for TRIAL of an epoch each."""
+TRIAL = 0.25
+BETAS = (0.9, 0.95)
+LEAST_GAIN = 0.01
+"""Relative: a checkpoint whose held-out KL falls by less stays as it was."""
+ACTIVATION_WIDTHS = 40
+"""Vectors as wide as the hidden state that a layer keeps for a token until its gradient is there."""
+
+
+@dataclass(frozen=True)
+class Options:
+    epochs: int = 1
+    rate: float | None = None
+    """None: the best of RATES on the samples held out."""
+    norms: bool = True
+    """Whether gains of norms are tuned too."""
+
+
+@dataclass(frozen=True)
+class Polished:
+    """What became of a checkpoint."""
+
+    path: Path
+    before: float
+    """KL(original || quantized) on the samples held out, nats a token."""
+    after: float
+    """The same with what is stored now."""
+    rate: float | None
+    """None where it stayed as it was."""
+    tried: dict[float, float]
+    """Rate -> held-out KL after a trial."""
+    samples: int
+    held: int
+    tuned: int
+    """Numbers that were tuned."""
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "held_out_kl_before": self.before,
+            "held_out_kl_after": self.after,
+            "rate": self.rate,
+            "tried": {f"{rate:g}": kl for rate, kl in self.tried.items()},
+            "samples": self.samples,
+            "held_out": self.held,
+            "tuned": self.tuned,
+            "notes": list(self.notes),
+        }
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer of frozen codes whose scales are tuned: scale * e^log_factor, one for each group."""
+
+    values: Tensor
+    """int8 (out, groups, group_size)."""
+    scales: Tensor
+    """float32 (out, groups)."""
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, *, dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.weight_before, self.dtype = weight, dtype
+        self.bias = bias
+        groups, size = weight.scales.shape[1], weight.grid.group_size
+        zeros = weight.zeros
+        if zeros is not None:
+            zeros = expand_groups(zeros.float(), group_size=size, columns=weight.codes.shape[1])
+        values = weight.grid.decode(weight.codes, zeros)
+        short = groups * size - values.shape[1]
+        self.columns = values.shape[1]
+        values = nn.functional.pad(values, (0, short)).to(torch.int8)
+        self.register_buffer("values", values.view(len(values), groups, size).to(device), persistent=False)
+        self.register_buffer("scales", weight.scales.to(device), persistent=False)
+        self.log_factor = nn.Parameter(torch.zeros_like(weight.scales, device=device))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        scales = self.scales * self.log_factor.exp()
+        output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            inputs, self.values, scales, self.columns, self.dtype
+        )
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def rounded(self) -> QuantizedWeight:
+        """With the scales as they will be stored."""
+        scales = (self.scales * self.log_factor.exp()).detach().cpu()
+        return replace(self.weight_before, scales=self.weight_before.grid.round_scales(scales))
+
+
+class _Product(torch.autograd.Function):
+    """inputs (..., in) times values * scales, of which only the codes are kept until the gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, values: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(inputs, values, scales)
+        ctx.columns, ctx.dtype = columns, dtype
+        weight = _dequantized(values, scales, columns, dtype)
+        return nn.functional.linear(inputs.to(dtype), weight).to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None, None]:
+        (gradient,) = gradients
+        inputs, values, scales = ctx.saved_tensors
+        gradient = gradient.to(ctx.dtype)
+        of_inputs = None
+        if ctx.needs_input_grad[0]:
+            weight = _dequantized(values, scales, ctx.columns, ctx.dtype)
+            of_inputs = (gradient @ weight).to(inputs.dtype)
+        flat, rows = gradient.flatten(0, -2), inputs.to(ctx.dtype).flatten(0, -2)
+        of_weight = nn.functional.pad((flat.T @ rows).float(), (0, values[0].numel() - ctx.columns))
+        of_scales = (of_weight.view(values.shape) * values).sum(-1)
+        return of_inputs, None, of_scales, None, None
+
+
+def _dequantized(values: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    return (values.to(dtype) * scales.to(dtype)[..., None]).flatten(1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """What the original model says at the answer tokens of a row."""
+
+    ids: Tensor
+    """(tokens, TOP) int64: the most likely tokens."""
+    log_probs: Tensor
+    """(tokens, TOP) float32."""
+
+    def divergence(self, logits: Tensor) -> Tensor:
+        """KL(original || a model) for each token, float32 (tokens,), all but the most likely taken together."""
+        other = logits.float().log_softmax(-1)
+        ids, known = self.ids.to(other.device), self.log_probs.to(other.device)
+        same = other.gather(-1, ids)
+        rest, other_rest = _rest(known), _rest(same)
+        return (known.exp() * (known - same)).sum(-1) + rest.exp() * (rest - other_rest)
+
+
+def _rest(log_probs: Tensor) -> Tensor:
+    """log of what probabilities leave of 1, (tokens,)."""
+    left = (1 - log_probs.exp().sum(-1)).clamp_min(1e-7)
+    return left.log()
+
+
+def polish(
+    checkpoint: str | Path,
+    original: str | Path,
+    out: str | Path,
+    *,
+    calibration: str | Path | None = None,
+    samples: int | None = None,
+    options: Options | None = None,
+    device: str = "auto",
+    force: bool = False,
+) -> Polished:
+    """Write to the directory `out` the checkpoint with tuned scales; `original` is the model that it was made of.
+
+    calibration, samples: the set and how many of it; None as the checkpoint's recipe has them. Raises UsageError,
+    PlanError where there is nothing to be tuned, InputError, and DoesNotFitError where gradients of the whole model
+    need more memory than there is.
+    """
+    options = options or Options()
+    path, base = locate_model(checkpoint), locate_model(original)
+    coded = open_coded(path)
+    check_output(Path(out), coded.components.model_dir, resume=False, force=force)
+    manifest = read_manifest(path)
+    recipe = recipe_of(coded, coded.coding.format, manifest)
+    names = _tunable(coded)
+    device = find_device(device)
+    dtype = compute_dtype(torch.device(device))
+    spec = recipe.calibration.model_copy(
+        update={key: value for key, value in (("set", calibration and str(calibration)), ("samples", samples)) if value}
+    )
+    encoder, rows = _rows(path, spec)
+    fit, held = _split(rows)
+    _check_memory(coded, rows, device)
+    inputs = Inputs(coded.components)
+    with _told_of_memory():
+        teacher = _ask(base, encoder, rows, device)
+        model = reading_part(load_model(path, dtype=torch.float32, device=device))
+        tuner = _Tuner(model, coded, names, encoder, teacher, dtype=dtype, device=device, norms=options.norms)
+        before = tuner.loss(held)
+        rate, tried = _best_rate(tuner, fit, held, before, options)
+        after, kept = before, None
+        if rate is not None:
+            after, kept = tuner.train(fit, held, rate, epochs=options.epochs)
+        helped = kept is not None and after < before * (1 - LEAST_GAIN)
+        tuner.restore(kept if helped else None)
+    note = (
+        f"polished: KL to the original on {len(held)} samples held out {before:.4f} to {after:.4f} nats a token"
+        if helped
+        else f"polishing did not help on {len(held)} samples held out ({before:.4f} nats a token before, {after:.4f} "
+        "after): scales and norms are as they were"
+    )
+    done = Polished(
+        Path(out),
+        before,
+        after if helped else before,
+        rate if helped else None,
+        tried,
+        len(rows),
+        len(held),
+        tuner.count,
+        (note,),
+    )
+    _write(done, coded, recipe, manifest, tuner, inputs, force=force)
+    return done
+
+
+def _tunable(coded: Coded) -> list[str]:
+    """Weights of the language model that are integer codes, whose inputs are not rounded."""
+    found = [
+        name
+        for name, scheme in coded.schemes.items()
+        if scheme.type == "int"
+        and scheme.activations == "none"
+        and coded.components.parameter(name).component == "language"
+    ]
+    if not found:
+        raise PlanError(f"{coded.path}: no layer of its language model is integer codes, so no scales can be tuned")
+    return found
+
+
+def _rows(path: Path, spec: CalibrationSpec) -> tuple[Encoder, list[Row]]:
+    samples = choose_samples(load_set(spec.set), spec).samples
+    encoder = Encoder(load_processor(path), tidy_captions=are_tokenized(samples))
+    rows = measure_rows([(sample, sample.answers[0]) for sample in samples], encoder)
+    rows = [row for row in rows if row.tokens <= spec.max_tokens and row.answer_tokens]
+    if len(rows) < 2 * HELD_EVERY:
+        raise InputError(
+            f"calibration set {shown(spec.set)}: {len(rows)} samples are too few to tune scales on and hold some out; "
+            f"give at least {2 * HELD_EVERY}"
+        )
+    return encoder, rows
+
+
+def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to fit, and rows held out: every HELD_EVERY-th of each task."""
+    seen: dict[str, int] = {}
+    fit, held = list[Row](), list[Row]()
+    for row in rows:
+        place = seen[row.sample.task] = seen.get(row.sample.task, 0) + 1
+        (held if place % HELD_EVERY == 0 else fit).append(row)
+    if not held:
+        fit, held = list(rows[:-1]), [rows[-1]]
+    return fit, held
+
+
+def _check_memory(coded: Coded, rows: Sequence[Row], device: str) -> None:
+    """DoesNotFitError before any work where gradients of the whole model cannot fit."""
+    parameters = coded.components.parameters
+    width = getattr(coded.components.config.get_text_config(), "hidden_size", 0)
+    layers = sum(block.component == "language" for block in coded.components.blocks)
+    weights = sum(4 * math.prod(one.shape) for one in parameters if one.name not in coded.schemes)
+    codes = sum(math.prod(one.shape) for one in parameters if one.name in coded.schemes)
+    largest = max((4 * math.prod(one.shape) for one in parameters), default=0)
+    tokens = BATCH * max(row.tokens for row in rows)
+    needed = weights + codes + 2 * largest + 4 * tokens * width * ACTIVATION_WIDTHS * layers
+    original = sum(4 * math.prod(one.shape) for one in parameters)
+    needed = max(needed, original)
+    on_gpu = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else budget.available_bytes()
+    if needed > free:
+        raise DoesNotFitError(
+            f"polish needs about {needed / 2**30:.1f} GiB for gradients of the whole language model ({layers} layers, "
+            f"{tokens} tokens a step), and {free / 2**30:.1f} are free; give it shorter samples, or more memory"
+        )
+
+
+@contextmanager
+def _told_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_allocation_failure(error):
+            raise
+        raise DoesNotFitError(
+            "polish: memory ran out; it needs gradients of the whole language model: give it shorter samples, or more "
+            "memory"
+        ) from error
+
+
+@torch.no_grad()
+def _ask(base: Path, encoder: Encoder, rows: Sequence[Row], device: str) -> dict[int, _Teacher]:
+    """The original model's answers, by row."""
+    model = reading_part(load_model(base, dtype=torch.float32, device=device).eval())
+    found: dict[int, _Teacher] = {}
+    with bar("polish", total=len(rows)) as progress:
+        for batch in batches_of(rows, BATCH):
+            signals.check()
+            for row, logits in zip(batch, answer_logits(model, encoder, batch), strict=True):
+                log_probs, ids = logits.float().log_softmax(-1).topk(min(TOP, logits.shape[-1]))
+                found[row.key] = _Teacher(ids.cpu(), log_probs.cpu())
+                progress.step("polish: ask the original")
+    del model
+    give_back_freed_memory()
+    return found
+
+
+class _Tuner:
+    """The quantized model with scales and gains that can be tuned."""
+
+    def __init__(
+        self,
+        model: Any,
+        coded: Coded,
+        names: Sequence[str],
+        encoder: Encoder,
+        teacher: Mapping[int, _Teacher],
+        *,
+        dtype: torch.dtype,
+        device: str,
+        norms: bool,
+    ) -> None:
+        self.model, self.encoder, self.teacher = model.requires_grad_(False), encoder, teacher
+        prefix = coded.components.family.runs
+        self.linears: dict[str, ScaledLinear] = {}
+        for name in names:
+            signals.check()
+            weight, order = coded.read(name)
+            if order is not None:
+                raise PlanError(f"{coded.path}: {name}: its groups are of inputs in an order of their own (desc_act)")
+            place = name.removesuffix(".weight").removeprefix(f"{prefix}." if prefix else "")
+            bias = getattr(model.get_submodule(place), "bias", None)
+            self.linears[name] = ScaledLinear(weight, bias, dtype=dtype, device=device)
+            model.set_submodule(place, self.linears[name])
+        self.gains = dict(self._norms(coded, prefix)) if norms else {}
+        for value in self.gains.values():
+            value.requires_grad_(True)
+        self.stored = {name: coded.components.parameter(name).dtype for name in self.gains}
+        self.parameters = [one.log_factor for one in self.linears.values()] + list(self.gains.values())
+        self.count = sum(one.numel() for one in self.parameters)
+        self._start = self.state()
+
+    def _norms(self, coded: Coded, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """Gains of norms of the language model: its parameters of one dimension that are called so."""
+        by_name = dict(self.model.named_parameters())
+        for one in coded.components.parameters:
+            place = one.name.removeprefix(f"{prefix}." if prefix else "")
+            is_gain = one.component == "language" and len(one.shape) == 1 and one.name.endswith("norm.weight")
+            if is_gain and place in by_name and one.loaded:
+                yield one.name, by_name[place]
+
+    def state(self) -> list[Tensor]:
+        return [one.detach().clone() for one in self.parameters]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor] | None) -> None:
+        """What `state` gave; None for the checkpoint's own."""
+        for one, value in zip(self.parameters, self._start if state is None else state, strict=True):
+            one.copy_(value)
+
+    @torch.no_grad()
+    def loss(self, rows: Sequence[Row]) -> float:
+        """KL in nats a token over rows, with scales and gains as they would be stored."""
+        exact = self.state()
+        for linear in self.linears.values():
+            # e^0 is 1: the scales that were there are already as they are stored.
+            factor = linear.rounded().scales.to(linear.scales.device) / linear.scales
+            linear.log_factor.copy_(factor.log())
+        for name, gain in self.gains.items():
+            gain.copy_(gain.to(self.stored[name]))
+        total, tokens = 0.0, 0
+        for batch in batches_of(rows, BATCH):
+            signals.check()
+            for row, logits in zip(batch, answer_logits(self.model, self.encoder, batch), strict=True):
+                found = self.teacher[row.key].divergence(logits)
+                total, tokens = total + found.double().sum().item(), tokens + len(found)
+        self.restore(exact)
+        return total / max(tokens, 1)
+
+    def train(
+        self, fit: Sequence[Row], held: Sequence[Row], rate: float, *, epochs: float
+    ) -> tuple[float, list[Tensor] | None]:
+        """Adam, by a cosine to 0, from the checkpoint's own scales. Returns the least held-out KL after an epoch, and
+        what gave it."""
+        self.restore(None)
+        steps = max(round(epochs * len(fit) / BATCH), 1)
+        optimizer = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
+        random = torch.Generator().manual_seed(0)
+        best, kept, order = math.inf, None, list[int]()
+        with bar("polish", total=steps) as progress:
+            for step in range(steps):
+                signals.check()
+                if len(order) < BATCH:
+                    order += torch.randperm(len(fit), generator=random).tolist()
+                rows, order = [fit[one] for one in order[:BATCH]], order[BATCH:]
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+                self._step(optimizer, rows)
+                progress.step(f"polish at {rate:g}")
+                if step + 1 == steps or (step + 1) * BATCH % len(fit) < BATCH:
+                    loss = self.loss(held)
+                    if loss < best:
+                        best, kept = loss, self.state()
+        return best, kept
+
+    def _step(self, optimizer: torch.optim.Optimizer, rows: Sequence[Row]) -> None:
+        optimizer.zero_grad()
+        for part in batches_of(rows, BATCH):  # those with as many images
+            losses = [
+                self.teacher[row.key].divergence(logits)
+                for row, logits in zip(part, answer_logits(self.model, self.encoder, part), strict=True)
+            ]
+            together = torch.cat(losses)
+            tokens = sum(row.answer_tokens for row in rows)
+            torch.autograd.backward(together.sum() / tokens)
+        optimizer.step()
+
+
+def _best_rate(
+    tuner: _Tuner, fit: Sequence[Row], held: Sequence[Row], before: float, options: Options
+) -> tuple[float | None, dict[float, float]]:
+    """The rate whose trial leaves the least held-out KL, if that is less than before."""
+    if options.rate is not None:
+        return options.rate, {}
+    tried: dict[float, float] = {}
+    for rate in RATES:
+        tried[rate], _ = tuner.train(fit, held, rate, epochs=TRIAL)
+    rate = min(tried, key=tried.__getitem__)
+    return (rate if tried[rate] < before else None), tried
+
+
+def _write(
+    done: Polished,
+    coded: Coded,
+    recipe: Any,
+    manifest: Mapping[str, Any],
+    tuner: _Tuner,
+    inputs: Inputs,
+    *,
+    force: bool,
+) -> None:
+    plan = plan_of(coded, coded.coding.format, manifest)
+    gains = {name: gain.detach().cpu().to(tuner.stored[name]) for name, gain in tuner.gains.items()}
+    blocks = tuple(f"{info.name}." for info in coded.components.blocks)
+    writer = CheckpointWriter(
+        done.path,
+        coded.components,
+        recipe,
+        plan,
+        fingerprint={"polish": f"{done.rate}", "vlmquant": vlmquant.__version__},
+        resume=False,
+        force=force,
+        inputs=inputs,
+        resumable=False,
+        scale_dtype=coded.scales(next(iter(coded.schemes))).dtype,
+    )
+
+    def weight(name: str) -> QuantizedWeight:
+        linear = tuner.linears.get(name)
+        return coded.read(name)[0] if linear is None else linear.rounded()
+
+    with writer:
+        for unit, names in units_of(coded, also=gains):
+            signals.check()
+            inside = f"{unit}." if unit else ""
+            changed = {
+                name: gain
+                for name, gain in gains.items()
+                if (name.startswith(inside) if unit else not name.startswith(blocks))
+            }
+            writer.add(unit, {name: weight(name) for name in names}, changed, {})
+        carried = carried_by(coded, manifest)
+        notes = (*manifest.get("notes", ()), *done.notes)
+        writer.finish({**carried, "polish": done.to_json() | {"path": None}, "notes": notes})
