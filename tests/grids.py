@@ -19,8 +19,15 @@ def nearest(weight: Tensor, scheme: Scheme, dtype: torch.dtype = torch.bfloat16)
 
 
 def random(scheme: Scheme, rows: int, columns: int, *, seed: int = 0) -> QuantizedWeight:
-    """Normally distributed weights of a bfloat16 model, rounded to nearest."""
-    return nearest(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), scheme)
+    """Normal weights of a bfloat16 model, rounded to nearest; half the scales of integers are turned round."""
+    made = nearest(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)), scheme)
+    return made if scheme.type == "float" else turned(made, seed=seed)
+
+
+def turned(weight: QuantizedWeight, *, seed: int = 0) -> QuantizedWeight:
+    """The same codes with the scales of about half the groups below 0, as a search for scales may find them."""
+    signs = torch.randint(2, weight.scales.shape, generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+    return replace(weight, scales=weight.scales * signs)
 
 
 def whole(bits: int, group_size: int, symmetric: bool, dtype: torch.dtype = torch.bfloat16) -> Grid:

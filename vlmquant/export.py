@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vlmquant
 from vlmquant import signals
@@ -160,8 +161,13 @@ def units_of(coded: Coded, *, also: Iterable[str] = ()) -> Iterator[tuple[str | 
 def _in_format(weight: QuantizedWeight, format: str, scale_dtype: torch.dtype) -> QuantizedWeight:
     scales = weight.scales
     if format in WORD_FORMATS:
-        scales = scales.half().float().clamp_min(SMALLEST_HALF)
+        scales = _halved(scales)
     return replace(weight, scales=scales, grid=replace(weight.grid, scale_dtype=scale_dtype))
+
+
+def _halved(scales: Tensor) -> Tensor:
+    """float32 scales -> the nearest float16 that are not 0, in float32."""
+    return scales.half().float().abs().clamp_min(SMALLEST_HALF).copysign(scales)
 
 
 def _check(coded: Coded, format: str, *, round_scales: bool) -> tuple[torch.dtype, list[str]]:
@@ -174,14 +180,12 @@ def _check(coded: Coded, format: str, *, round_scales: bool) -> tuple[torch.dtyp
         _refuse_permuted(coded, name, scheme, format)
         scales = coded.scales(name)
         found.add(scales.dtype)
-        rounded = scales.to(target).float()
-        if target == torch.float16:
-            rounded = rounded.clamp_min(SMALLEST_HALF)
+        rounded = _halved(scales.float()) if target == torch.float16 else scales.to(target).float()
         wrong = rounded != scales.float()
         total += wrong.numel()
         if bool(wrong.any()):
             inexact += int(wrong.sum())
-            worst = max(worst, float(((rounded - scales.float()).abs() / scales.float())[wrong].max()))
+            worst = max(worst, float(((rounded - scales.float()) / scales.float())[wrong].abs().max()))
     if not inexact:
         return target, []
     told = (

@@ -301,8 +301,13 @@ class Stage:
         original model gives, where that is known of a batch."""
         given = self._inputs or ()
         passes = given.with_originals() if originals and isinstance(given, Rerun) else given
-        for number, one in zip(self.block.numbers if self._inputs is not None else (), passes, strict=True):
-            yield None if one is None else self._rows_of(one, number, originals=originals)
+        numbers = iter(self.block.numbers)
+        for one in passes:  # not through zip, which holds its last items while it asks for the next
+            number = next(numbers)
+            rows = None if one is None else self._rows_of(one, number, originals=originals)
+            del one  # what one pass gave is let go of before the next runs, here and below
+            yield rows
+            del rows
 
     def _rows_of(self, given: Given, number: int, *, originals: bool) -> Rows:
         flat = given.inputs.reshape(-1, given.inputs.shape[-1])
@@ -342,12 +347,14 @@ class Stage:
         """The upper block triangle of the sum of x x^T, the tokens in it, and which process it is right in."""
         total = torch.zeros(self._columns, self._columns, device=self.block.stream.device)
         relay, tokens = self.block.relay(), dict[int, float]()
-        for turn, number, found in zip(relay, self.block.numbers, self._rows(), strict=True):
-            rows = None
+        batches = self._rows()
+        for turn, number in zip(relay, self.block.numbers, strict=True):
+            found, rows = next(batches), None
             if found is not None:
                 tokens[number] = found.count
                 rows = found.scaled(found.inputs)
             _add_gram(total, rows, turn)
+            del rows, found
         return total, sum(self.ranks.in_order(tokens), 0.0), relay.last
 
     @property
@@ -373,7 +380,9 @@ class Stage:
         device = self.block.stream.device
         squares, cross = (torch.zeros(self._columns, self._columns, device=device) for _ in range(2))
         relay, own = self.block.relay(), dict[int, tuple[float, Rows | None]]()
-        for turn, number, found in zip(relay, self.block.numbers, self._rows(originals=True), strict=True):
+        batches = self._rows(originals=True)
+        for turn, number in zip(relay, self.block.numbers, strict=True):
+            found = next(batches)
             fit, held = (None, None) if found is None else found.parts()
             inputs = None if fit is None else fit.scaled(fit.inputs)
             shift = None if fit is None or fit.shift is None else fit.scaled(fit.shift)
@@ -383,6 +392,7 @@ class Stage:
                     cross.addmm_(shift.T, inputs)
             if found is not None:
                 own[number] = (0.0 if fit is None else fit.count, held)
+            del fit, held, found, inputs, shift
         everywhere = self.ranks.in_order(own)
         tokens, held_out = sum((count for count, _ in everywhere), 0.0), [rows for _, rows in everywhere if rows]
         if self.ranks.rank == relay.last:
@@ -417,10 +427,14 @@ class Stage:
 
     def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
         own: dict[int, tuple[Tensor, float]] = {}
-        for number, found in zip(self.block.numbers, self._rows(), strict=True):
+        batches = self._rows()
+        for number in self.block.numbers:
+            found = next(batches)
             if found is not None:
                 rows, weights = of(found.inputs), found.weights
                 own[number] = rows.sum(0) if weights is None else weights @ rows, found.count
+                del rows
+            del found
         total, tokens = torch.zeros(self._columns, device=self.block.stream.device), 0.0
         for part, count in self.ranks.in_order(own):
             total += part
@@ -842,7 +856,10 @@ class Block:
         for walk, pause in self._beside():
             if pause and pause.name == name and pause.inputs is not None:
                 original = self._original_beside(walk, name) if originals and self.follows_original else None
-                yield Given(pause.inputs, self._mask_for(walk), original)
+                given = Given(pause.inputs, self._mask_for(walk), original)
+                del original, pause, walk
+                yield given
+                del given
             else:
                 yield None
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vlmquant.algorithms.scales import OTHER_SHARES, SHARES, STEPS, search_scales
-from vlmquant.grid import Grid
+from vlmquant.grid import Grid, grid_of, quantize_nearest
+from vlmquant.recipe import SHORT_SCHEMES
 
 
 def losses_of_all(weight, importance, *, bits, group_size, symmetric, power):
@@ -69,3 +70,53 @@ def test_chunks_do_not_matter(make_weight, monkeypatch: pytest.MonkeyPatch) -> N
     pieces = search_scales(weight, importance, grid, search="weighted")
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("search", ["mse", "weighted"])
+def test_scales_below_0_are_the_search_on_the_weight_turned_round(make_weight, bits, search) -> None:
+    """A group with a scale of -s has the codes that its mirror image has with s."""
+    weight, importance = make_weight(9, 64), make_weight(1, 64, seed=3)[0].square()
+    grid = Grid(bits, 32, torch.bfloat16)
+
+    def loss(scales: torch.Tensor) -> torch.Tensor:
+        values = (weight.double().view(9, 2, 32) / scales.double()[..., None]).round()
+        errors = values.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scales.double()[..., None]
+        cubes = (errors - weight.double().view(9, 2, 32)).abs() ** (3 if search == "weighted" else 2)
+        return (cubes * (importance.double().view(2, 32) if search == "weighted" else 1)).sum(-1)
+
+    plain, _ = search_scales(weight, importance, grid, search=search)
+    mirrored, _ = search_scales(-weight, importance, grid, search=search)
+    signed, _ = search_scales(weight, importance, grid, search=search, signed=True)
+    best = torch.minimum(loss(plain), loss(-mirrored))
+    torch.testing.assert_close(loss(signed), best, rtol=1e-4, atol=0)
+    assert (signed < 0).any()
+    assert (signed > 0).any()
+
+
+def test_a_lone_outlier_above_gets_a_scale_below_0() -> None:
+    """-8 x -s reaches 8 s; with s above 0 the largest value is 7 s."""
+    weight = torch.tensor([[8.0, -1.0, 1.0, 2.0, -7.0, 3.0, 5.0, -4.0]])
+    grid = Grid(4, 8, torch.float32)
+    scales, _ = search_scales(weight, None, grid, search="mse", signed=True)
+    rounded = quantize_nearest(weight, scales, None, grid)
+    assert scales.item() == pytest.approx(-1.0, rel=0.07)
+    turned, _ = search_scales(-weight, None, grid, search="mse", signed=True)
+    assert torch.equal(turned, -scales)
+    assert rounded.codes[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    "grid", [Grid(4, 16, torch.bfloat16, symmetric=False), grid_of(SHORT_SCHEMES["mxfp4a16"], 32, torch.bfloat16)]
+)
+def test_grids_that_gain_nothing_keep_their_scales(make_weight, grid: Grid) -> None:
+    weight = make_weight(4, 32)
+    plain = search_scales(weight, torch.ones(32), grid, search="weighted")
+    signed = search_scales(weight, torch.ones(32), grid, search="weighted", signed=True)
+    assert torch.equal(plain[0], signed[0])
+
+
+@pytest.mark.parametrize("scale", [-3.0, -1e-9, 1e-9, 7.0])
+def test_rounding_a_scale_keeps_its_sign(scale: float) -> None:
+    stored = Grid(4, 16, torch.float16).round_scales(torch.tensor([[scale]])).item()
+    assert stored == pytest.approx(max(abs(scale), 2.0**-14) * (1 if scale > 0 else -1))

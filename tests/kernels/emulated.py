@@ -99,7 +99,8 @@ def data_of(problem: Problem) -> Data:
     if not problem.symmetric:
         zeros = torch.randint(0, 2**problem.bits, (problem.rows, groups), dtype=torch.uint8, generator=random)
     dtype = DTYPES[problem.dtype]
-    scales = (torch.rand(problem.rows, groups, generator=random) * 0.015 + 0.005).to(dtype)
+    signs = torch.randint(2, (problem.rows, groups), generator=random) * 2 - 1  # a scale may be below 0
+    scales = ((torch.rand(problem.rows, groups, generator=random) * 0.015 + 0.005) * signs).to(dtype)
     inputs = torch.randn(problem.tokens, problem.columns, generator=random).to(dtype)
 
     group_of = torch.arange(problem.columns) // packed.group_size

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import grids
 from vlmquant.algorithms import rtn
 from vlmquant.grid import Grid, QuantizedWeight
 from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, loops, probe, words
@@ -51,7 +52,7 @@ def packed(
     rows: int, columns: int, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype
 ) -> QuantizedWeight:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows + columns))
-    return rtn.quantize_weight(weight, Grid(bits, group_size, scale_dtype, symmetric))
+    return grids.turned(rtn.quantize_weight(weight, Grid(bits, group_size, scale_dtype, symmetric)))
 
 
 def tokens(count: int, columns: int, dtype: torch.dtype) -> Tensor:

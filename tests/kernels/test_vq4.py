@@ -70,7 +70,8 @@ def test_product_is_that_of_float64(case: tuple, dtype: torch.dtype) -> None:
     inputs = tokens(7, weight.shape[1], dtype)
     found = vq4.matmul(inputs, vq4.hold(weight), form_of(weight))
     assert found.dtype == dtype
-    assert relative(found, inputs.double() @ weight.dequantize().double().T) < RELATIVE_ERROR[dtype]
+    few = 1 + 2 / found.numel() ** 0.5  # of few outputs errors do not average
+    assert relative(found, inputs.double() @ weight.dequantize().double().T) < few * RELATIVE_ERROR[dtype]
 
 
 def test_a_weight_is_held_once() -> None:

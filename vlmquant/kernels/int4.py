@@ -134,7 +134,7 @@ def _scales_and_zeros(held: dict[str, Tensor], form: Form) -> tuple[Tensor, Tens
     if form.grid.symmetric:
         return scales, mid_code(form.grid.bits)
     # An offset is rounded by less than a thirtieth of a scale; where rows are padded, both are 0.
-    steps = offsets.float() / scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+    steps = offsets.float() / torch.where(scales == 0, 1, scales).float()
     return scales, (8 - steps.round()).to(torch.uint8)
 
 

@@ -26,7 +26,6 @@ EXPANDED_AT_ONCE = 1 << 21
 """Codes that become floats together."""
 OUTPUTS_AT_ONCE = 1 << 20
 """Sums of integer products that lie about before they become outputs."""
-TINY = np.finfo(np.float32).tiny
 U, HALF, ONE, SHORT = np.uint64, np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 """HALF, ONE and SHORT: what rounds the bits of a float32 to those of a bfloat16, ties to even."""
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -71,7 +70,7 @@ def _tiles_to_floats(run: int, symmetric: bool, bfloat16: bool) -> Loop:
                     offsets[r] = -mid * scale
                 else:
                     offset = np.uint32(np.uint32(table[g, U(start) + first + r, U(1)]) << SHORT).view(np.float32)
-                    offsets[r] = (np.rint(offset / max(scale, TINY)) - np.float32(8)) * scale
+                    offsets[r] = (np.rint(offset / (scale if scale != 0 else np.float32(1))) - np.float32(8)) * scale
             for k in range(g * U(size), (g + U(1)) * U(size)):
                 for t in range(U(count)):
                     for part in range(U(half) // step):

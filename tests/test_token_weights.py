@@ -1,0 +1,108 @@
+"""How much tokens count in calibration, against sums written out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.test_stream import batches_of, same_weight
+from tests.tiny_vlm import build
+from vlmquant.algorithms import ALGORITHMS
+from vlmquant.calibration.encode import Batch
+from vlmquant.components import resolve_components
+from vlmquant.planning import make_plan
+from vlmquant.recipe import TokenWeights, parse_recipe
+from vlmquant.stream import BlockResult, BlockStream
+
+RECIPE = "name: test\ncomponents:\n  language: {scheme: w4a16, method: gptq}\n"
+
+
+def marked(batch: Batch) -> Batch:
+    """The same with the last three tokens of every row as the answer, and the image's where its tokens are."""
+    ids = batch.inputs["input_ids"]
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    answers[:, -3:] = True
+    return Batch(batch.inputs, answers, (), ids == 500)
+
+
+def run(
+    model_dir: Path, weights: TokenWeights | None, *, rerun: bool = False
+) -> tuple[dict[str, Tensor], dict[str, BlockResult], list[Batch]]:
+    components = resolve_components(model_dir)
+    recipe = parse_recipe(RECIPE, name="test")
+    made = [marked(make()) for make in batches_of("llava")]
+    stream = BlockStream(
+        components,
+        make_plan(components, recipe),
+        dict(recipe.specs()),
+        [lambda one=one: one for one in made],
+        outside={},
+        restore=lambda info: None,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        token_weights=weights,
+        rerun=rerun,
+    )
+    hessians, results = {}, {}
+    for block in stream:
+        for stage in block.stages():
+            for local in stage.linears:
+                hessians[f"{block.info.name}.{local}"] = stage.hessian().clone()
+            stage.finish(ALGORITHMS[stage.method](stage))
+        results[block.info.name] = block.result
+    return hessians, results, made
+
+
+def first_inputs(model_dir: Path, batches: list[Batch], name: str) -> list[Tensor]:
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(model_dir, dtype=torch.float32).eval()
+    found: list[Tensor] = []
+    model.get_submodule(name).register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch.inputs, use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_second_moments_are_those_of_weighted_tokens(tmp_path: Path, rerun: bool) -> None:
+    model_dir = build("llava", tmp_path / "llava")
+    counts = TokenWeights(image=0.1, prompt=0.5, answer=2)
+    hessians, _, batches = run(model_dir, counts, rerun=rerun)
+    name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
+    total, sum_of_weights = torch.zeros_like(hessians[name]).double(), 0.0
+    images = 0
+    for batch, inputs in zip(batches, first_inputs(model_dir, batches, name), strict=True):
+        for row, ids in enumerate(batch.inputs["input_ids"].tolist()):
+            for place, token in enumerate(ids):
+                weight = 0.1 if token == 500 else 2.0 if place >= len(ids) - 3 else 0.5
+                images += token == 500
+                x = inputs[row, place].double()
+                total += weight * torch.outer(x, x)
+                sum_of_weights += weight
+    assert images
+    torch.testing.assert_close(hessians[name].double(), total / sum_of_weights, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_1_change_no_bit(tmp_path: Path) -> None:
+    model_dir = build("llava", tmp_path / "llava")
+    _, plain, _ = run(model_dir, None)
+    _, equal, _ = run(model_dir, TokenWeights(image=1, prompt=1, answer=1))
+    _, other, _ = run(model_dir, TokenWeights(image=0.1))
+    pairs = [(name, weight) for name, result in plain.items() for weight in result.quantized]
+    assert all(same_weight(plain[n].quantized[w], equal[n].quantized[w]) for n, w in pairs)
+    assert not all(same_weight(plain[n].quantized[w], other[n].quantized[w]) for n, w in pairs)
+
+
+def test_images_that_count_for_nothing_are_as_if_left_out(tmp_path: Path) -> None:
+    model_dir = build("llava", tmp_path / "llava")
+    hessians, _, batches = run(model_dir, TokenWeights(image=0))
+    name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
+    rows = [
+        inputs[batch.inputs["input_ids"] != 500]
+        for batch, inputs in zip(batches, first_inputs(model_dir, batches, name), strict=True)
+    ]
+    x = torch.cat(rows).double()
+    torch.testing.assert_close(hessians[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
