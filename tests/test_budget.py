@@ -19,7 +19,7 @@ from vlmquant.checkpoint.manifest import read_manifest
 from vlmquant.components import resolve_components
 from vlmquant.errors import DoesNotFitError
 from vlmquant.pipeline import plan_model
-from vlmquant.recipe import load_recipe
+from vlmquant.recipe import load_recipe, parse_recipe
 from vlmquant.stream import Footprint, Place, Stage
 
 
@@ -65,7 +65,7 @@ def test_a_peak_worked_by_hand(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
     assert parts["inside the passes"] == 1000 * (3 * 256 + 384) * 4
     assert parts["between blocks"] == 1_024_000 + 5_000
     again = predict(components, plan, footprint, base=10_000, dtype=torch.float32, passes=WAYS[1]).parts["language"]
-    assert again["inside the passes"] == parts["inside the passes"] // 10
+    assert again["inside the passes"] == 100 * (3 * 256 + 384 + 3 * 384) * 4
     assert again["weights of the block"] == 4 * norms
     assert again["a stage"] == parts["a stage"]
     monkeypatch.setattr(budget, "ROW_ELEMENTS", 64 * 384)
@@ -77,6 +77,32 @@ def test_a_peak_worked_by_hand(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
     assert spilled.disk_bytes == held.disk_bytes + 2 * (1_024_000 + 5_000)
     assert held.peak_bytes == max(sum(one.values()) for one in held.parts.values())
     assert block.linears
+
+
+def test_passes_of_the_original_model_are_counted(tiny_llava: Path) -> None:
+    """What comes beside the same stage: states and inputs twice, C (in, in), samples held out, weights thrice."""
+    text = "name: t\ncomponents: {language: {scheme: w4a16, method: gptq, gptq: {target: TARGET}}}\n"
+    footprint = Footprint({"language": Place(rows=1000, width=256, nbytes=1_024_000, largest_rows=100)}, 5_000)
+    found = {}
+    for target in ("weights", "outputs"):
+        components, plan = plan_model(tiny_llava, parse_recipe(text.replace("TARGET", target), name="t"))
+        for way in WAYS:
+            done = predict(components, plan, footprint, base=0, dtype=torch.float32, passes=way)
+            found[target, way] = done.parts["language"], done
+    for way in WAYS:
+        (plain, before), (both, after) = found["weights", way], found["outputs", way]
+        assert both["inside the passes"] == 2 * plain["inside the passes"]
+        assert both["between blocks"] - plain["between blocks"] == (0 if way.spill else 1_024_000)
+        assert before.seconds is not None
+        assert after.seconds is not None
+        assert after.seconds > before.seconds
+        assert after.disk_bytes - before.disk_bytes == (2 * (1_024_000 + 5_000) if way.spill else 0)
+    # Of the stage of gate and up, 768 rows of 256 inputs, or of the down projection, whichever takes most.
+    sizes = {
+        (768, 256): 768 * 256 * 2 + 2 * 4 * 256**2 + 125 * 2 * 4 * 256 + 3 * 4 * 768 * 256,
+        (256, 384): 256 * 384 * 2 + 2 * 4 * 384**2 + 125 * 2 * 4 * 384 + 3 * 4 * 256 * 384,
+    }
+    assert found["outputs", WAYS[1]][0]["a stage"] == max(sizes.values())
 
 
 def test_on_a_gpu_weights_and_passes_are_there_and_codes_here(tiny_llava: Path) -> None:

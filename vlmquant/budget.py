@@ -20,12 +20,15 @@ from vlmquant.experts import Form
 from vlmquant.kernels.probe import GPU_TIMES, measured, seconds
 from vlmquant.planning import CALIBRATED, Plan, with_parents
 from vlmquant.ranks import ROWS
-from vlmquant.stream import ROW_ELEMENTS, TOKENS_PER_INPUT, Footprint, has_experts
+from vlmquant.stream import HELD_EVERY, HELD_TOKENS, ROW_ELEMENTS, TOKENS_PER_INPUT, Footprint, has_experts
 
 FLOAT_BYTES = 4
 """Of a float32, in which codes are chosen."""
 KEPT_WIDTHS = 3.0
 """Vectors as wide as the hidden state that a pass keeps for a token inside a block, beside the linear's inputs."""
+RUNNING_WIDTHS = 3.0
+"""Vectors as wide as a linear's inputs that a pass holds beside them on its way there: what a gate, its activation and
+what it multiplies put out. They count where statistics are summed up while passes run again."""
 SCRATCH_BYTES = 64 << 20
 """Of compiled loops, of the libraries' own buffers, of the writer, and what allocators do not give back."""
 SHARE = 0.9
@@ -134,6 +137,7 @@ def predict(
         if one.loaded and one.component != "lm_head"
     )
     parts, there, products = dict[str, dict[str, int]](), dict[str, dict[str, int]](), 0.0
+    chains = 2 if any(line.needs_original for line in plan.lines) else 1
     waiting = 0 if passes.spill else footprint.input_bytes
     for component in dict.fromkeys(block.component for block in components.blocks):
         blocks = [block for block in components.blocks if block.component == component]
@@ -153,7 +157,9 @@ def predict(
                 rerun=rerun,
                 row_elements=None if elsewhere else ROW_ELEMENTS,
             )
-            kept = (largest if rerun else rows) * (KEPT_WIDTHS * width + inputs) * dtype.itemsize
+            running = RUNNING_WIDTHS * inputs if rerun else 0.0
+            kept = (largest if rerun else rows) * (KEPT_WIDTHS * width + inputs + running) * dtype.itemsize
+            kept *= chains if any(stage.aimed for stage in stages) else 1
             one = {
                 "process": base,
                 "scratch": SCRATCH_BYTES,
@@ -162,14 +168,14 @@ def predict(
                 "codes of the block": codes,
                 "a stage": stage,
                 "inside the passes": round(kept),
-                "between blocks": waiting + (0 if passes.spill else between),
+                "between blocks": waiting + (0 if passes.spill else chains * between),
             }
             if elsewhere:
                 most = max((stage.rows * stage.columns for stage in stages), default=0)
                 one["weights being read"] = most * components.dtype.itemsize
             if sum(one.values()) > sum(found.values()):
                 found = one
-            products += _products(stages, block, rows, rerun=rerun)
+            products += _products(stages, block, rows, rerun=rerun, chains=chains)
         parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
         if elsewhere:
             there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
@@ -180,7 +186,7 @@ def predict(
     return Prediction(
         passes,
         _sums(parts) or {"weights": base + SCRATCH_BYTES + (0 if elsewhere else outside)},
-        plan.bytes_after + (2 * spilled if passes.spill else 0),
+        plan.bytes_after + (2 * chains * spilled if passes.spill else 0),
         None if longest is None else (round(longest, 1), round(SLOWEST * longest + plan.bytes_before / 50e6, 1)),
         parts,
         (_sums(there) or {"weights": outside}) if elsewhere else {},
@@ -262,6 +268,8 @@ class _Stage:
     columns: int
     tokens: float
     """That pass through it."""
+    aimed: bool = False
+    """Whether it is told what the original model gives it."""
 
 
 def _stages(components: ComponentMap, plan: Plan, block: BlockInfo, tokens: int) -> list[_Stage]:
@@ -276,7 +284,9 @@ def _stages(components: ComponentMap, plan: Plan, block: BlockInfo, tokens: int)
             rows = [linear.out_features for linear, _ in todo]
             form = next((form for home, form in mixtures if first.name.startswith(home)), None)
             seen = float(tokens) if form is None else _expert_tokens(components, form, tokens)
-            found.append(_Stage(line.method or "rtn", sum(rows), max(rows), first.in_features, seen))
+            found.append(
+                _Stage(line.method or "rtn", sum(rows), max(rows), first.in_features, seen, line.needs_original)
+            )
     return found
 
 
@@ -328,6 +338,11 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     and what a search makes of them; of the largest linear its codes, in parts and joined."""
     largest = stage.most_rows * stage.columns
     part = largest if row_elements is None else min(largest, max(row_elements, ROWS * stage.columns))
+    if stage.aimed:  # the other second moments, what is held out, and weights with their corrections
+        held = min(stage.tokens / HELD_EVERY, HELD_TOKENS)
+        beside = FLOAT_BYTES * stage.columns**2 + round(held) * 2 * FLOAT_BYTES * stage.columns
+        whole = FLOAT_BYTES * stage.rows * stage.columns
+        return max(beside + 3 * whole, whole + 12 * part + 2 * largest)
     if stage.method == "gptq":
         return 12 * part + 2 * largest
     if stage.method == "awq":
@@ -335,19 +350,21 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     return FLOAT_BYTES * stage.rows * stage.columns + 12 * part + 2 * largest
 
 
-def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun: bool) -> float:
+def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun: bool, chains: int = 1) -> float:
     """Multiplications: of the passes, of second moments, of factors and of error feedback."""
     weights = sum(linear.out_features * linear.in_features for linear in block.linears)
     quantized = sum(stage.rows * stage.columns for stage in stages)
     total = 0.0
     if any(stage.method in CALIBRATED for stage in stages):
         total += float(tokens) * (weights - quantized) + sum(one.tokens * one.rows * one.columns for one in stages)
-        total *= 1 + (len(stages) / 2 if rerun else 0)
+        total *= chains * (1 + (len(stages) / 2 if rerun else 0))
     for stage in stages:
         if stage.method in ("gptq", "awq"):
             total += 0.62 * stage.tokens * stage.columns**2
         if stage.method == "gptq":
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
+        if stage.aimed:  # the other second moments; another factor; twice what solves by it, and the weights times them
+            total += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2
     return total
 
 

@@ -1,0 +1,172 @@
+"""Polishing: its product and loss against autograd in float64, and what it does to a checkpoint."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from tests import grids
+from vlmquant import cli, demo, polish
+from vlmquant.checkpoint import read_manifest, verify_checkpoint
+from vlmquant.checkpoint.coded import open_coded
+from vlmquant.errors import DoesNotFitError, InputError, PlanError
+from vlmquant.loading import load_model
+from vlmquant.pipeline import quantize
+from vlmquant.polish import Options, ScaledLinear, _Teacher
+from vlmquant.recipe import Scheme, parse_recipe
+
+DEMO = Path(demo.__file__).parent
+MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
+LOSSY = "{scheme: {bits: 3, group_size: 32, symmetric: SYM}, method: gptq}"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("columns", "size"), [(64, 32), (80, 32), (48, None)])
+def test_product_and_gradients_are_autograds(columns: int, size: int | None, symmetric: bool) -> None:
+    weight = grids.random(Scheme(bits=4, group_size=size, symmetric=symmetric), 24, columns, seed=columns)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(1))
+    layer = ScaledLinear(weight, bias, dtype=torch.float32, device="cpu")
+    factor = 0.1 * torch.randn(weight.scales.shape, generator=torch.Generator().manual_seed(2))
+    layer.log_factor.data.copy_(factor)
+    inputs = torch.randn(2, 5, columns, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    output = layer(inputs)
+    output.square().sum().backward()  # type: ignore[no-untyped-call]
+
+    exact, x = factor.double().requires_grad_(), inputs.detach().double().requires_grad_()
+    spread = exact.exp().repeat_interleave(size or columns, dim=1)[:, :columns]
+    expected = x @ (weight.dequantize().double() * spread).T + bias
+    expected.square().sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+    assert layer.log_factor.grad is not None
+    assert inputs.grad is not None
+    torch.testing.assert_close(layer.log_factor.grad.double(), exact.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(inputs.grad.double(), x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_divergence_is_kl_where_all_tokens_are_kept() -> None:
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(6, 10, generator=random, dtype=torch.float64) for _ in range(2))
+    log_probs, ids = theirs.log_softmax(-1).topk(9)  # what is left is one token
+    found = _Teacher(ids, log_probs.float()).divergence(ours)
+    kl = nn.functional.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(found.double(), kl, rtol=1e-4, atol=1e-6)
+    fewer = _Teacher(*reversed(theirs.log_softmax(-1).topk(3))).divergence(ours)
+    assert (fewer <= kl + 1e-9).all()  # tokens taken together tell less
+
+
+@pytest.fixture(scope="module", params=["true", "false"], ids=["symmetric", "zeros"])
+def lossy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model in 3 bits, which loses enough to be tuned."""
+    recipe = parse_recipe(
+        f"name: lossy\ncomponents: {{language: {LOSSY.replace('SYM', request.param)}}}\n", name="lossy"
+    )
+    out = tmp_path_factory.mktemp("lossy") / "q"
+    quantize(MODEL, recipe, out, calibration=CALIBRATION, device="cpu")
+    return out
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def test_scales_and_norms_are_tuned_and_codes_are_not(lossy: Path, tmp_path: Path) -> None:
+    done = polish.polish(
+        lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, device="cpu", options=Options(rate=2e-3)
+    )
+    assert done.after < 0.97 * done.before
+    before, after = tensors_of(lossy), tensors_of(tmp_path / "p")
+    assert before.keys() == after.keys()
+    differ = {name for name in before if not torch.equal(before[name], after[name])}
+    assert differ
+    assert all(name.endswith(("weight_scale", "norm.weight")) for name in differ)
+    assert any(name.endswith("weight_scale") for name in differ)
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert verify_checkpoint(tmp_path / "p") == []
+    said = read_manifest(tmp_path / "p")["polish"]
+    assert said["held_out_kl_after"] == done.after
+    # What it says of itself is what a packed model of these files loses, on the samples held out.
+    # Products here are float32; there they are what is fastest on the machine.
+    assert loss_of(tmp_path / "p") == pytest.approx(done.after, rel=0.2)
+    assert loss_of(lossy) == pytest.approx(done.before, rel=0.2)
+
+
+def loss_of(path: Path) -> float:
+    """KL on the held-out samples by the packed model as it is loaded."""
+    from vlmquant.evaluation.passes import answer_logits, batches_of
+
+    manifest = read_manifest(path)
+    recipe = polish.recipe_of(open_coded(path), "compressed-tensors", manifest)
+    encoder, rows = polish._rows(path, recipe.calibration.model_copy(update={"set": str(CALIBRATION)}))
+    _, held = polish._split(rows)
+    original, model = (load_model(one, dtype=torch.float32).eval() for one in (MODEL, path))
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in batches_of(held, 4):
+            pairs = zip(answer_logits(original, encoder, batch), answer_logits(model, encoder, batch), strict=True)
+            for teacher, logits in pairs:
+                total += nn.functional.kl_div(
+                    logits.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum"
+                ).item()
+                tokens += len(logits)
+    return total / tokens
+
+
+def test_a_rate_that_harms_is_rolled_back(lossy: Path, tmp_path: Path) -> None:
+    done = polish.polish(
+        lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, samples=24, device="cpu", options=Options(rate=3.0)
+    )
+    assert done.rate is None
+    assert done.after == done.before
+    assert "did not help" in done.notes[0]
+    before, after = tensors_of(lossy), tensors_of(tmp_path / "p")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_cannot_be_polished_is_refused(lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="too few to tune scales"):
+        polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, samples=8, device="cpu")
+    floats = tmp_path / "fp8"
+    quantize(MODEL, parse_recipe("name: f\ncomponents: {language: fp8-dynamic}\n", name="f"), floats, device="cpu")
+    with pytest.raises(PlanError, match="no scales can be tuned"):
+        polish.polish(floats, MODEL, tmp_path / "p", calibration=CALIBRATION, device="cpu")
+    monkeypatch.setattr(polish.budget, "available_bytes", lambda: 10_000_000)
+    with pytest.raises(DoesNotFitError, match="polish needs about"):
+        polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, device="cpu")
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_command_says_what_it_did(lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polish, "RATES", (6e-4,))
+    words = [
+        "polish",
+        str(lossy),
+        "--original",
+        str(MODEL),
+        "-c",
+        str(CALIBRATION),
+        "-o",
+        str(tmp_path / "p"),
+        "--json",
+    ]
+    run = CliRunner().invoke(cli.app, words)
+    assert run.exit_code == 0, run.output
+    said: dict[str, Any] = json.loads(run.stdout)
+    assert said["held_out_kl_after"] <= said["held_out_kl_before"]
+    assert said["samples"] > said["held_out"] > 0
+
+
+def test_scales_are_stored_as_they_were_judged() -> None:
+    weight = grids.random(Scheme(bits=4, group_size=32), 8, 64)
+    layer = ScaledLinear(weight, None, dtype=torch.float32, device="cpu")
+    assert torch.equal(layer.rounded().scales, weight.scales)
+    layer.log_factor.data += 0.01
+    rounded = layer.rounded()
+    assert torch.equal(rounded.scales, weight.grid.round_scales(weight.scales * torch.tensor(0.01).exp()))
+    assert torch.equal(rounded.codes, replace(weight).codes)
