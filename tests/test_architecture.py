@@ -16,6 +16,7 @@ ROOMS = [
     "recommend",
     "pipeline",
     "publish",
+    "polish",
     "export",
     "gate",
     "report",

@@ -175,7 +175,7 @@ class Watched:
                 first = f"{block.info.name}.{next(iter(stage.linears))}"
                 self.methods[first] = stage.method
                 if ".experts." in first and stage.method != "rtn":
-                    self.inputs[first] = torch.cat([rows for rows, _ in stage._rows()])
+                    self.inputs[first] = torch.cat([rows.inputs for rows in stage._rows() if rows])
                     self.hessians[first] = stage.hessian().clone()
                 stage.finish(ALGORITHMS[stage.method](stage))
             self.counts |= block.expert_tokens
