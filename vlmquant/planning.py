@@ -687,7 +687,7 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         parameter.nbytes,
         stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
         needs_original=choice.method == "gptq"
-        and getattr(recipe.components, parameter.component).gptq.target == "outputs"
+        and dict(recipe.specs())[parameter.component].gptq.target == "outputs"
         and not any(parameter.name.startswith(f"{home}.") for home in components.experts),
     )
 

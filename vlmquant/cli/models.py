@@ -12,6 +12,7 @@ from vlmquant.cli.options import (
     Context,
     Device,
     Dtype,
+    EffortOption,
     FamilyOption,
     Images,
     ImageSize,
@@ -88,6 +89,7 @@ def plan(
         str | None, typer.Option(help="The same on a GPU of so much memory, which need not be in this machine.")
     ] = None,
     calibration: CalibrationOption = None,
+    effort: EffortOption = None,
     family: FamilyOption = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
@@ -101,7 +103,7 @@ def plan(
     limits = parse_limits(memory_limit, device_memory_limit)
     _show_plan(
         model,
-        load_wanted(recipe_name(recipe), family),
+        load_wanted(recipe_name(recipe), family, effort),
         serving=parse_wish(gpu_memory, batch, context, images, image_size, tp),
         limits=limits,
         calibration=calibration,
@@ -168,6 +170,7 @@ def quantize(
     ] = None,
     calibration: CalibrationOption = None,
     samples: Annotated[str | None, typer.Option(help="As in eval: samples per task in file order.")] = None,
+    effort: EffortOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and write nothing, as `plan` does.")
     ] = False,
@@ -192,7 +195,7 @@ def quantize(
 ) -> None:
     """Quantize a model by a recipe."""
     recipe = recipe_name(recipe)
-    wanted = load_wanted(recipe, family)
+    wanted = load_wanted(recipe, family, effort)
     if samples is not None:
         strata = parse_counts(samples)
         chosen = wanted.calibration.model_copy(
@@ -234,6 +237,7 @@ def quantize(
                     "--recipe": recipe,
                     "--calibration": calibration,
                     "--samples": samples,
+                    "--effort": effort,
                     "--device": None if device == "auto" else device,
                     "--dtype": None if dtype == "auto" else dtype,
                     "--family": family,

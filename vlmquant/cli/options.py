@@ -40,6 +40,13 @@ FamilyOption = Annotated[
     Path | None,
     typer.Option("--family", help="YAML file that says where the parts of a model are that vlmquant does not know."),
 ]
+EffortOption = Annotated[
+    str | None,
+    typer.Option(
+        "--effort",
+        help="fast: half the time of GPTQ and more loss; default; else as the recipe says.",
+    ),
+]
 Batch = Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of text in a sequence, prompt and answer, else 4096.")]
 Images = Annotated[int | None, typer.Option(min=0, help="Images in a sequence, else 1; their tokens are added.")]

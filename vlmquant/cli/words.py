@@ -19,11 +19,15 @@ def recipe_name(recipe: str | None) -> str:
     return recipe
 
 
-def load_wanted(recipe: str, family: Path | None) -> Any:
-    """The recipe, with the row of a file in place of its own."""
-    from vlmquant.recipe import load_family, load_recipe
+def load_wanted(recipe: str, family: Path | None, effort: str | None = None) -> Any:
+    """The recipe, with the row of a file in place of its own, and the effort that is asked for."""
+    from vlmquant.recipe import TARGETS, load_family, load_recipe
 
     wanted = load_recipe(recipe)
+    if effort is not None:
+        if effort not in TARGETS:
+            raise UsageError(f"--effort: '{shown(effort)}' is none of {', '.join(TARGETS)}")
+        wanted = wanted.model_copy(update={"effort": effort})
     return wanted if family is None else wanted.model_copy(update={"family": load_family(family)})
 
 
