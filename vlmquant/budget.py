@@ -20,6 +20,7 @@ from vlmquant.experts import Form
 from vlmquant.kernels.probe import GPU_TIMES, measured, seconds
 from vlmquant.planning import CALIBRATED, Plan, with_parents
 from vlmquant.ranks import ROWS
+from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
 from vlmquant.stream import HELD_EVERY, HELD_TOKENS, ROW_ELEMENTS, TOKENS_PER_INPUT, Footprint, has_experts
 
 FLOAT_BYTES = 4
@@ -321,7 +322,7 @@ def _block_peak(
         ]
     for stage in stages:
         collected = stage.rows * stage.columns * stored.itemsize
-        collected += FLOAT_BYTES * stage.columns**2 if stage.method in ("gptq", "awq") else 0
+        collected += FLOAT_BYTES * stage.columns**2 if stage.method in WITH_FEEDBACK | WITH_FOLDS else 0
         found.append(
             (inside * dtype.itemsize, collected + max(FLOAT_BYTES * met, _rounding_bytes(stage, row_elements)))
         )
@@ -343,10 +344,10 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
         beside = FLOAT_BYTES * stage.columns**2 + round(held) * 2 * FLOAT_BYTES * stage.columns
         whole = FLOAT_BYTES * stage.rows * stage.columns
         return max(beside + 3 * whole, whole + 12 * part + 2 * largest)
-    if stage.method == "gptq":
-        return 12 * part + 2 * largest
-    if stage.method == "awq":
+    if stage.method in WITH_FOLDS:
         return FLOAT_BYTES * stage.rows * stage.columns + 16 * largest
+    if stage.method in WITH_FEEDBACK:
+        return 12 * part + 2 * largest
     return FLOAT_BYTES * stage.rows * stage.columns + 12 * part + 2 * largest
 
 
@@ -359,9 +360,9 @@ def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun:
         total += float(tokens) * (weights - quantized) + sum(one.tokens * one.rows * one.columns for one in stages)
         total *= chains * (1 + (len(stages) / 2 if rerun else 0))
     for stage in stages:
-        if stage.method in ("gptq", "awq"):
+        if stage.method in WITH_FEEDBACK | WITH_FOLDS:
             total += 0.62 * stage.tokens * stage.columns**2
-        if stage.method == "gptq":
+        if stage.method in WITH_FEEDBACK:
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
         if stage.aimed:  # the other second moments; another factor; twice what solves by it, and the weights times them
             total += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2

@@ -17,7 +17,17 @@ from vlmquant.families import NEVER_QUANTIZED
 from vlmquant.kvcache import CachePlan, plan_cache
 from vlmquant.nearest import nearest
 from vlmquant.packing import packed_columns
-from vlmquant.recipe import BITSANDBYTES_SCHEMES, KEEP, SHORT_SCHEMES, WORD_FORMATS, ComponentSpec, Recipe, Scheme
+from vlmquant.recipe import (
+    BITSANDBYTES_SCHEMES,
+    KEEP,
+    SHORT_SCHEMES,
+    WITH_FEEDBACK,
+    WITH_FOLDS,
+    WORD_FORMATS,
+    ComponentSpec,
+    Recipe,
+    Scheme,
+)
 from vlmquant.shards import dtype_name
 
 PACKED_WORD_BYTES = 4
@@ -36,7 +46,7 @@ LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
 HALF = torch.bfloat16
 """What 16 bits are for a model that has no 16-bit dtype of its own."""
-CALIBRATED = frozenset({"search", "int8", "gptq", "awq"})
+CALIBRATED = WITH_FEEDBACK | WITH_FOLDS | {"search", "int8"}
 """Methods that look at a layer's inputs."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
@@ -380,7 +390,7 @@ def _notes(components: ComponentMap, lines: Sequence[PlanLine], cache: CachePlan
             "under ignore"
         )
     for component in ("vision_encoder", "language"):
-        scaled = [line for line in lines if line.component == component and line.method == "awq"]
+        scaled = [line for line in lines if line.component == component and line.method in WITH_FOLDS]
         if scaled and not has_folds(components, component):
             yield (
                 f"components.{component}: no layer of this model is known to take AWQ's channel scales (model "
@@ -686,7 +696,7 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         parameter.shape,
         parameter.nbytes,
         stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
-        needs_original=choice.method == "gptq"
+        needs_original=choice.method in WITH_FEEDBACK
         and dict(recipe.specs())[parameter.component].gptq.target == "outputs"
         and not any(parameter.name.startswith(f"{home}.") for home in components.experts),
     )

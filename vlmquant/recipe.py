@@ -23,8 +23,10 @@ ERRORS_TOLD = 20
 PLAIN_KINDS = frozenset({"map", "seq", "str", "int", "float", "bool", "null"})
 """YAML's own kinds of values that a recipe may hold."""
 
-Method = Literal["rtn", "search", "int8", "gptq", "awq", "bitsandbytes"]
+Method = Literal["rtn", "search", "int8", "gptq", "awq", "awq+gptq", "bitsandbytes"]
 METHODS: tuple[str, ...] = get_args(Method)
+WITH_FEEDBACK, WITH_FOLDS = frozenset({"gptq", "awq+gptq"}), frozenset({"awq", "awq+gptq"})
+"""Methods that carry the errors of columns on; that scale input channels, for which what comes before is divided."""
 ComponentName = Literal["vision_encoder", "projector", "embedding", "language", "lm_head"]
 COMPONENTS: tuple[str, ...] = get_args(ComponentName)
 
@@ -220,6 +222,8 @@ class AwqOptions(Data):
     """Exponents tried between 0 and 1 in the search of the per-channel scales."""
     clip: bool = True
     """Search the clipping of each group after the scales."""
+    signed_scales: bool = True
+    """Whether a group's scale may be below 0 on a symmetric grid, whose codes reach further to one side."""
     damping: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Ridge on the second moments that weigh the error, as a fraction of their mean."""
 

@@ -254,6 +254,21 @@ class Moments:
     held: list[Rows]
     """Of the samples held out."""
 
+    def divided(self, scales: Tensor | None) -> "Moments":
+        """The same of inputs divided by scales (in,), in the memory of this."""
+        if scales is None:
+            return self
+        held = [
+            Rows(rows.inputs / scales, rows.weights, None if rows.shift is None else rows.shift / scales)
+            for rows in self.held
+        ]
+        return Moments(divided(self.squares, scales), divided(self.cross, scales), self.tokens, held)
+
+
+def divided(moments: Tensor, scales: Tensor | None) -> Tensor:
+    """Second moments (in, in), as those of inputs divided by scales (in,); in place."""
+    return moments if scales is None else moments.div_(scales[:, None]).div_(scales)
+
 
 class Stage:
     """Linears of one block that share an input and a scheme: what an algorithm is given.

@@ -14,4 +14,5 @@ ALGORITHMS: dict[str, Algorithm] = {
     "int8": search.quantize_stage,
     "gptq": gptq.quantize_stage,
     "awq": awq.quantize_stage,
+    "awq+gptq": awq.quantize_stage_with_feedback,
 }

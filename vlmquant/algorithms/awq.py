@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vlmquant.algorithms import gptq
 from vlmquant.algorithms.rtn import quantize_weight
 from vlmquant.grid import (
     Grid,
@@ -31,8 +32,6 @@ LEAST_CLIP = 0.5
 """Clipping tries 20 shares of each group's range from 1 down towards this one (the authors' own grid)."""
 LEAST_CHANNEL_SCALE = 1e-4
 """Channel scales below this, before they are normalised, are raised to it (as in the authors' code)."""
-UNCLIPPED = ("q_proj", "k_proj", "qkv", "query", "key")
-"""Parts of the names of linears that are never clipped: softmax of queries times keys magnifies a clipped outlier."""
 BETTER = 1 - 1e-6
 """A later candidate has to be better by more than noise: ties go to the earlier one on every machine."""
 
@@ -40,42 +39,49 @@ BETTER = 1 - 1e-6
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Scale and fold where the inputs have a producer that can take the scales; clip; round to nearest."""
     options = stage.options.awq
-    weights, hessian = stage.weights, stage.hessian()
-    if options.damping:
-        hessian = hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
-    if stage.can_fold:
-        channel_scales = search_channel_scales(
-            torch.cat(list(weights.values())),
-            stage.mean_abs(),
-            hessian,
-            stage.admissible,
-            stage.grid,
-            options=options,
-            ranks=stage.ranks,
-        )
-        if not channel_scales.isfinite().all() or channel_scales.min() <= 0:
-            raise AssertionError("admissible channel scales must be finite and positive")
-        if (channel_scales != 1).any():
-            stage.fold(channel_scales)
-            weights = {name: weight * channel_scales for name, weight in weights.items()}
-            hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
+    weights, hessian = stage.weights, _damped(stage.hessian(), options)
+    if (channel_scales := fold_scales(stage)) is not None:
+        weights = {name: weight * channel_scales for name, weight in weights.items()}
+        hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
     grid = stage.grid.fitted(*weights.values())
+    rounded = partial(quantize_clipped, hessian=hessian, grid=grid, clip=options.clip, signed=options.signed_scales)
+    work = CLIP_STEPS * grid.group_size
     return {
-        name: join_rows(
-            stage.by_rows(
-                weight,
-                partial(quantize_clipped, hessian=hessian, grid=grid, clip=options.clip and may_clip(name)),
-                work=CLIP_STEPS * weight.numel() * grid.group_size,
-            )
-        )
-        for name, weight in weights.items()
+        name: join_rows(stage.by_rows(weight, rounded, work=work * weight.numel())) for name, weight in weights.items()
     }
 
 
-def may_clip(name: str) -> bool:
-    """False for linears that make queries or keys, alone or with values in one weight."""
-    leaf = name.rpartition(".")[2]
-    return not any(part in leaf for part in UNCLIPPED)
+def quantize_stage_with_feedback(stage: Stage) -> dict[str, QuantizedWeight]:
+    """Scale and fold in the same way; round by GPTQ."""
+    return gptq.quantize_stage(stage, channel_scales=fold_scales(stage))
+
+
+def _damped(hessian: Tensor, options: AwqOptions) -> Tensor:
+    if not options.damping:
+        return hessian
+    return hessian + options.damping * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
+
+
+def fold_scales(stage: Stage) -> Tensor | None:
+    """Find the channel scales (in,) and have the producer of the inputs take them; None where none are of use."""
+    if not stage.can_fold:
+        return None
+    options = stage.options.awq
+    channel_scales = search_channel_scales(
+        torch.cat(list(stage.weights.values())),
+        stage.mean_abs(),
+        _damped(stage.hessian(), options),
+        stage.admissible,
+        stage.grid,
+        options=options,
+        ranks=stage.ranks,
+    )
+    if not channel_scales.isfinite().all() or channel_scales.min() <= 0:
+        raise AssertionError("admissible channel scales must be finite and positive")
+    if (channel_scales == 1).all():
+        return None
+    stage.fold(channel_scales)
+    return channel_scales
 
 
 def search_channel_scales(
@@ -129,16 +135,23 @@ def output_error(error: Tensor, hessian: Tensor) -> float:
     return (error @ hessian).mul_(error).sum(dtype=torch.float64).item()
 
 
-def quantize_clipped(weight: Tensor, hessian: Tensor, grid: Grid, *, clip: bool) -> QuantizedWeight:
-    """Nearest codes on grids whose ranges shrink, group by group, to the least error e H_gg e^T within the group."""
+def quantize_clipped(
+    weight: Tensor, hessian: Tensor, grid: Grid, *, clip: bool, signed: bool = False
+) -> QuantizedWeight:
+    """Nearest codes on grids whose ranges shrink, group by group, to the least error e H_gg e^T within the group.
+
+    signed: on symmetric grids of integers scales below 0 are tried too.
+    """
     if not clip:
         return quantize_weight(weight, grid)
     base, zeros = minmax_grid(weight, grid)
     low = split_groups(weight, grid.group_size).amin(-1).clamp_max(0)
     best_loss = torch.full_like(base, torch.inf)
     best_scales, best_zeros = base, zeros
-    for step in range(CLIP_STEPS):
-        shrink = 1 - (1 - LEAST_CLIP) * step / CLIP_STEPS
+    shrinks = [1 - (1 - LEAST_CLIP) * step / CLIP_STEPS for step in range(CLIP_STEPS)]
+    if signed and grid.kind == "int" and grid.symmetric:
+        shrinks += [-shrink for shrink in shrinks]
+    for shrink in shrinks:
         scales = grid.round_scales(base * shrink)
         if zeros is not None:
             zeros = (-low * shrink / scales).round().clamp(0, 2**grid.bits - 1)

@@ -16,7 +16,7 @@ from vlmquant.algorithms.scales import search_scales
 from vlmquant.algorithms.target import aim
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
 from vlmquant.recipe import GptqOptions
-from vlmquant.stream import Stage
+from vlmquant.stream import Stage, divided
 
 COLUMN_BLOCK = 128
 """Columns rounded between two matrix products that carry the feedback of all earlier ones."""
@@ -24,17 +24,24 @@ DEAD_FRACTION = 1e-12
 """An input whose mean square is at most this share of the largest never fires: no more is known of it."""
 
 
-def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
-    """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent."""
-    options = stage.options.gptq
-    weights = stage.stored
+def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dict[str, QuantizedWeight]:
+    """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent.
+
+    channel_scales (in,): what weights are multiplied by, where the producer of their inputs is divided by it.
+    """
+    options, weights = stage.options.gptq, stage.stored
+    if channel_scales is not None:
+        weights = {name: weight.float() * channel_scales for name, weight in weights.items()}
     if options.target == "outputs" and stage.has_originals:
-        target = stage.of_moments(lambda moments: aim(stage.stored, moments, options))
+        scaled = weights
+        target = stage.of_moments(lambda moments: aim(scaled, moments.divided(channel_scales), options))
         factor, weights = target.factor, target.weights
         stage.aimed(target.alpha)
     else:
         factor = stage.of_hessian(
-            lambda hessian: factorize(hessian, options.damping, activation_order=options.activation_order)
+            lambda hessian: factorize(
+                divided(hessian, channel_scales), options.damping, activation_order=options.activation_order
+            )
         )
     if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
@@ -45,7 +52,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
         stage.note("the Hessian stayed singular however it was damped; rounded to nearest, without error feedback")
     elif factor.damping != options.damping:
         stage.note(f"the Hessian is singular at damping {options.damping:g}; used {factor.damping:g}")
-    grid, quantized = stage.grid.fitted(*stage.stored.values()), dict[str, QuantizedWeight]()
+    grid, quantized = stage.grid.fitted(*weights.values()), dict[str, QuantizedWeight]()
 
     def rounded(wanted: Tensor) -> tuple[QuantizedWeight, Tensor, Tensor]:
         weight = wanted.float()

@@ -15,7 +15,13 @@ COMPONENT_WORDS = {
 }
 """Components whose name is not the word for them."""
 
-METHOD_WORDS = {"gptq": "GPTQ", "awq": "AWQ", "search": "searched scales", "rtn": "to nearest"}
+METHOD_WORDS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "awq+gptq": "AWQ and GPTQ",
+    "search": "searched scales",
+    "rtn": "to nearest",
+}
 """Methods whose name says something that the scheme does not: INT8 is INT8."""
 
 INTEGER_WEIGHTS = re.compile(r"w([2-8])a16(?:-g([0-9]{1,5}))?(-asym)?")
