@@ -4,7 +4,7 @@
 
 For every seed of the calibration draw, the recipe is quantized in both dtypes and both are scored, in float32, against
 the unquantized model on the same held-out samples. Writes benchmarks/results/calibration_dtype.{json,md}. This decides
-`pipeline.CALIBRATION_GAIN`; no test sample is looked at.
+`pipeline.calibration_dtype`; no test sample is looked at.
 """
 
 import argparse

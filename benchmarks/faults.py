@@ -189,9 +189,9 @@ class Expected:
     seconds: float
 
     @classmethod
-    def make(cls, home: Path) -> "Expected":
+    def make(cls, home: Path, before: str = "") -> "Expected":
         begun = time.monotonic()
-        run = quantize(home / "new", RECIPE)
+        run = quantize(home / "new", RECIPE, before=before)
         if run.wait():
             sys.exit(f"an undisturbed run failed: {run.err}")
         seconds = time.monotonic() - begun
@@ -417,7 +417,10 @@ def main() -> None:
         for name in options.campaigns or ("kills", "spills", "signals", "disk", "memory"):
             dice = random.Random(f"{name} {options.seed}")
             if name in ("kills", "spills"):
-                table = kills(home, expected, options.kills, dice, SPILLING if name == "spills" else "")
+                undisturbed = Expected.make(home / "spilled", SPILLING) if name == "spills" else expected
+                table = kills(home, undisturbed, options.kills, dice, SPILLING if name == "spills" else "")
+                same = undisturbed.new | {MANIFEST_NAME: ""} == expected.new | {MANIFEST_NAME: ""}
+                table.check(same, "another way of the passes gives other files")  # a manifest says which way
             elif name == "signals":
                 table = signals(home, expected, options.signals, dice)
             elif name == "memory":

@@ -72,10 +72,6 @@ MMAP_BYTES = 1 << 20
 """Blocks from this size on are given back to the system when they are freed."""
 SHOWN = 5
 """Names of a long list that a note shows."""
-CALIBRATION_GAIN = 8.0
-"""So many times as fast as float32 must bfloat16 be to be calibrated in. On held-out samples the two lose the same,
-within the noise of a draw (benchmarks/results/calibration_dtype.md), and bfloat16 saves a fifth of the seconds on a CPU
-with AMX; but in float32 machines with and without 16-bit products calibrate alike."""
 SEEING = frozenset({"vision_encoder", "projector"})
 """Components that only images reach."""
 UNTIED = (
@@ -168,7 +164,7 @@ def quantize(
     selection = None
     batches: list[BatchMaker] = []
     footprint = Footprint({}, 0)
-    dtype = dtype or ranks.first(lambda: compute_dtype(device, least_gain=CALIBRATION_GAIN))
+    dtype = dtype or ranks.first(lambda: calibration_dtype(device))
     manifest: dict[str, Any] = {
         "command": _repeatable(command, components.model_dir),
         "settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()},
@@ -232,6 +228,13 @@ def quantize(
     )
 
 
+def calibration_dtype(device: torch.device | str) -> torch.dtype:
+    """float32 on every CPU, so that machines with and without 16-bit products calibrate alike, whatever a clock says: on
+    held-out samples bfloat16 loses the same, within the noise of a draw, and saves a fifth of the seconds on a CPU with
+    AMX (benchmarks/results/calibration_dtype.md). On a GPU what is faster there."""
+    return torch.float32 if torch.device(device).type == "cpu" else compute_dtype(device)
+
+
 def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> CalibrationSpec:
     """The recipe's, or with another set."""
     spec = recipe.calibration
@@ -255,7 +258,7 @@ def plan_work(
     device = device or torch.device("cpu")
     dtype, footprint = torch.bfloat16, Footprint({}, 0)
     if device.type == "cpu" or torch.cuda.is_available():
-        dtype = compute_dtype(device, least_gain=CALIBRATION_GAIN)
+        dtype = calibration_dtype(device)
     if plan.cache or any(line.needs_data for line in plan.lines):
         chosen = _calibration_of(recipe, calibration)
         samples = choose_samples(load_set(chosen.set), chosen).samples

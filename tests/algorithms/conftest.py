@@ -29,6 +29,7 @@ class FakeStage:
     channel_scales: Tensor | None = None
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    has_originals: bool = False
 
     @property
     def stored(self) -> dict[str, Tensor]:

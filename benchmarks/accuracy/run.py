@@ -1,0 +1,183 @@
+"""Loss of recipes over several draws of the calibration samples, on the same held-out samples: what decides a default.
+
+    OMP_NUM_THREADS=1 python benchmarks/accuracy/run.py MODEL --calibration SET --test SET --work DIR
+        [--recipes NAME_OR_FILE ...] [--draws 0 1 2] [--polish NAME_OR_FILE] [--out FILE]
+
+Each recipe is quantized once for each draw (the seed of the choice of 128 samples: 96 captions, 16 vqa, 16 object), in
+a process of its own, and scored teacher-forced on 80 captions with two references each, 60 vqa and 60 object samples,
+in float32. Beside each stands its difference to the first recipe: KL by KL on the same samples, all draws together.
+What is done is kept in DIR and not done again. Writes benchmarks/results/accuracy.{json,md}.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from provenance import provenance
+
+from vlmquant.cli.words import parse_counts
+from vlmquant.evaluation.settings import Settings
+from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate
+from vlmquant.recipe import load_recipe
+
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
+CALIBRATION_STRATA = {"caption": 96, "vqa": 16, "object": 16}
+TEST_STRATA = "caption=80,vqa=60,object=60"
+RECIPES = ("gptq-w4-fast", "gptq-w4")
+
+
+def quantize(model: Path, recipe: str, draw: int, *, calibration: Path, work: Path) -> dict[str, Any]:
+    """Seconds of user CPU and the peak of memory; the checkpoint lies in work/out."""
+    wanted = load_recipe(recipe)
+    spec = wanted.calibration.model_copy(update={"seed": draw, "samples": 128, "strata": CALIBRATION_STRATA})
+    file = work / "recipe.yaml"
+    file.write_text(json.dumps(wanted.model_copy(update={"calibration": spec}).model_dump(mode="json")))
+    words = [
+        "quantize",
+        str(model),
+        "-r",
+        str(file),
+        "--calibration",
+        str(calibration),
+        "-o",
+        str(work / "out"),
+        "--json",
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run(
+        [sys.executable, "-m", "vlmquant", *words, "--json", "--force", "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    said = json.loads(done.stdout)
+    return {
+        "user_cpu_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before, 1),
+        "peak_bytes": said["peak_bytes"],
+        "notes": said["notes"],
+        "bits_per_weight": said["bits_per_weight"],
+    }
+
+
+def score(model: Path, candidate: Path, *, test: Path) -> dict[str, Any]:
+    """By sample, and by task: nats, flips and tokens."""
+    settings = Settings(generate=False, dtype="float32", threads=1)
+    report = evaluate(model, [candidate], test, strata=parse_counts(TEST_STRATA), settings=settings)
+    (run,) = report.candidates
+    return {
+        "samples": [[one.task, one.kl, one.tokens, one.flips, one.nll, list(one.images)] for one in run.samples],
+        "reference_nll": sum(one.nll for one in report.reference.samples),
+    }
+
+
+def measure(arguments: argparse.Namespace, recipe: str, draw: int) -> dict[str, Any]:
+    kept = arguments.work / f"{Path(recipe).stem}-{draw}.json"
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
+    made = quantize(arguments.model, recipe, draw, calibration=arguments.calibration, work=arguments.work)
+    made |= score(arguments.model, arguments.work / "out", test=arguments.test)
+    shutil.rmtree(arguments.work / "out")
+    kept.write_text(json.dumps(made))
+    return made
+
+
+def kl_of(samples: list[list[Any]], task: str | None = None) -> float:
+    chosen = [one for one in samples if task in (None, one[0])]
+    return float(sum(one[1] for one in chosen) / sum(one[2] for one in chosen))
+
+
+def difference(ours: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[float]:
+    """KL of one recipe less that of the first, all draws together: the point, and a 95 % interval over images."""
+    images = [one[5][0] if one[5] else f"text {place}" for place, one in enumerate(ours[0]["samples"])]
+    clusters = np.unique(images, return_inverse=True)[1]
+    tokens = np.array([one[2] for one in ours[0]["samples"]], dtype=float)
+    nats = np.mean(
+        [
+            [a[1] - b[1] for a, b in zip(mine["samples"], theirs["samples"], strict=True)]
+            for mine, theirs in zip(ours, first, strict=True)
+        ],
+        axis=0,
+    )
+    summed = np.stack([np.bincount(clusters, weights=what) for what in (nats, tokens)])
+    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(summed.shape[1], size=(BOOTSTRAP_RESAMPLES, summed.shape[1]))
+    resampled = summed[:, draws].sum(-1)
+    low, high = np.quantile(resampled[0] / resampled[1], [0.025, 0.975])
+    return [float(nats.sum() / tokens.sum()), float(low), float(high)]
+
+
+def summary(runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+    tasks = dict.fromkeys(one[0] for one in runs[0]["samples"])
+    tokens = sum(one[2] for one in runs[0]["samples"])
+    return {
+        "kl": [kl_of(run["samples"]) for run in runs],
+        "kl_by_task": {task: statistics.mean(kl_of(run["samples"], task) for run in runs) for task in tasks},
+        "flips": statistics.mean(sum(one[3] for one in run["samples"]) / tokens for run in runs),
+        "perplexity": statistics.mean(float(np.exp(sum(one[4] for one in run["samples"]) / tokens)) for run in runs),
+        "reference_perplexity": float(np.exp(runs[0]["reference_nll"] / tokens)),
+        "user_cpu_seconds": [run["user_cpu_seconds"] for run in runs],
+        "peak_bytes": [run["peak_bytes"] for run in runs],
+        "to_the_first": None if runs is first else difference(runs, first),
+    }
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    tasks = list(next(iter(results["recipes"].values()))["kl_by_task"])
+    draws = ", ".join(map(str, results["draws"]))
+    lines = [
+        f"Measured {results['date']} by `{results['command']}`; "
+        + ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        "",
+        f"| recipe | KL, mean | draws {draws} | to the first, 95 % | {' | '.join(tasks)} | flips | perplexity "
+        "| user CPU s | MiB |",
+        f"|---|---:|---|---|{'---:|' * len(tasks)}---:|---:|---:|---:|",
+    ]
+    for name, one in results["recipes"].items():
+        paired = one["to_the_first"]
+        told = "–" if paired is None else "{:+.4f} ({:+.4f} to {:+.4f})".format(*paired)
+        lines.append(
+            f"| {name} | {statistics.mean(one['kl']):.4f} | {' '.join(f'{kl:.4f}' for kl in one['kl'])} | {told} | "
+            + " | ".join(f"{one['kl_by_task'][task]:.4f}" for task in tasks)
+            + f" | {one['flips']:.2%} | {one['perplexity']:.3f} | {statistics.mean(one['user_cpu_seconds']):.0f} "
+            f"| {max(one['peak_bytes']) / 2**20:.0f} |"
+        )
+    reference = next(iter(results["recipes"].values()))["reference_perplexity"]
+    lines += ["", f"KL(original || quantized) in nats an answer token; the original's perplexity is {reference:.3f}."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--test", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {**provenance(), "draws": arguments.draws, "recipes": {}}
+    first: list[dict[str, Any]] | None = None
+    for recipe in arguments.recipes:
+        runs = [measure(arguments, recipe, draw) for draw in arguments.draws]
+        first = first or runs
+        results["recipes"][Path(recipe).stem] = summary(runs, first)
+        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(to_markdown(results))
+    print(to_markdown(results))
+
+
+if __name__ == "__main__":
+    main()
