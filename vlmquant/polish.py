@@ -209,9 +209,9 @@ def polish(
     names = _tunable(coded)
     device = find_device(device)
     dtype = compute_dtype(torch.device(device))
-    spec = recipe.calibration.model_copy(
-        update={key: value for key, value in (("set", calibration and str(calibration)), ("samples", samples)) if value}
-    )
+    asked: dict[str, Any] = {} if calibration is None else {"set": str(calibration)}
+    asked |= {} if samples is None else {"samples": samples, "strata": None}
+    spec = recipe.calibration.model_copy(update=asked)
     encoder, rows = _rows(path, spec)
     fit, held = _split(rows)
     _check_memory(coded, rows, device)
