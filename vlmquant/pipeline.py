@@ -229,9 +229,11 @@ def quantize(
 
 
 def calibration_dtype(device: torch.device | str) -> torch.dtype:
-    """float32 on every CPU, so that machines with and without 16-bit products calibrate alike, whatever a clock says: on
-    held-out samples bfloat16 loses the same, within the noise of a draw, and saves a fifth of the seconds on a CPU with
-    AMX (benchmarks/results/calibration_dtype.md). On a GPU what is faster there."""
+    """float32 on every CPU, so that machines with and without 16-bit products calibrate alike, whatever a clock says.
+
+    On held-out samples bfloat16 loses the same, within the noise of a draw, and saves a fifth of the seconds on a CPU
+    with AMX (benchmarks/results/calibration_dtype.md). On a GPU it is what is faster there.
+    """
     return torch.float32 if torch.device(device).type == "cpu" else compute_dtype(device)
 
 

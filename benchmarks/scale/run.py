@@ -4,12 +4,12 @@
                                    [--peer PYTHON] [--part NAME | --join NAME ...]
 
 Models of benchmarks/scale/models.py, calibrated on those of the demo's samples that have an image. Each size is
-quantized by `mixed` in a process of its own, with all the memory that it wants; those that are limited once more under
-a hard limit of their address space (as `ulimit -v` sets it) with the same --memory-limit, and both must write the same
-weights. With --peer, the Python of an environment that has llm-compressor, its GPTQ (peer.py) gets the same batches of
-each size up to PEER_BYTES, and the loss of both is measured on the demo's test set. The table ends with what
-budget.predict says of models of which only the headers exist, for SAMPLES samples of TOKENS tokens. Sizes may be
-measured in parts, which are joined.
+quantized by --recipe, with --effort fast, in a process of its own, with all the memory that it wants; those that are
+limited once more under a hard limit of their address space (as `ulimit -v` sets it) with the same --memory-limit, and
+both must write the same weights. With --peer, the Python of an environment that has llm-compressor, its GPTQ (peer.py)
+gets the same batches of each size up to PEER_BYTES, and the loss of both is measured on the demo's test set. The table
+ends with what budget.predict says of models of which only the headers exist, for SAMPLES samples of TOKENS tokens.
+Sizes may be measured in parts, which are joined; a size measured again without the peer keeps what that did.
 """
 
 import argparse
@@ -70,6 +70,7 @@ def children_cpu() -> float:
 
 def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[str, Any]:
     words = ["quantize", str(model), "-r", recipe, "--calibration", str(CALIBRATION), "-o", str(out), "--json"]
+    words += ["--effort", "fast"]  # as the peer does it: one pass through the model
     words += [
         "--samples",
         ",".join(f"{task}={count}" for task, count in Counter(one.task for one in samples()).items()),
@@ -208,7 +209,18 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], saved: Path)
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The runs of several parts, each of which says how it was made."""
     made = [{key: value for key, value in part.items() if key != "runs"} for part in parts]
-    return parts[0] | {"parts": made, "runs": {name: run for part in parts for name, run in part["runs"].items()}}
+    runs: dict[str, Any] = {}
+    for part in parts:
+        for name, run in part["runs"].items():
+            before = runs.get(name, {})
+            if "peer" in before and before["sha256"] == run["sha256"]:
+                run = {**run, "peer": before["peer"]}  # measured again, without the peer: the same weights
+            runs[name] = run
+    for name, run in runs.items():
+        whole = runs.get(name.partition(",")[0])
+        if whole is not None and whole is not run:
+            run["same_weights"] = run["sha256"] == whole["sha256"]
+    return {**provenance(), **{key: parts[0][key] for key in ("threads", "recipe")}, "parts": made, "runs": runs}
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -218,6 +230,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         + ", ".join(f"{package} {number}" for package, number in part["versions"].items())
         for part in results.get("parts", [results])
     ]
+    if "parts" in results:
+        lines.append(f"Joined {results['date']} by `{results['command']}`.")
     lines += [
         "",
         "| model | GB | passes | planned MiB | peak MiB | off | planned s | s | user CPU s | per GB |",
