@@ -22,6 +22,7 @@ from vlmquant.recipe import Scheme, parse_recipe
 
 DEMO = Path(demo.__file__).parent
 MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
+SAMPLES = 48
 LOSSY = "{scheme: {bits: 3, group_size: 32, symmetric: SYM}, method: gptq}"
 
 
@@ -59,15 +60,21 @@ def test_divergence_is_kl_where_all_tokens_are_kept() -> None:
     assert (fewer <= kl + 1e-9).all()  # tokens taken together tell less
 
 
-@pytest.fixture(scope="module", params=["true", "false"], ids=["symmetric", "zeros"])
-def lossy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quantized(folder: Path, *, symmetric: str) -> Path:
     """The demo model in 3 bits, which loses enough to be tuned."""
-    recipe = parse_recipe(
-        f"name: lossy\ncomponents: {{language: {LOSSY.replace('SYM', request.param)}}}\n", name="lossy"
-    )
-    out = tmp_path_factory.mktemp("lossy") / "q"
-    quantize(MODEL, recipe, out, calibration=CALIBRATION, device="cpu")
-    return out
+    recipe = f"name: lossy\neffort: fast\ncomponents: {{language: {LOSSY.replace('SYM', symmetric)}}}\n"
+    quantize(MODEL, parse_recipe(recipe, name="lossy"), folder / "q", calibration=CALIBRATION, device="cpu")
+    return folder / "q"
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(tmp_path_factory.mktemp("lossy"), symmetric="true")
+
+
+@pytest.fixture(scope="module")
+def with_zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized(tmp_path_factory.mktemp("zeros"), symmetric="false")
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -76,9 +83,14 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: value for file in sorted(path.glob("*.safetensors")) for name, value in load_file(file).items()}
 
 
-def test_scales_and_norms_are_tuned_and_codes_are_not(lossy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["lossy", "with_zeros"])
+def test_scales_and_norms_are_tuned_and_codes_are_not(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    lossy: Path = request.getfixturevalue(which)
+    options = Options(rate=2e-3)
     done = polish.polish(
-        lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, device="cpu", options=Options(rate=2e-3)
+        lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, samples=SAMPLES, device="cpu", options=options
     )
     assert done.after < 0.97 * done.before
     before, after = tensors_of(lossy), tensors_of(tmp_path / "p")
@@ -103,7 +115,8 @@ def loss_of(path: Path) -> float:
 
     manifest = read_manifest(path)
     recipe = polish.recipe_of(open_coded(path), "compressed-tensors", manifest)
-    encoder, rows = polish._rows(path, recipe.calibration.model_copy(update={"set": str(CALIBRATION)}))
+    asked = {"set": str(CALIBRATION), "samples": SAMPLES, "strata": None}
+    encoder, rows = polish._rows(path, recipe.calibration.model_copy(update=asked))
     _, held = polish._split(rows)
     original, model = (load_model(one, dtype=torch.float32).eval() for one in (MODEL, path))
     total, tokens = 0.0, 0

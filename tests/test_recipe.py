@@ -9,9 +9,21 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.conftest import Run
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.errors import EXIT_USAGE, RecipeError
-from vlmquant.recipe import METHODS, SHORT_SCHEMES, Override, Scheme, load_family, load_recipe, parse_recipe, shipped
+from vlmquant.pipeline import plan_model
+from vlmquant.recipe import (
+    METHODS,
+    SHORT_SCHEMES,
+    Override,
+    Recipe,
+    Scheme,
+    load_family,
+    load_recipe,
+    parse_recipe,
+    shipped,
+)
 
 SHIPPED = sorted(shipped("recipes").glob("*.yaml"))
 
@@ -277,3 +289,45 @@ def test_a_folder_of_its_name_does_not_hide_a_shipped_recipe(tmp_path: Path, mon
     (tmp_path / "mixed").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_recipe("mixed").name == "mixed"
+
+
+@pytest.mark.parametrize(
+    ("effort", "options", "target"),
+    [
+        ("", "", "outputs"),
+        ("effort: default\n", "", "outputs"),
+        ("effort: fast\n", "", "weights"),
+        ("effort: fast\n", ", gptq: {target: outputs}", "outputs"),
+        ("", ", gptq: {target: weights}", "weights"),
+        ("effort: fast\n", ", gptq: {damping: 0.02}", "weights"),
+    ],
+)
+def test_effort_decides_what_the_recipe_leaves_open(effort: str, options: str, target: str) -> None:
+    text = f"name: t\n{effort}components: {{language: {{scheme: w4a16, method: gptq{options}}}}}\n"
+    recipe = parse_recipe(text, name="t")
+    assert dict(recipe.specs())["language"].gptq.target == target
+    again = Recipe.model_validate(recipe.model_dump(mode="json"))  # as a manifest keeps it
+    assert dict(again.specs())["language"].gptq.target == target
+    other = again.model_copy(update={"effort": "fast"})
+    asked = "target" in options
+    assert dict(other.specs())["language"].gptq.target == (target if asked else "weights")
+
+
+def test_effort_of_the_command_line(run: Run, tiny_llava: Path) -> None:
+    code, _, err = run("plan", tiny_llava, "-r", "gptq-w4", "--effort", "hihg")
+    assert code == EXIT_USAGE
+    assert "--effort: 'hihg' is none of fast, default" in err
+    assert run("plan", tiny_llava, "-r", "gptq-w4", "--effort", "fast")[0] == 0
+
+
+def test_only_layers_that_gptq_aims_need_the_original(tiny_llava: Path) -> None:
+    for text, wanted in (
+        ("{scheme: w4a16, method: gptq}", True),
+        ("{scheme: w4a16, method: awq+gptq}", True),
+        ("{scheme: w4a16, method: awq}", False),
+        ("{scheme: w4a16, method: rtn}", False),
+    ):
+        _, plan = plan_model(tiny_llava, parse_recipe(f"name: t\ncomponents: {{language: {text}}}\n", name="t"))
+        told = {line.needs_original for line in plan.lines if line.action == "quantize"}
+        assert told == {wanted}, text
+        assert not any(line.needs_original for line in plan.lines if line.action == "keep")
