@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests import zoo
 from tests.conftest import Run
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.errors import EXIT_USAGE, RecipeError
@@ -318,6 +319,16 @@ def test_effort_of_the_command_line(run: Run, tiny_llava: Path) -> None:
     assert code == EXIT_USAGE
     assert "--effort: 'hihg' is none of fast, default" in err
     assert run("plan", tiny_llava, "-r", "gptq-w4", "--effort", "fast")[0] == 0
+
+
+def test_a_mixture_has_a_second_pass_only_if_asked(tmp_path: Path) -> None:
+    model = zoo.build("qwen3_vl_moe", tmp_path / "model")
+    for options, wanted in (("", set()), (", gptq: {target: outputs}", {"self_attn"})):
+        text = f"name: t\ncomponents: {{language: {{scheme: w4a16, method: gptq{options}}}}}\n"
+        _, plan = plan_model(model, parse_recipe(text, name="t"))
+        told = {line.name.split(".")[-3] for line in plan.lines if line.needs_original}
+        assert told == wanted
+        assert any(line.action == "quantize" and "experts" in line.name for line in plan.lines)
 
 
 def test_only_layers_that_gptq_aims_need_the_original(tiny_llava: Path) -> None:

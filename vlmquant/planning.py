@@ -21,6 +21,7 @@ from vlmquant.recipe import (
     BITSANDBYTES_SCHEMES,
     KEEP,
     SHORT_SCHEMES,
+    TARGETS,
     WITH_FEEDBACK,
     WITH_FOLDS,
     WORD_FORMATS,
@@ -696,10 +697,19 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         parameter.shape,
         parameter.nbytes,
         stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
-        needs_original=choice.method in WITH_FEEDBACK
-        and dict(recipe.specs())[parameter.component].gptq.target == "outputs"
-        and not any(parameter.name.startswith(f"{home}.") for home in components.experts),
+        needs_original=choice.method in WITH_FEEDBACK and _aims_at_outputs(parameter, components, recipe),
     )
+
+
+def _aims_at_outputs(parameter: ParameterInfo, components: ComponentMap, recipe: Recipe) -> bool:
+    """Whether GPTQ is to be told what the original model gives a linear.
+
+    Not of experts: what tokens reach one there and here are others. So in a mixture a second pass through all of them
+    would be of use to attention alone; it is made where the recipe asks for it in words.
+    """
+    asked = getattr(recipe.components, parameter.component).gptq.target
+    target = asked or ("weights" if components.experts else TARGETS[recipe.effort])
+    return target == "outputs" and not any(parameter.name.startswith(f"{home}.") for home in components.experts)
 
 
 def _why_kept(parameter: ParameterInfo, recipe: Recipe) -> str:

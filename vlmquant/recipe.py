@@ -212,7 +212,8 @@ class GptqOptions(Data):
     target: Literal["weights", "outputs"] | None = None
     """What is rounded: a layer's own weights; or those by which it puts out most nearly, from what the quantized model
     gives it, what the original's layer does (QEP, arXiv:2504.09629), as far as samples held out say that it helps.
-    Null: as the recipe's effort says."""
+    Null: as the recipe's effort says, and weights in a mixture of experts, of which a second pass would aim attention
+    alone."""
 
 
 class AwqOptions(Data):
