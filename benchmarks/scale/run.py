@@ -123,11 +123,15 @@ def give_peer(python: Path, model: Path, ours: Path, *, work: Path) -> dict[str,
         return {"failed": done.returncode}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     found["user_cpu_seconds"] = round(children_cpu() - before, 1)
-    settings = Settings(generate=False, dtype="float32", threads=torch.get_num_threads())
-    report = evaluate(model, [ours, out], TEST, limit=TEST_SAMPLES, settings=settings)
-    rows = compare_rows(report)
-    found["losses"] = dict(zip(("original", "vlmquant", "peer"), rows, strict=True))
+    found["losses"] = losses(model, {"vlmquant": ours, "peer": out})
     return found
+
+
+def losses(model: Path, candidates: dict[str, Path]) -> dict[str, Any]:
+    """Rows of a comparison by name, on the demo's test set."""
+    settings = Settings(generate=False, dtype="float32", threads=torch.get_num_threads())
+    report = evaluate(model, list(candidates.values()), TEST, limit=TEST_SAMPLES, settings=settings)
+    return dict(zip(("original", *candidates), compare_rows(report), strict=True))
 
 
 SAMPLES, TOKENS, IMAGE_TOKENS = 128, 1200, 1000
@@ -173,7 +177,8 @@ def peer_row(name: str, found: dict[str, Any]) -> str:
     if "failed" in other:
         return f"| {name} | {found['user_cpu_seconds']:.0f} | ended with {other['failed']} | | | | | | |"
     ours, theirs = (
-        "{point:.4f} ({low:.4f} to {high:.4f})".format_map(other["losses"][who]["KL"]) for who in ("vlmquant", "peer")
+        "{point:.4f} ({low:.4f} to {high:.4f})".format_map((found.get("losses", {}) | other["losses"])[who]["KL"])
+        for who in ("vlmquant", "peer")
     )
     return (
         f"| {name} | {found['user_cpu_seconds']:.0f} | {other['user_cpu_seconds']:.0f} "
@@ -191,6 +196,8 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], saved: Path)
             found = results["runs"][name] = quantize(model, out, recipe=arguments.recipe, limit=None)
             print(row(name, found), file=sys.stderr, flush=True)
             saved.write_text(json.dumps(results, indent=1) + "\n")
+        if arguments.score and found:
+            found["losses"] = losses(model, {"vlmquant": out})
         if arguments.peer and found and found["model_bytes"] <= PEER_BYTES:
             found["peer"] = give_peer(arguments.peer, model, out, work=arguments.work)
             print(peer_row(name, found), file=sys.stderr, flush=True)
@@ -212,9 +219,10 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     runs: dict[str, Any] = {}
     for part in parts:
         for name, run in part["runs"].items():
-            before = runs.get(name, {})
-            if "peer" in before and before["sha256"] == run["sha256"]:
-                run = {**run, "peer": before["peer"]}  # measured again, without the peer: the same weights
+            peer = runs.get(name, {}).get("peer")
+            if peer and "peer" not in run and "losses" in run:  # measured again, without the peer
+                kept = {"original": peer["losses"]["original"], "peer": peer["losses"]["peer"]}
+                run = {**run, "peer": {**peer, "losses": kept}}
             runs[name] = run
     for name, run in runs.items():
         whole = runs.get(name.partition(",")[0])
@@ -279,6 +287,7 @@ def main() -> None:
     parser.add_argument("--limited", nargs="*", default=["8 GB"], choices=list(SHAPES))
     parser.add_argument("--only-limited", action="store_true", help="no run of a size without the limit")
     parser.add_argument("--peer", type=Path, help="Python of an environment that has llm-compressor")
+    parser.add_argument("--score", action="store_true", help="measure the loss of ours without the peer, too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", help="only measure, for a run that joins what several have measured")
     parser.add_argument("--join", nargs="+", help="names of parts, instead of measuring")
