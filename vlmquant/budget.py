@@ -222,8 +222,8 @@ def _refused(
     )
     return DoesNotFitError(
         f"quantize needs {phases[phase] / 2**30:.2f} GiB of {memory} at the least, in the {phase} ({told} GiB), "
-        f"and may take {limit / 2**30:.2f}; give it more ({option}), fewer or shorter calibration samples, or a "
-        "recipe that does not calibrate there"
+        f"and may take {limit / 2**30:.2f}; give it more ({option}), fewer or shorter calibration samples, "
+        "--effort fast, or a recipe that does not calibrate there"
     )
 
 
@@ -343,7 +343,7 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
         held = min(stage.tokens / HELD_EVERY, HELD_TOKENS)
         beside = FLOAT_BYTES * stage.columns**2 + round(held) * 2 * FLOAT_BYTES * stage.columns
         whole = FLOAT_BYTES * stage.rows * stage.columns
-        return max(beside + 3 * whole, whole + 12 * part + 2 * largest)
+        return max(beside + whole + 3 * FLOAT_BYTES * largest, whole + 12 * part + 2 * largest)
     if stage.method in WITH_FOLDS:
         return FLOAT_BYTES * stage.rows * stage.columns + 16 * largest
     if stage.method in WITH_FEEDBACK:

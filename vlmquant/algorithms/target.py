@@ -8,7 +8,7 @@ The correction D = W C H^-1 is fitted to few tokens and holds less on others. So
 D was not fitted to, the loss of W + alpha D is a parabola in alpha, least at tr(W C_h D^T) / tr(D H_h D^T).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
     if held and moments.tokens:
         factor = _factor(squares.div_(moments.tokens), options)
         cross.div_(moments.tokens)
-        alpha = shrink(weights, {name: _correction(weight, cross, factor) for name, weight in weights.items()}, held)
+        alpha = shrink(weights.values(), lambda weight: _correction(weight, cross, factor), held)
         squares, cross = factor.hessian().mul_(moments.tokens), cross.mul_(moments.tokens)
     for rows in held:
         inputs = rows.scaled(rows.inputs)
@@ -66,15 +66,15 @@ def _correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
     return factor.solve(weight @ cross)
 
 
-def shrink(weights: Mapping[str, Tensor], corrections: Mapping[str, Tensor], held: list[Rows]) -> float:
-    """alpha_h of linears that share their inputs, from the tokens held out."""
+def shrink(weights: Iterable[Tensor], correction_of: Callable[[Tensor], Tensor], held: list[Rows]) -> float:
+    """alpha_h of linears that share their inputs, from the tokens held out; one linear's correction at a time."""
     gained = lost = 0.0
-    for rows in held:
-        if rows.shift is None:
-            continue
-        inputs, shift = rows.scaled(rows.inputs), rows.scaled(rows.shift)
-        for name, correction in corrections.items():
-            moved = inputs @ correction.T
-            gained += (moved * (shift @ weights[name].T)).sum(dtype=torch.float64).item()
-            lost += moved.square_().sum(dtype=torch.float64).item()
+    for weight in weights:
+        correction = correction_of(weight)
+        for rows in held:
+            if rows.shift is not None:
+                moved = rows.scaled(rows.inputs) @ correction.T
+                gained += (moved * (rows.scaled(rows.shift) @ weight.T)).sum(dtype=torch.float64).item()
+                lost += moved.square_().sum(dtype=torch.float64).item()
+        del correction
     return min(max(gained / lost, DROPPED), UNSHRUNK) if lost > 0 and gained / lost > 0 else DROPPED
