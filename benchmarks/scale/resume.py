@@ -1,4 +1,4 @@
-"""What an interruption costs: a run that is killed when half of its blocks are done, and resumed, against one that is not.
+"""What an interruption costs: a run killed when half of its blocks are done and resumed, against one that is not.
 
     OMP_NUM_THREADS=1 python benchmarks/scale/resume.py --work DIR [--size "0.4 GB"] [--recipe mixed] [--rounds 3]
 
