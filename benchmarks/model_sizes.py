@@ -4,7 +4,7 @@
 
 Each model is made up from the sides in MODELS, which are those of its published config.json as far as sizes depend on
 them; the count of parameters that comes out stands beside the name. No weight exists and none is read. docs/models is
-made of the results by docs/generate.py. A run with --only measures these anew and keeps the others.
+made of the results by docs/fill.py. A run with --only measures these anew and keeps the others.
 """
 
 import argparse
@@ -142,6 +142,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "vision_config": SIGLIP,
     },
     "Gemma 4, transformers' default sides": {"model_type": "gemma4"},
+    "InternVL3 1B": {
+        "model_type": "internvl",
+        "text_config": text(896, 4864, 24, 14, 2, 151_674, model_type="qwen2"),
+        "vision_config": INTERN_300M,
+        "tie_word_embeddings": False,
+    },
     "InternVL3 8B": {
         "model_type": "internvl",
         "text_config": text(3584, 18_944, 28, 28, 4, 151_674, model_type="qwen2"),

@@ -32,6 +32,7 @@ from vlmquant.support import load_support
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SIZES = ROOT / "benchmarks" / "results" / "model_sizes.json"
+WORK = ROOT / "benchmarks" / "results" / "plan_sizes.json"
 MARKER = re.compile(
     r"^<!-- (?P<what>code: (?P<name>\w+)|(?P<file>benchmarks/results/\S+\.md)) -->\n"
     r"(?:(?:(?!<!-- )[^\n]*\n)*?<!-- end -->\n|(?:\|.*\n)*)",
@@ -304,6 +305,7 @@ CODE: Mapping[str, Callable[[], str]] = {
     "roles": roles,
     "image_suffixes": image_suffixes,
     "model_pages": lambda: model_pages(),
+    "time_and_memory": lambda: time_and_memory(),
 }
 
 
@@ -337,6 +339,30 @@ PAGES: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def hours(seconds: Sequence[float]) -> str:
+    least, most = (second / 3600 for second in seconds)
+    return f"{least:.0f} to {most:.0f} h" if least >= 10 else f"{least:.1f} to {most:.1f} h"
+
+
+def time_and_memory() -> str:
+    """What quantizing models of three sizes takes by the plan, and what is assumed."""
+    found = json.loads(WORK.read_text(encoding="utf-8"))
+    rows = []
+    for one in found["models"].values():
+        fastest, least = one["ways"]
+        cells = (text for way in (fastest, least) for text in (gigabytes(way["peak_bytes"]), hours(way["seconds"])))
+        rows.append((one["name"], gigabytes(one["bytes_before"]), gigabytes(one["bytes_after"]), *cells))
+    columns = ("model", "16 bits", f"`{found['recipe']}`", "memory", "time", "least memory", "time")
+    threads = f"{found['threads']} threads" if found["threads"] > 1 else "one thread"
+    rate = found["products_per_second"] / 1e9
+    told = (
+        f"Planned, not measured, for {found['samples']} samples of {found['image_tokens']:,} image tokens and "
+        f"{found['text_tokens']:,} text tokens, on {threads} of an\n{found['environment']['cpu']} with {rate:.0f} "
+        f"billion {found['dtype']} products (multiply and add) a second; time falls as that number rises."
+    )
+    return f"{table(columns, rows, numbers=len(columns) - 1)}\n{told}\n"
 
 
 def model_page(page: str) -> str:

@@ -97,5 +97,45 @@ def test_sizes_as_planned_now(tmp_path: Path) -> None:
     assert measure("SmolVLM2 2.2B", tmp_path / "model") == models["SmolVLM2 2.2B"]
 
 
+def test_time_and_memory_against_sums_made_by_hand() -> None:
+    """Qwen2.5-VL 7B: 128 samples x 1,200 tokens, and 4 patches for each of 1,024 image tokens; all kept in memory."""
+    found = json.loads(fill.WORK.read_text())
+    assumed = [found[key] for key in ("samples", "image_tokens", "text_tokens", "dtype")]
+    assert assumed == [128, 1024, 176, "float32"]
+    tokens, patches = 128 * 1200, 128 * 4 * 1024
+    vision = patches * 32 * 1280 * (4 * 1280 + 3 * 3420)
+    passes = tokens * 28 * 3584 * (2 * 3584 + 2 * 512 + 3 * 18_944)
+    squares = 3 * 3584**2 + 18_944**2  # columns of q/k/v, o, gate/up and down
+    moments = 0.62 * tokens * 28 * squares
+    feedback = 28 * ((4608 + 3584 + 2 * 18_944) * 3584**2 + 3584 * 18_944**2)
+    factors = 28 * (3 * 3584**3 + 18_944**3) / 3
+    kept, least = found["models"]["7B"]["ways"]
+    by_hand = vision + passes + moments + feedback + factors
+    assert kept["seconds"][0] * found["products_per_second"] == pytest.approx(by_hand, rel=0.02)
+    inputs = patches * 2 * 3 * 14**2 * 4  # patches of two frames in float32
+    assert kept["peak_bytes"] > tokens * (4 * 3584 + 18_944) * 4 + inputs
+    assert least["peak_bytes"] < kept["peak_bytes"] / 4
+    assert least["seconds"][0] > kept["seconds"][0]
+
+
+def test_time_and_memory_are_told_with_what_is_assumed() -> None:
+    text = fill.time_and_memory()
+    assert re.findall(r"^\| (\S+ \w+) \|", text, re.MULTILINE) == ["InternVL3 1B", "Qwen2.5-VL 7B", "Qwen2.5-VL 72B"]
+    told = " ".join(text.rpartition("|\n")[2].split())
+    for part in ("128 samples", "1,024 image tokens", "one thread", "Xeon", "billion float32 products"):
+        assert part in told
+    assert fill.hours((3600, 36_000)) == "1.0 to 10.0 h"
+
+
+@pytest.mark.slow
+def test_memory_as_planned_now(tmp_path: Path) -> None:
+    from benchmarks.plan_sizes import MODELS, measure
+
+    found = json.loads(fill.WORK.read_text())
+    for size in ("1B", "7B"):
+        now = measure(MODELS[size], tmp_path / size, base=found["base_bytes"])
+        assert [way["phases"] for way in now["ways"]] == [way["phases"] for way in found["models"][size]["ways"]]
+
+
 def test_the_picture_is_small() -> None:
     assert (ROOT / "docs" / "report.png").stat().st_size < 300_000

@@ -1,0 +1,123 @@
+"""Memory and time that quantizing models of 1B, 7B and 72B takes, by the plan, on models of which only headers exist.
+
+    python benchmarks/plan_sizes.py --work DIR [--threads N]
+
+The models are rows of model_sizes.py, quantized by the default recipe on as many samples as it asks for, each with an
+image of IMAGE_TOKENS and a text of TEXT_TOKENS. What budget.predict says of them is the fastest way to run the
+calibration passes and the one that holds least. Times are in float32, at the rate of products that this machine has on
+so many threads, which is written down beside them. No weight exists and none is read. README.md is filled from it.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from model_sizes import config_of
+from provenance import provenance
+from scale.models import write_headers
+
+from vlmquant import budget, compiled
+from vlmquant.pipeline import BATCH_SIZE, find_components, plan_components
+from vlmquant.recipe import DEFAULT_RECIPE, load_recipe
+from vlmquant.stream import Footprint, Place
+
+RESULTS = Path(__file__).parent / "results" / "plan_sizes.json"
+MODELS = {"1B": "InternVL3 1B", "7B": "Qwen2.5-VL 7B", "72B": "Qwen2.5-VL 72B"}
+"""What people call the size -> the row of model_sizes.MODELS."""
+IMAGE_TOKENS, TEXT_TOKENS = 1024, 176
+PATCHES_PER_TOKEN = 4
+"""In all of these models two by two patches of the vision encoder become a token of the language model."""
+FLOAT = torch.float32
+TURNS = 50
+"""Measurements of the rate of products, of which the fastest counts: on a busy machine most are disturbed."""
+
+
+def find_rate() -> float:
+    """Products in a second, as budget.predict measures them."""
+    once = budget._products_per_second.__wrapped__  # type: ignore[attr-defined]  # else the first answer is kept
+    return max(once(FLOAT, torch.device("cpu")) for _ in range(TURNS))
+
+
+def footprint_of(config: Any, samples: int) -> Footprint:
+    """What the calibration passes of so many samples keep between blocks."""
+
+    def place(tokens: int, width: int) -> Place:
+        return Place(samples * tokens, width, samples * tokens * width * FLOAT.itemsize, BATCH_SIZE * tokens)
+
+    vision, patches = config.vision_config, PATCHES_PER_TOKEN * IMAGE_TOKENS
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    pixels = 3 * getattr(vision, "temporal_patch_size", 1) * side**2
+    places = {
+        "vision_encoder": place(patches, vision.hidden_size),
+        "language": place(IMAGE_TOKENS + TEXT_TOKENS, config.get_text_config().hidden_size),
+    }
+    return Footprint(places, samples * patches * pixels * FLOAT.itemsize)
+
+
+def measure(name: str, folder: Path, *, base: int) -> dict[str, Any]:
+    """base: bytes that the process holds before any of it."""
+    recipe = load_recipe(DEFAULT_RECIPE)
+    components, plan = plan_components(find_components(write_headers(config_of(name), folder)), recipe)
+    footprint = footprint_of(components.config, recipe.calibration.samples)
+    ways = [
+        budget.predict(components, plan, footprint, base=base, dtype=FLOAT, passes=way)
+        for way in (budget.WAYS[0], budget.WAYS[-1])
+    ]
+    return {
+        "name": name,
+        "parameters": sum(one.nbytes for one in components.parameters) // components.dtype.itemsize,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "ways": [
+            {
+                "passes": way.passes.label,
+                "peak_bytes": way.peak_bytes,
+                "disk_bytes": way.disk_bytes,
+                "seconds": way.seconds,
+                "phases": way.phases,
+            }
+            for way in ways
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    recipe = load_recipe(DEFAULT_RECIPE)
+    compiled.available()  # as in `quantize`, where numba is part of the process before any work
+    rate = find_rate()
+    budget._products_per_second = lambda dtype, device: rate
+    base, found = budget.resident_bytes(), {}
+    for size, name in MODELS.items():
+        folder = arguments.work / "headers"
+        shutil.rmtree(folder, ignore_errors=True)
+        found[size] = measure(name, folder, base=base)
+        shutil.rmtree(folder)
+        print(size, json.dumps(found[size]), file=sys.stderr, flush=True)
+    results = {
+        **provenance(),
+        "recipe": DEFAULT_RECIPE,
+        "samples": recipe.calibration.samples,
+        "image_tokens": IMAGE_TOKENS,
+        "text_tokens": TEXT_TOKENS,
+        "threads": arguments.threads,
+        "dtype": str(FLOAT).removeprefix("torch."),
+        "products_per_second": round(rate),
+        "base_bytes": base,
+        "models": found,
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
