@@ -25,7 +25,7 @@ from vlmquant.recipe import GateSpec
 from vlmquant.report.cells import column_axis, loss_cell
 from vlmquant.report.charts import layer_errors_plot, log_axis
 from vlmquant.report.data import REPORT_VERSION, Report, read_json, write_json, write_text
-from vlmquant.report.html import to_html
+from vlmquant.report.html import Headline, _tiles, to_html
 from vlmquant.report.manifest import LayerError, component_bytes, layer_errors, work_of
 from vlmquant.report.markdown import to_markdown
 from vlmquant.report.numbers import NOTHING, change_text, fixed, metric_text, nearness_text, size_text
@@ -501,6 +501,27 @@ def test_a_speed_whose_rounds_disagree_is_nobody_s_headline(one: Report) -> None
     assert "weights in memory 25 % 486.0 MB → 121.5 MB; activations 90.0 MB → 80.0 MB" in tiles
     assert "1.40 GB" not in tiles.split("How to repeat it")[0]  # the whole process: in the details alone
     assert "process at its peak 1.40 GB" in tiles
+
+
+def test_tiles_fill_their_rows(one: Report) -> None:
+    """A grid of twelve columns. Nine tiles, say, stand as three by three, and none is alone in its row."""
+    page = to_html(one)
+    spans = [int(span) for span in re.findall(r'class="card" style="--span: (\d+)"', page)]
+    assert spans == [4] * 9
+    assert "repeat(12, minmax(0, 1fr))" in page
+    for count in range(14):
+        tiles = _tiles([Headline(str(number), "", "") for number in range(count)])
+        assert [tile.title for tile, _ in tiles] == [str(number) for number in range(count)]
+        row, rows = 0, []
+        for _, span in tiles:
+            row += span
+            if row == 12:
+                rows.append(12 // span)
+                row = 0
+        assert row == 0
+        assert sum(rows) == count
+        assert len(rows) == -(-count // 4)
+        assert not rows or max(rows) - min(rows) <= 1
 
 
 def test_a_model_without_turns_has_no_speed_and_says_why(one: Report) -> None:

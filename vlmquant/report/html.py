@@ -61,7 +61,7 @@ def to_html(
         outcome=overall(verdicts) if verdicts else None,
         verdicts=_verdict_rows(verdicts),
         thresholds=thresholds,
-        headlines=_headlines(report),
+        headlines=_tiles(_headlines(report)),
         remarks=remarks(report),
         costs=(COST_TITLES, cost_rows(report), f"{SPEED_LEGEND} {COST_LEGEND}"),
         bytes=[(run, component_bytes(run)) for run in report.candidates],
@@ -113,6 +113,20 @@ def _headlines(report: Report) -> list[Headline]:
             )
             found.append(Headline(LOSS_TITLE[loss], text, note))
     return [*found, *_speed_headlines(after.rounds), *_memory_headlines(before, after)]
+
+
+TILE_COLUMNS = 12
+"""Of the grid of headlines: a row of one to MOST_TILES of them divides it."""
+MOST_TILES = 4
+"""Headlines in a row."""
+
+
+def _tiles(headlines: Sequence[Headline]) -> list[tuple[Headline, int]]:
+    """Each with the columns it spans: all rows are full, and no row has two more tiles than another."""
+    rows = -(-len(headlines) // MOST_TILES)
+    counts = [len(headlines) // rows + (row < len(headlines) % rows) for row in range(rows)]
+    spans = [TILE_COLUMNS // count for count in counts for _ in range(count)]
+    return list(zip(headlines, spans, strict=True))
 
 
 def _speed_headlines(rounds: Sequence[Round] | None) -> list[Headline]:
