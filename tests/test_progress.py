@@ -59,6 +59,31 @@ def test_what_is_inside_speaks_and_the_end_is_told(lines: list[str]) -> None:
     assert lines == ["generate: 0/2, 31 s\n", "generate: 2/2, 31 s\n", "eval: at work, 1 min 1 s\n"]
 
 
+def test_silent_while_another_process_tells(lines: list[str]) -> None:
+    clock = Clock()
+    log = Log(lines.append, clock)
+    log.begin("eval")
+    with log.silent():
+        clock.now += 100
+        assert log.tick() > 0
+    clock.now += 29
+    assert log.tick() == pytest.approx(1)
+    assert lines == []
+    clock.now += 1
+    log.tick()
+    assert lines == ["eval: at work, 2 min 10 s\n"]
+
+
+def test_lines_say_what_the_process_is_for(quick: None, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_subject", "")
+    progress.speak_of("mixed")
+    with bar("generate", 1) as moved:
+        moved.step()
+    with bar("quantize", 1) as moved:
+        moved.step("quantize vision")
+    assert lines == ["mixed: generate: 1/1, 0 s\n", "mixed: quantize vision: 1/1, 0 s\n"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min"), (130, "2 min 10 s"), (900, "15 min"), (3600, "1 h"), (12000, "3 h 20 min")],

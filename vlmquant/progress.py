@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -75,6 +75,7 @@ class Log:
     def __init__(self, write: Callable[[str], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock = write, clock
         self._tasks: list[Task] = []
+        self._silent = 0
         self._last = 0.0
         self._lock = threading.Lock()
 
@@ -92,11 +93,21 @@ class Log:
         if tell:
             self._tell(task)
 
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """No line of what is begun already, as somebody else tells of the work meanwhile."""
+        self._silent += 1
+        try:
+            yield
+        finally:
+            self._silent -= 1
+            self._last = self._clock()
+
     def tick(self) -> float:
         """Write a line if it is time to; returns the seconds until it is."""
         with self._lock:
             task = self._tasks[-1] if self._tasks else None
-        if task is not None and self._clock() - self._last >= INTERVAL:
+        if task is not None and not self._silent and self._clock() - self._last >= INTERVAL:
             self._tell(task)
         return max(INTERVAL - (self._clock() - self._last), 0.1)
 
@@ -111,6 +122,22 @@ def _write(text: str) -> None:
 
 
 log = Log(_write)
+_subject = ""
+
+
+def speak_of(subject: str) -> None:
+    """From now on all that this process does is told of as work on this."""
+    global _subject
+    _subject = subject
+
+
+def _named(label: str) -> str:
+    return f"{_subject}: {label}" if _subject else label
+
+
+def told_elsewhere() -> AbstractContextManager[None]:
+    """Around what another process does and tells of: one of the two speaks at a time."""
+    return log.silent()
 
 
 class Bar:
@@ -156,23 +183,23 @@ def _drawn(label: str, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=stderr, transient=True) as progress:
-        task = progress.add_task(label, total=total)
+        task = progress.add_task(_named(label), total=total)
 
         def move(label: str | None, by: int) -> None:
             progress.update(task, advance=by)
             if label is not None:
-                progress.update(task, description=label)
+                progress.update(task, description=_named(label))
 
         yield Bar(move)
 
 
 @contextmanager
 def _logged(label: str, total: int) -> Iterator[Bar]:
-    task = log.begin(label, total)
+    task = log.begin(_named(label), total)
 
     def move(label: str | None, by: int) -> None:
         task.done += by
-        task.label = task.label if label is None else label
+        task.label = task.label if label is None else _named(label)
         log.tick()
 
     with _beating():
@@ -188,7 +215,7 @@ def working(label: str) -> Iterator[None]:
     if in_terminal() or notices.is_quiet():
         yield
         return
-    task = log.begin(label)
+    task = log.begin(_named(label))
     with _beating():
         try:
             yield

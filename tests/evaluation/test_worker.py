@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.small_set import write_small_set
-from vlmquant import scratch
+from vlmquant import progress, scratch
 from vlmquant.calibration.sets import load_set
 from vlmquant.errors import DoesNotFitError, InputError, VlmquantError
 from vlmquant.evaluation import process, remote
@@ -135,6 +135,39 @@ def test_a_worker_sleeps_while_it_is_not_asked(act: Callable[..., None], tmp_pat
         time.sleep(1)
         after = json.loads(worker.ask({"seen": str(tmp_path / "seen")}))["cpu"]
     assert after - used[-1] < 0.05  # a thread that spins takes the whole second
+
+
+TELLING = """
+from vlmquant import progress
+progress.INTERVAL = 0.05
+progress.in_terminal = lambda: False
+"""
+
+
+def test_one_of_the_two_tells_how_far_it_is(
+    act: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where stderr is no terminal, as in CI: the worker of its load and score, whoever asks of turns."""
+    act("(what,) = request; time.sleep(0.6); return {what: {'prompts': [0], 'seconds': 1}}", TELLING)
+    source = Path(process.COMMAND[0])
+    source.write_text(source.read_text().replace('with open(request["seen"], "w") as file:', "if False:"))
+    lines: list[str] = []
+    monkeypatch.setattr(progress, "INTERVAL", 0.05)
+    monkeypatch.setattr(progress, "log", progress.Log(lines.append))
+    monkeypatch.setattr(progress, "in_terminal", lambda: False)
+    monkeypatch.setattr(remote, "Timing", dict)
+    told = []
+    with progress.working("eval"), remote.Remote(tmp_path, label="mixed") as model:
+        for ask in (lambda: model.load([], Settings()), lambda: model.time_alone(Settings(speed_rounds=1))):
+            lines.clear()
+            ask()
+            told.append(([*lines], capfd.readouterr().err.splitlines()))
+    (here, there), (turns_here, turns_there) = told
+    assert here == []
+    assert len(there) > 2
+    assert {line.rpartition(", ")[0] for line in there} == {"mixed: load: at work"}
+    assert {line.partition(", ")[0] for line in turns_here} == {"mixed: speed: 0/1", "mixed: speed: 1/1"}
+    assert turns_there == []
 
 
 def test_an_exception_here_ends_the_worker(

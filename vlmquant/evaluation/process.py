@@ -14,6 +14,8 @@ from vlmquant import signals
 from vlmquant.threads import QUIET_WAIT
 
 COMMAND: tuple[str, ...] = ("-P", "-m", "vlmquant.evaluation.worker")
+TOLD_BY_WORKERS = ("load", "score")
+"""Requests of which the worker tells how far it is; of the others, which take turns, whoever asks does."""
 POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 3.0
 """Between the asking and the killing of a worker that is no longer wanted."""

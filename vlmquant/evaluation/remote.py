@@ -3,7 +3,7 @@
 import json
 import signal
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,12 +15,12 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, VlmquantError
 from vlmquant.evaluation.logprobs import LogProbs
-from vlmquant.evaluation.process import Worker
+from vlmquant.evaluation.process import TOLD_BY_WORKERS, Worker
 from vlmquant.evaluation.records import Round, Run, Timing
 from vlmquant.evaluation.scoring import check_samples, compute_dtype_of
 from vlmquant.evaluation.settings import Settings
 from vlmquant.evaluation.turns import rounds_of, take_turns, with_rounds, with_timings
-from vlmquant.progress import bar
+from vlmquant.progress import bar, told_elsewhere
 from vlmquant.shards import dtype_name
 
 CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
@@ -64,6 +64,7 @@ class Remote:
         """settings: as `settled` gives them."""
         request = {
             "model_dir": str(self.model_dir.resolve()),
+            "label": self.label,
             "samples": [asdict(sample) for sample in samples],
             "settings": asdict(settings),
         }
@@ -74,7 +75,13 @@ class Remote:
 
     def time_alone(self, settings: Settings) -> list[Timing]:
         """As many timings as turns would give, with nothing to compare them to."""
-        return [self.time(prompt) for prompt in rounds_of(self.prompts, settings)]
+        rounds = rounds_of(self.prompts, settings)
+        timings = []
+        with bar(f"{self.label}: speed", total=len(rounds), visible=bool(rounds)) as progress:
+            for prompt in rounds:
+                timings.append(self.time(prompt))
+                progress.step()
+        return timings
 
     def score(self) -> Run:
         """All numbers but those of speed, once."""
@@ -83,7 +90,8 @@ class Remote:
         return replace(Run.from_dict(answer["run"]), model=str(self.model_dir), label=self.label)
 
     def _ask(self, what: str, request: Any) -> Any:
-        content = self._worker.ask({what: request})
+        with told_elsewhere() if what in TOLD_BY_WORKERS else nullcontext():
+            content = self._worker.ask({what: request})
         if not content:
             raise ended(self.model_dir, self._worker.status())
         answer = json.loads(content)
@@ -176,7 +184,7 @@ class _Pairing:
         return replace(run, costs=with_rounds(run.costs, rounds))
 
     def _turns(self, model: Remote) -> tuple[Round, ...]:
-        with bar(f"speed of {model.label}, in turns", total=self.settings.speed_rounds) as progress:
+        with bar(f"{model.label}: speed, in turns", total=self.settings.speed_rounds) as progress:
             prompts = rounds_of(self.reference.prompts, self.settings)
             return take_turns(self.reference.time, model.time, prompts, step=progress.step)
 

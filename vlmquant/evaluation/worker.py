@@ -10,9 +10,12 @@ import queue
 import signal
 import sys
 import threading
-from typing import BinaryIO
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, BinaryIO
 
-from vlmquant import signals
+from vlmquant import progress, signals
+from vlmquant.evaluation.process import TOLD_BY_WORKERS
 from vlmquant.limits import end_with_parent
 
 
@@ -29,19 +32,35 @@ def main(answers: int) -> None:
     requests.put(first)
     threading.Thread(target=_listen, args=(stdin, requests), daemon=True).start()
 
+    answering: Callable[[Any], Any] | None = None
+    with os.fdopen(answers, "wb") as stream:
+        while True:
+            request = json.loads(requests.get())
+            with _told(request):
+                answering = answering or _ready()
+                answer = answering(request)
+            stream.write(json.dumps(answer).encode() + b"\n")
+            stream.flush()
+            requests.task_done()
+
+
+def _ready() -> Callable[[Any], Any]:
+    """After the heavy imports."""
     from transformers.utils import logging
 
     from vlmquant.evaluation.scoring import Answering
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    answering = Answering()
-    with os.fdopen(answers, "wb") as stream:
-        while True:
-            answer = answering(json.loads(requests.get()))
-            stream.write(json.dumps(answer).encode() + b"\n")
-            stream.flush()
-            requests.task_done()
+    return Answering()
+
+
+def _told(request: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Around the answer to a request of those that `remote` leaves to us to tell of."""
+    what = next(iter(request))
+    if what == "load":
+        progress.speak_of(request[what]["label"])
+    return progress.working(what) if what in TOLD_BY_WORKERS else nullcontext()
 
 
 def _listen(stdin: BinaryIO, requests: "queue.Queue[bytes]") -> None:
