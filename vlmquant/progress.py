@@ -1,5 +1,6 @@
 """Progress on stderr, so that stdout holds results only: bars in a terminal, plain lines where there is none."""
 
+import functools
 import os
 import signal
 import sys
@@ -8,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any, cast
 
 from vlmquant import notices, signals
 from vlmquant.errors import shown
 from vlmquant.streams import Stderr
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERVAL = 30.0
 """Seconds between two plain lines: systems that run jobs end those that are silent for minutes."""
@@ -26,7 +29,21 @@ class _Told(Stderr):
         return len(text) if notices.is_quiet() else super().write(text)
 
 
-stderr = Console(file=_Told())  # type: ignore[arg-type]  # all that rich asks of a file
+@functools.cache
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(file=_Told())  # type: ignore[arg-type]  # all that rich asks of a file
+
+
+class _AtFirstUse:
+    """A console that is made, and rich imported, at its first use: most commands have nothing to say there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_console(), name)
+
+
+stderr = cast("Console", _AtFirstUse())
 
 
 def in_terminal() -> bool:
@@ -117,8 +134,9 @@ class Log:
 
 
 def _write(text: str) -> None:
-    stderr.file.write(text)
-    stderr.file.flush()
+    told = _Told()
+    told.write(text)
+    told.flush()
 
 
 log = Log(_write)
@@ -182,7 +200,7 @@ def _drawn(label: str, total: int) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=_console(), transient=True) as progress:
         task = progress.add_task(_named(label), total=total)
 
         def move(label: str | None, by: int) -> None:

@@ -10,12 +10,14 @@ import stat
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from vlmquant.errors import InputError, VlmquantError, first_line, shown
+
+if TYPE_CHECKING:
+    import yaml
 
 MAX_BYTES = 256_000_000
 """Of a text file; the largest that models come with, tokenizers and indexes, have some tens of megabytes."""
@@ -31,7 +33,6 @@ KINDS = {
     stat.S_IFDIR: "a directory",
 }
 CHUNK_BYTES = 1 << 20
-YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Failure = type[VlmquantError]
 
@@ -105,20 +106,22 @@ def compose_yaml(
     where: str,
     error: Failure = InputError,
     remedy: str = "",
-    refuse: Callable[[yaml.Node], None] = lambda root: None,
-) -> tuple[yaml.Node | None, Any]:
+    refuse: "Callable[[yaml.Node], None]" = lambda root: None,
+) -> "tuple[yaml.Node | None, Any]":
     """The nodes of a YAML document, which know their places in the file, and its value as `parse_yaml` gives it.
 
     refuse: raises an error of ours for nodes that are not wanted, before a value is made of any.
     """
+    import yaml
+
     loader = None
     try:
         depth = 0
-        for event in yaml.parse(text, Loader=YAML_LOADER):  # a state machine: no depth overflows its stack
+        for event in yaml.parse(text, Loader=_loader()):  # a state machine: no depth overflows its stack
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise error(_told(_at(where, event.start_mark), f"nested more than {MAX_DEPTH} deep", remedy))
-        loader = _Loader(text)
+        loader = _loader()(text)
         root = loader.get_single_node()
         if root is not None:
             refuse(root)
@@ -136,14 +139,19 @@ def compose_yaml(
     return root, value
 
 
-class _Loader(YAML_LOADER):  # type: ignore[misc]
-    """Knows at what place it is, which the constructors' own errors do not say."""
+@cache
+def _loader() -> Any:
+    """A class that knows at what place it is, which the constructors' own errors do not say."""
+    import yaml
 
-    mark: yaml.Mark | None = None
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        mark: yaml.Mark | None = None
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        self.mark = node.start_mark
-        return super().construct_object(node, deep)
+        def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+            self.mark = node.start_mark
+            return super().construct_object(node, deep)
+
+    return Loader
 
 
 def _at(where: str, mark: Any) -> str:

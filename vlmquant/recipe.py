@@ -6,17 +6,18 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmquant import reading
 from vlmquant.errors import LINE_CHARACTERS, RecipeError, UsageError, shown
 from vlmquant.nearest import did_you_mean
 from vlmquant.thresholds import THRESHOLDS, option
+
+if TYPE_CHECKING:
+    import yaml
 
 RECIPE_MAX_BYTES = 1_000_000
 ERRORS_TOLD = 20
@@ -492,7 +493,7 @@ class Recipe(Data):
 
 def shipped(kind: Literal["recipes", "calibration"]) -> Path:
     """Folder of the recipes or calibration sets that are shipped: packaged, or beside the package in a checkout."""
-    packaged = Path(str(resources.files("vlmquant"))) / "_data" / kind
+    packaged = Path(__file__).parent / "_data" / kind
     return packaged if packaged.is_dir() else Path(__file__).parents[1] / kind
 
 
@@ -588,6 +589,8 @@ M = TypeVar("M", bound=Data)
 
 
 def _parse(model: type[M], text: str, *, name: str) -> M:
+    import yaml
+
     refuse = functools.partial(_refuse_tricks, name=name)
     root, value = reading.compose_yaml(text, where=name, error=RecipeError, refuse=refuse)
     if not isinstance(root, yaml.MappingNode):
@@ -619,9 +622,11 @@ def _told(error: ValidationError) -> list[Any]:
     ] or found
 
 
-def _refuse_tricks(root: yaml.Node, *, name: str) -> None:
+def _refuse_tricks(root: "yaml.Node", *, name: str) -> None:
     """Refuse duplicate keys (YAML lets the last one win), aliases and merges (a reader cannot see what they stand for),
     keys that are no words, and values of other kinds than PLAIN_KINDS: dates, sets, bytes, objects."""
+    import yaml
+
     seen: set[int] = set()
     todo = [root]
     while todo:
@@ -649,12 +654,14 @@ def _refuse_tricks(root: yaml.Node, *, name: str) -> None:
             todo += [value for _, value in reversed(node.value)]
 
 
-def _at(node: yaml.Node, name: str, what: str) -> RecipeError:
+def _at(node: "yaml.Node", name: str, what: str) -> RecipeError:
     return RecipeError(f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}: {what}")
 
 
-def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[yaml.Node, list[str]]:
+def _locate(root: "yaml.Node", loc: tuple[int | str, ...]) -> "tuple[yaml.Node, list[str]]":
     """The deepest YAML node that an error's location reaches, and the path to it in the user's own words."""
+    import yaml
+
     node, path = root, []
     for part in loc:
         if isinstance(node, yaml.MappingNode):
@@ -671,7 +678,7 @@ def _locate(root: yaml.Node, loc: tuple[int | str, ...]) -> tuple[yaml.Node, lis
     return node, path
 
 
-def _explain(error: Any, root: yaml.Node, model: type[BaseModel], *, name: str) -> str:
+def _explain(error: Any, root: "yaml.Node", model: type[BaseModel], *, name: str) -> str:
     loc = tuple(error["loc"])
     if error["type"] == "extra_forbidden":
         parent, path = _locate(root, loc[:-1])

@@ -1,5 +1,6 @@
 """The `vlmquant` command: each function parses, calls and prints. Results go to stdout, everything else to stderr."""
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -162,6 +163,7 @@ register(app, COMMANDS)
 
 def main() -> None:
     """Entry point: turns our errors into one message and an exit code; bugs keep their traceback."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # nobody's business here, and slow to look for
     wait_without_spinning()
     with notices.restored():
         _run()

@@ -1,6 +1,7 @@
 """Results on stdout, for people and for machines; one message on stderr for an error."""
 
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +27,10 @@ def emit(value: dict[str, Any]) -> None:
 
 def show(table: "Table") -> None:
     """Print a table on stdout, where that is no terminal up to WIDTH wide."""
+    if not _may_have_styles():
+        with streams.printing():
+            typer.echo(table.text(WIDTH))
+        return
     from rich.console import Console
 
     console = Console()
@@ -33,6 +38,12 @@ def show(table: "Table") -> None:
         console = Console(width=WIDTH)
     with streams.printing():
         table.print(console)
+
+
+def _may_have_styles() -> bool:
+    """Whether stdout is a terminal, or is to be taken for one; else rich is not worth its import."""
+    asked = any(os.environ.get(name) for name in ("FORCE_COLOR", "TTY_COMPATIBLE"))
+    return asked or (sys.stdout is not None and sys.stdout.isatty())
 
 
 def say(text: object) -> None:

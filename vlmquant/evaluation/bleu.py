@@ -4,16 +4,22 @@ Both come from ten sufficient statistics a sample, so that a corpus (or a bootst
 clipped n-gram matches (4), n-grams of the hypothesis (4), length of the hypothesis, length of the reference.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from sacrebleu.metrics.bleu import BLEU
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics.bleu import BLEU
 
 ORDER = 4
 STATISTICS = 2 * ORDER + 2
+TEXTS_KEPT = 20_000
+"""Captions whose statistics are not counted again: a report's are asked for with every model it compares."""
 MATCHES, TOTALS, HYPOTHESIS, REFERENCE = slice(0, ORDER), slice(ORDER, 2 * ORDER), 2 * ORDER, 2 * ORDER + 1
 
 # pycocoevalcap's bleu_scorer.py: they keep a corpus without any match of an order just above zero.
@@ -23,7 +29,9 @@ COCO_SMALL = 1e-9
 Array = NDArray[np.float64]
 
 
-def _sacrebleu() -> BLEU:
+def _sacrebleu() -> "BLEU":
+    from sacrebleu.metrics.bleu import BLEU  # where there are captions, and nowhere else
+
     return BLEU(max_ngram_order=ORDER, force=True)  # force: no advice about tokenized periods on the log
 
 
@@ -36,10 +44,19 @@ def sacrebleu_signature(references: Sequence[Sequence[str]]) -> str:
     return str(bleu.get_signature())
 
 
+_counting = functools.cache(_sacrebleu)
+"""Of which only counts are asked, which do not depend on what was asked before."""
+
+
 def sacrebleu_statistics(hypothesis: str, references: Sequence[str]) -> Array:
     """(10,) float64, tokenized by sacrebleu's 13a, cased; the reference closest in length counts."""
-    score = _sacrebleu().corpus_score([hypothesis], [[reference] for reference in references])
-    return np.array([*score.counts, *score.totals, score.sys_len, score.ref_len], dtype=np.float64)
+    return np.array(_sacrebleu_counts(hypothesis, tuple(references)), dtype=np.float64)
+
+
+@functools.lru_cache(TEXTS_KEPT)
+def _sacrebleu_counts(hypothesis: str, references: tuple[str, ...]) -> tuple[float, ...]:
+    score = _counting().corpus_score([hypothesis], [[reference] for reference in references])
+    return (*score.counts, *score.totals, score.sys_len, score.ref_len)
 
 
 def sacrebleu_score(sums: Array) -> Array:
@@ -53,6 +70,11 @@ def sacrebleu_score(sums: Array) -> Array:
 
 def coco_statistics(hypothesis: str, references: Sequence[str]) -> Array:
     """(10,) float64 by COCO's convention: ptb_tokens; the closest reference's length, the shorter one on a tie."""
+    return np.array(_coco_counts(hypothesis, tuple(references)), dtype=np.float64)
+
+
+@functools.lru_cache(TEXTS_KEPT)
+def _coco_counts(hypothesis: str, references: tuple[str, ...]) -> tuple[int, ...]:
     words = ptb_tokens(hypothesis)
     answers = [ptb_tokens(reference) for reference in references]
     matches, totals = [], []
@@ -63,7 +85,7 @@ def coco_statistics(hypothesis: str, references: Sequence[str]) -> Array:
         matches.append((_ngrams(words, n) & most).total())
         totals.append(max(0, len(words) - n + 1))
     closest = min((abs(len(answer) - len(words)), len(answer)) for answer in answers)[1]
-    return np.array([*matches, *totals, len(words), closest], dtype=np.float64)
+    return (*matches, *totals, len(words), closest)
 
 
 def coco_score(sums: Array) -> Array:

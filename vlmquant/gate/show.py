@@ -2,10 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from xml.etree import ElementTree
 
 from vlmquant.report.data import Verdict
-from vlmquant.report.markdown import verdict_lines
 from vlmquant.report.numbers import bounds_text, change_text, threshold_text
 
 NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -18,6 +16,8 @@ def to_junit(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
 
     thresholds: where they are from.
     """
+    from xml.etree import ElementTree
+
     kinds = ("fail", "inconclusive", "skipped")
     count = {kind: str(sum(verdict.outcome == kind for verdict in verdicts)) for kind in kinds}
     suite = ElementTree.Element(
@@ -49,6 +49,8 @@ def to_junit(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
 
 def to_step_summary(verdicts: Sequence[Verdict], *, thresholds: str = "") -> str:
     """Markdown for the file that $GITHUB_STEP_SUMMARY names."""
+    from vlmquant.report.markdown import verdict_lines
+
     return "\n".join(["## vlmquant gate", "", *verdict_lines(verdicts, thresholds=thresholds)]) + "\n"
 
 

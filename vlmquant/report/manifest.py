@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from vlmquant.evaluation.records import Run
 
 LAYER = re.compile(r"\.([0-9]{1,6})\.")
@@ -38,6 +36,8 @@ def recipe_of(run: Run) -> Mapping[str, Any]:
 
 
 def recipe_text(run: Run) -> str:
+    import yaml
+
     recipe = recipe_of(run)
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
 

@@ -7,12 +7,14 @@ interval. A word that is longer than the width makes its line longer, and can st
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
-from rich.console import Console
-from rich.text import Text
 
 from vlmquant.errors import LINE_CHARACTERS, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 GAP = 2
 """Spaces between two columns; one where the table fits by that."""
@@ -56,8 +58,10 @@ class Table:
     def text(self, width: int) -> str:
         return "\n".join(line for _, line in self.lines(width))
 
-    def print(self, console: Console) -> None:
+    def print(self, console: "Console") -> None:
         """A line that is longer than the console goes there whole."""
+        from rich.text import Text
+
         lines = Text("\n").join(Text(line, style=STYLES[kind]) for kind, line in self.lines(console.width))
         console.print(lines, soft_wrap=True)
 
