@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -96,6 +97,35 @@ def test_what_needs_no_model_imports_little(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "gate.xml").exists()
+
+
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (("-m", "vlmquant"), "python -m vlmquant"),
+        (
+            ("-c", "import sys; sys.argv[0] = '/usr/bin/vlmquant'; from vlmquant.__main__ import main; main()"),
+            "vlmquant",
+        ),
+        (("-c", "from vlmquant.cli import main; main()"), "vlmquant"),
+        ((str(Path(vlmquant.__file__).parent / "__main__.py"),), "vlmquant"),
+    ],
+)
+def test_help_names_the_program_as_it_was_started(start: tuple[str, ...], name: str) -> None:
+    """In the usage, where help is to be had, and in examples: all can be copied."""
+    environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    told = [
+        subprocess.run([sys.executable, *start, *words], capture_output=True, text=True, check=False, env=environment)
+        for words in (["gate", "--nope"], ["gate", "--help"], ["--help"])
+    ]
+    text = "\n".join(done.stdout + done.stderr for done in told)
+    assert f"Usage: {name} gate [OPTIONS]" in text
+    assert f"Try '{name} gate -h' for help." in text
+    assert f"\n    {name} gate report.json --junit gate.xml\n" in text
+    assert f"\n    {name} quantize org/model --out out\n" in text
+    assert len(re.findall(r"(python -m )?vlmquant (?:gate|quantize|generate|eval) [^`]", text)) == len(
+        re.findall(rf"\b{name} (?:gate|quantize|generate|eval) [^`]", text)
+    )
 
 
 def commands() -> Any:

@@ -10,7 +10,7 @@ import typer
 import vlmquant
 from vlmquant import notices, streams
 from vlmquant.cli import advice, asking, checkpoints, machine, models, reports, sets
-from vlmquant.cli.help import EPILOG, Entry, Group, Quiet, Verbose, obey, register
+from vlmquant.cli.help import EPILOG, Entry, Group, Quiet, Verbose, obey, program, register
 from vlmquant.cli.output import emit, fail, say, show
 from vlmquant.cli.words import parse_bytes, parse_counts, parse_shape, parse_size
 from vlmquant.errors import (
@@ -173,7 +173,7 @@ def _run() -> None:
     try:
         streams.prepare()
         try:
-            app()
+            app(prog_name=program())
         finally:
             streams.flush()
     except VlmquantError as error:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from vlmquant.cli.help import program
 from vlmquant.cli.options import Batch, Context, Images, ImageSize, Json, Model, TensorParallel, Trust
 from vlmquant.cli.output import emit, say, show
 from vlmquant.cli.words import parse_wish
@@ -72,4 +73,4 @@ def recommend(
     if text is None:
         say("There is nothing to quantize." + ("" if out is None else f" {out} is not written."))
     else:
-        say(f"Next: vlmquant quantize {model} --recipe {written or found.recipe} --out OUT")
+        say(f"Next: {program()} quantize {model} --recipe {written or found.recipe} --out OUT")

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -45,12 +47,22 @@ COMMAND_MEANINGS = {
 """What people call an option or command elsewhere -> what it is called here."""
 EVERYWHERE = (EXIT_OK, EXIT_ERROR, EXIT_USAGE)
 
-EPILOG = """\b
+NAME = "vlmquant"
+
+
+def program() -> str:
+    """What starts us, for usage lines and commands to be copied: our name, but for who asked for python -m, on whose
+    path it may not be."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {NAME}" if spec is not None and spec.name == f"{NAME}.__main__" else NAME
+
+
+EPILOG = f"""\b
 Examples:
   # quantize, ask, measure
-  vlmquant quantize org/model --out out
-  vlmquant generate out --image cat.jpg "What is this?"
-  vlmquant eval out --reference org/model --data set --html report.html
+  {program()} quantize org/model --out out
+  {program()} generate out --image cat.jpg "What is this?"
+  {program()} eval out --reference org/model --data set --html report.html
 
 Every command has --help with examples and its exit codes. Defaults of options come from the environment:
 VLMQUANT_RECIPE, VLMQUANT_CALIBRATION, VLMQUANT_DEVICE, VLMQUANT_DTYPE, VLMQUANT_THREADS, VLMQUANT_QUIET,
@@ -95,7 +107,7 @@ class Entry:
 
 def _commented(example: str) -> list[str]:
     what, _, command = example.partition("\n")
-    return [f"# {what}", *command.split("\n")]
+    return [f"# {what}", *(re.sub(rf"^{NAME} ", f"{program()} ", line) for line in command.split("\n"))]
 
 
 def first_paragraph(function: Callable[..., Any]) -> str:
