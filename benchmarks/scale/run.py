@@ -201,10 +201,16 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], saved: Path)
         if arguments.peer and found and found["model_bytes"] <= PEER_BYTES:
             found["peer"] = give_peer(arguments.peer, model, out, work=arguments.work)
             print(peer_row(name, found), file=sys.stderr, flush=True)
+            saved.write_text(json.dumps(results, indent=1) + "\n")
         if name in arguments.limited:
             limit = parse_bytes(arguments.limit, "--limit")
-            again = quantize(model, out, recipe=arguments.recipe, limit=limit)
             label = f"{name}, {arguments.limit} of address space"
+            try:
+                again = quantize(model, out, recipe=arguments.recipe, limit=limit)
+            except subprocess.CalledProcessError as error:
+                print(f"{label}: ended with {error.returncode}", file=sys.stderr, flush=True)
+                shutil.rmtree(out.with_name(f"{out.name}.partial"), ignore_errors=True)
+                continue
             results["runs"][label] = again
             if found:
                 again["same_weights"] = again["sha256"] == found["sha256"]
