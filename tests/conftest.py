@@ -27,6 +27,7 @@ logging.disable_progress_bar()
 
 
 Run = Callable[..., tuple[int, str, str]]
+NEEDS_BITSANDBYTES = "needs bitsandbytes and accelerate: .venv/bin/pip install -e '.[bitsandbytes]' in a checkout"
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from tests import grids
+from tests.conftest import NEEDS_BITSANDBYTES
 from tests.tiny_vlm import image_inputs
 from vlmquant.checkpoint import CheckpointWriter, read_manifest, verify_checkpoint
 from vlmquant.checkpoint.assemble import split
@@ -583,7 +584,7 @@ def test_a_head_of_its_own_is_written_as_one(tiny: Callable[..., Path], tmp_path
     assert verify_checkpoint(tmp_path / "out") == []
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs vlmquant[bitsandbytes]")
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason=NEEDS_BITSANDBYTES)
 def test_a_head_of_its_own_is_written_as_one_by_bitsandbytes(tiny: Callable[..., Path], tmp_path: Path) -> None:
     tied = Path(shutil.copytree(tiny("llava"), tmp_path / "tied"))
     config = json.loads((tied / "config.json").read_text())

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText
 
 import vlmquant
+from tests.conftest import NEEDS_BITSANDBYTES
 from tests.small_set import write_small_set
 from tests.tiny_vlm import image_inputs
 from tests.written import written
@@ -52,7 +53,7 @@ def test_every_shipped_recipe_gives_a_checkpoint_that_loads_and_runs(
     recipe: str, tiny_llava: Path, calibration: Path, tmp_path: Path
 ) -> None:
     if load_recipe(recipe).output.format == "bitsandbytes" and find_spec("bitsandbytes") is None:
-        pytest.skip("needs vlmquant[bitsandbytes]")
+        pytest.skip(NEEDS_BITSANDBYTES)
     out = quantize(tiny_llava, recipe, tmp_path / "out", calibration=calibration).path
     assert verify_checkpoint(out) == []
     assert read_manifest(out)["recipe"]["name"] == recipe

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 
 from tests import packed, tiny_vlm
+from tests.conftest import NEEDS_BITSANDBYTES
 from vlmquant import loading
 from vlmquant.components import resolve_components
 from vlmquant.errors import CheckpointError, InputError, UsageError
@@ -294,7 +295,7 @@ def test_loading_leaves_the_table_of_transformers_as_it_was(tiny_llava: Path, da
 # --- bitsandbytes ---
 
 needs_bitsandbytes = pytest.mark.skipif(
-    any(find_spec(name) is None for name in bitsandbytes.PACKAGES), reason="needs vlmquant[bitsandbytes]"
+    any(find_spec(name) is None for name in bitsandbytes.PACKAGES), reason=NEEDS_BITSANDBYTES
 )
 
 
