@@ -15,6 +15,7 @@ from vlmquant.recommend import CANDIDATES, GUIDE, ORIGINAL, parse_gpu
 from vlmquant.serving import USABLE
 
 SMALL = ("--context", "100", "--image-size", "64x48")
+HOPPER = ("--accuracy", "--gpu", "hopper")
 CACHE = 2 * 2 * 2 * 64 * (100 + 4) * 2
 """Of one sequence: keys and values of two layers, two heads of 64, 104 tokens, 16 bits."""
 
@@ -87,6 +88,27 @@ def test_with_less_memory_come_fewer_bits(run: Run, tiny_llava: Path) -> None:
     assert "GPTQ" in answer["reason"]
     answer = found(run, tiny_llava, "--gpu-memory", memory_for(sizes["w3"]))
     assert answer["recommended"] == "w3"
+
+
+def test_accuracy_first_goes_by_what_was_lost() -> None:
+    """8 bits before GPTQ before AWQ: no candidate has a KL that is surely lower than that of one before it."""
+    rows = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "reference.json").read_text())["rows"]
+    lost = {row["method"]: row["KL"] for row in rows if row["KL"]}
+    order = [name for name in GUIDE["accuracy"] if name in lost]
+    assert order == ["int8", "gptq-w4", "mixed", "awq-w4", "mixed-awq", "w3"]
+    for number, earlier in enumerate(order):
+        for later in order[number + 1 :]:
+            assert lost[later]["high"] > lost[earlier]["low"], (earlier, later)
+    assert lost["int8"]["high"] < lost["gptq-w4"]["low"]
+    assert max(lost[name]["high"] for name in ("gptq-w4", "mixed")) < lost["awq-w4"]["low"]
+
+
+def test_accuracy_first_says_that_8_bits_come_before_4(run: Run, tiny_llava: Path) -> None:
+    _, out, _ = run("recommend", "--help")
+    assert "the most bits that fit, 8 before 4, since 4 always lose more; of 4, GPTQ's" in " ".join(out.split())
+    answer = found(run, tiny_llava, "--gpu-memory", memory_for(planned(tiny_llava, "hopper-fp8").bytes_after), *HOPPER)
+    assert answer["recommended"] == "hopper-fp8"
+    assert "as 8 lose less than any 4; of 4, GPTQ's are the best" in answer["reason"]
 
 
 def test_its_numbers_are_those_of_plan(run: Run, tiny_llava: Path) -> None:

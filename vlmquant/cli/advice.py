@@ -23,7 +23,13 @@ def recommend(
         ),
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Fast answers come first; needs --gpu.")] = False,
-    accuracy: Annotated[bool, typer.Option("--accuracy", help="Accuracy comes first.")] = False,
+    accuracy: Annotated[
+        bool,
+        typer.Option(
+            "--accuracy",
+            help="Accuracy comes first: the most bits that fit, 8 before 4, since 4 always lose more; of 4, GPTQ's.",
+        ),
+    ] = False,
     batch: Batch = None,
     context: Context = None,
     images: Images = None,
