@@ -3,6 +3,8 @@
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from vlmquant.report.numbers import count_text
 from vlmquant.serving import Wish, serve
 from vlmquant.support import load_support
 from vlmquant.tables import models, reports, sets, work
-from vlmquant.tables.layout import Table, make_table, words, wrapped
+from vlmquant.tables.layout import Table, make_table, shortened, words, wrapped
 
 WIDTHS = [60, 80, 100, 120, 200]
 UNIT = r"(?:B|[kMG]i?B|k|M|%|s|points|nats/token)"
@@ -75,6 +77,53 @@ def tables(tiny_llava: Path) -> list[Table]:
 def test_every_table_of_ours_fits(tables: list[Table], width: int) -> None:
     for table in tables:
         assert_fits(table, width)
+
+
+def in_terminal(table: Table, width: int) -> list[str]:
+    """The lines of a terminal, without its styles."""
+    file = StringIO()
+    table.print(Console(file=file, width=width, force_terminal=True))
+    return [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in file.getvalue().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (60, ["weight", "becomes"]),
+        (80, ["weight", "becomes", "bytes after"]),
+        (100, ["weight", "becomes", "shape", "bytes before", "bytes after"]),
+    ],
+)
+def test_every_weight_is_one_line_of_a_narrow_terminal(tiny_llava: Path, width: int, columns: list[str]) -> None:
+    table = models.plan_lines_table(plan_model(tiny_llava, load_recipe("mixed"))[1])
+    long = replace(table, rows=tuple((f"model.{row[0]}", *row[1:]) for row in table.rows))
+    title, head, rule, *lines = in_terminal(long, width)
+    rows, caption = lines[: len(table.rows)], " ".join(" ".join(lines[len(table.rows) :]).split())
+    assert title == "Every weight"
+    assert re.split(r"\s{2,}", head) == columns
+    assert set(rule) == {"-", " "}
+    assert max(map(len, (head, rule, *rows))) <= width
+    places = [long.columns.index(column) for column in columns[1:]]
+    for row, line in zip(long.rows, rows, strict=True):
+        name, *cells = re.split(r"\s{2,}", line)
+        assert cells == [row[place] for place in places]
+        head_of, _, tail = name.partition("…")
+        assert row[0].startswith(head_of)
+        assert row[0].endswith(tail)
+    assert len({line.split()[0] for line in rows}) == len(rows)
+    assert f"To fit {width} columns, long names are shortened (…) and component, why" in caption
+    assert long.text(width) == replace(long, fewer=()).text(width)  # a file has all
+    assert in_terminal(long, 250) == long.text(250).splitlines()
+
+
+def test_an_ellipsis_leaves_the_numbers_of_layers_and_experts() -> None:
+    name = "model.language_model.layers.11.mlp.experts.127.down_proj.weight"
+    assert shortened(name, len(name)) == name
+    assert shortened(name, 40) == "mode…11.mlp.experts.127.down_proj.weight"
+    assert shortened("model.vision_tower.encoder.layers.11.self_attn.out_proj.weight", 50) == (
+        "model.vision_tower.en…11.self_attn.out_proj.weight"
+    )
+    assert shortened("0123456789", 6) == "01…789"
 
 
 CELLS: list[Callable[[random.Random], str]] = [

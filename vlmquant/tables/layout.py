@@ -1,7 +1,8 @@
 """Tables of text that fit a width: columns side by side, else below their row's name, else one value a line.
 
-Nothing is cut and nothing dropped. Lines break between words only; a number and its unit are one word, and so is an
-interval. A word that is longer than the width makes its line longer, and can still be copied.
+Nothing is cut and nothing dropped, but by tables that are made to say less on a narrow terminal, and say so. Lines
+break between words only; a number and its unit are one word, and so is an interval. A word that is longer than the
+width makes its line longer, and can still be copied.
 """
 
 import re
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 GAP = 2
 """Spaces between two columns; one where the table fits by that."""
 INDENT = "  "
+ELLIPSIS = "…"
+LEAST_NAME = 36
+"""Characters that a shortened name has; where fewer are left, another column is left out."""
 MOST_LINES = 5
 """Of one cell; where it would need more, the columns stand one below the other."""
 UNITS = ("B", "kB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "k", "M", "%", "s", "h", "min", "ms", "points", "nats/token")
@@ -41,8 +45,15 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     left: int = 1
     caption: tuple[str, ...] = ()
+    fewer: tuple[str, ...] = ()
+    """Columns in the order in which they are worth their width, if some may be left out on a narrow terminal. The first
+    holds names, which may be shortened there."""
 
-    def lines(self, width: int) -> Iterator[Line]:
+    def lines(self, width: int, *, brief: bool = False) -> Iterator[Line]:
+        """brief: a terminal that shows less where it is narrow."""
+        if brief and self.fewer and side_by_side(self, width) is None and (short := shorter(self, width)):
+            yield from short.lines(width)
+            return
         yield from (("title", line) for line in wrapped(self.title, width))
         yield from self._body(width)
         yield from (("caption", line) for text in self.caption for line in wrapped(text, width, indent=INDENT))
@@ -62,19 +73,27 @@ class Table:
         """A line that is longer than the console goes there whole."""
         from rich.text import Text
 
-        lines = Text("\n").join(Text(line, style=STYLES[kind]) for kind, line in self.lines(console.width))
+        drawn = self.lines(console.width, brief=console.is_terminal)
+        lines = Text("\n").join(Text(line, style=STYLES[kind]) for kind, line in drawn)
         console.print(lines, soft_wrap=True)
 
 
 def make_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, caption: Iterable[str] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: int = 1,
+    caption: Iterable[str] = (),
+    fewer: Sequence[str] = (),
 ) -> Table:
     """A table of anybody's texts: what is not printable in them is escaped."""
 
     def safe(texts: Iterable[str]) -> tuple[str, ...]:
         return tuple(shown(text, limit=LINE_CHARACTERS) for text in texts)
 
-    return Table(shown(title, limit=LINE_CHARACTERS), tuple(columns), tuple(map(safe, rows)), left, safe(caption))
+    made = tuple(map(safe, rows))
+    return Table(shown(title, limit=LINE_CHARACTERS), tuple(columns), made, left, safe(caption), tuple(fewer))
 
 
 def words(text: str) -> list[str]:
@@ -116,6 +135,40 @@ def side_by_side(table: Table, width: int) -> Block | None:
     if any(len(lines) > MOST_LINES for lines in rows):
         return None
     return [*row_lines(table.columns, low=True), (" " * gap).join("-" * size for size in widths)], rows
+
+
+def shorter(table: Table, width: int) -> Table | None:
+    """As many of table.fewer as fit on one line a row, and shortened names; None where not even two of them do."""
+    columns = dict(zip(table.columns, zip(*table.rows, strict=True), strict=True))
+    full = {name: max(map(cell_len, (name, *column))) for name, column in columns.items()}
+    name = table.fewer[0]
+    for count in range(len(table.fewer), 1, -1):
+        kept = [column for column in table.columns if column in table.fewer[:count]]
+        room = width - sum(full[column] + GAP for column in kept if column != name)
+        if room >= min(LEAST_NAME, full[name]):
+            break
+    else:
+        return None
+    told = [f"long names are shortened ({ELLIPSIS})"] if full[name] > room else []
+    if missing := [column for column in table.columns if column not in kept]:
+        told.append(f"{', '.join(missing)} {'are' if len(missing) > 1 else 'is'} left out")
+    note = f"To fit {width} columns, {' and '.join(told)}; a file and --json have all."
+    columns[name] = tuple(shortened(cell, room) for cell in columns[name])
+    left = sum(column in kept for column in table.columns[: table.left])
+    rows = tuple(zip(*(columns[column] for column in kept), strict=True))
+    return Table(table.title, tuple(kept), rows, left, (*table.caption, note))
+
+
+def shortened(name: str, width: int) -> str:
+    """A name with an ellipsis where most of it is alike in many: in its middle, but for the numbers of layers and
+    experts, which stay if they can."""
+    excess = len(name) - width + 1
+    if excess < 2:
+        return name
+    starts = range(1, len(name) - excess)
+    whole = [start for start in starts if not re.search("[0-9]", name[start : start + excess])]
+    start = min(whole or starts, key=lambda start: abs(2 * start + excess - len(name)))
+    return name[:start] + ELLIPSIS + name[start + excess :]
 
 
 def _longest(text: str) -> int:

@@ -211,6 +211,6 @@ def plan_lines_table(plan: Plan) -> Table:
         )
         for line in plan.lines
     ]
-    return make_table(
-        "Every weight", ("weight", "component", "becomes", "why", "shape", "bytes before", "bytes after"), rows, left=4
-    )
+    columns = ("weight", "component", "becomes", "why", "shape", "bytes before", "bytes after")
+    fewer = ("weight", "becomes", "bytes after", "bytes before", "shape", "component")
+    return make_table("Every weight", columns, rows, left=4, fewer=fewer)
