@@ -30,6 +30,9 @@ KEPT_WIDTHS = 3.0
 RUNNING_WIDTHS = 3.0
 """Vectors as wide as a linear's inputs that a pass holds beside them on its way there: what a gate, its activation and
 what it multiplies put out. They count where statistics are summed up while passes run again."""
+COMPARED_COPIES = 6
+"""Of a batch's inputs, where they are compared with those of the original model: real tokens of both, their difference,
+and each of these without the samples held out."""
 SCRATCH_BYTES = 64 << 20
 """Of compiled loops, of the libraries' own buffers, of the writer, and what allocators do not give back."""
 SHARE = 0.9
@@ -160,7 +163,8 @@ def predict(
             )
             running = RUNNING_WIDTHS * inputs if rerun else 0.0
             kept = (largest if rerun else rows) * (KEPT_WIDTHS * width + inputs + running) * dtype.itemsize
-            kept *= chains if any(stage.aimed for stage in stages) else 1
+            if any(stage.aimed for stage in stages):
+                kept = chains * kept + COMPARED_COPIES * largest * inputs * FLOAT_BYTES
             one = {
                 "process": base,
                 "scratch": SCRATCH_BYTES,
