@@ -231,7 +231,10 @@ LAYER = "language_model.model.layers.0.mlp.up_proj"
         (lambda t: t.pop(f"{LAYER}.weight_zero_point"), "up_proj: tensor weight_zero_point is missing"),
         (lambda t: t.pop("language_model.model.norm.weight"), "1 missing keys: model.language_model.norm.weight"),
         (lambda t: t.update({"language_model.model.extra": torch.zeros(2)}), "1 unexpected keys: .*extra"),
-        (lambda t: t[f"{LAYER}.weight_scale"].fill_(torch.nan), "up_proj: weight_scale holds values that are not"),
+        (
+            lambda t: t[f"{LAYER}.weight_scale"].fill_(torch.nan),
+            "up_proj: weight_scale holds values that are 0",
+        ),
         (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(384, 3)}), "cannot load it|mismatched"),
         (lambda t: t.update({"language_model.model.norm.weight": torch.ones(3)}), "cannot load it|mismatched"),
         (lambda t: t[f"{LAYER}.weight_shape"].fill_(7), "up_proj: weight_packed has shape"),

@@ -131,7 +131,11 @@ LAYER = "language_model.model.layers.0.mlp.up_proj"
         ("awq", lambda t: t.pop(f"{LAYER}.qzeros"), "up_proj: tensor qzeros is missing"),
         ("awq", lambda t: t.update({f"{LAYER}.g_idx": torch.zeros(2)}), "1 unexpected keys: .*g_idx"),
         ("awq", lambda t: t.update({f"{LAYER}.scales": torch.ones(3, 384).half()}), "cannot load it|mismatched"),
-        ("gptq", lambda t: t[f"{LAYER}.scales"].fill_(torch.nan), "up_proj: scales holds values that are not"),
+        (
+            "gptq",
+            lambda t: t[f"{LAYER}.scales"].fill_(torch.nan),
+            "up_proj: scales holds values that are 0",
+        ),
         ("gptq", lambda t: t[f"{LAYER}.g_idx"].fill_(0), "up_proj: g_idx does not give each of 2 groups"),
         ("gptq", lambda t: t.update({f"{LAYER}.qweight": t[f"{LAYER}.qweight"].long()}), "qweight is torch.int64"),
     ],

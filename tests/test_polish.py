@@ -160,7 +160,7 @@ def test_the_command_says_what_it_did(lossy: Path, tmp_path: Path, monkeypatch: 
     words = [
         "polish",
         str(lossy),
-        "--original",
+        "--reference",
         str(MODEL),
         "-c",
         str(CALIBRATION),

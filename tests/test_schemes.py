@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,10 @@ def test_static_scales_map_the_largest_input_of_calibration_to_the_largest_code(
     finish = Stage.finish
 
     def listening(stage: Stage, quantized: dict[str, object]) -> None:
-        batches = (inputs if mask is None else inputs[mask.bool()] for inputs, mask in stage._inputs)
+        batches = (
+            inputs if mask is None else inputs[mask.bool()]
+            for inputs, mask in ((one.inputs, one.counts) for one in stage._inputs)
+        )
         largest = max(inputs.abs().max().item() for inputs in batches)
         heard.update({linear.name: largest for linear in stage.linears.values()})
         finish(stage, quantized)  # type: ignore[arg-type]
@@ -237,7 +241,10 @@ def test_one_scale_for_inputs_of_which_one_is_massive_is_told_of(
 
     def listening(stage: Stage, quantized: dict[str, object]) -> None:
         rows = torch.cat(
-            [x[mask.bool()] if mask is not None else x.flatten(0, -2) for x, mask in stage._inputs]
+            [
+                x[mask.bool()] if mask is not None else x.flatten(0, -2)
+                for x, mask in ((one.inputs, one.counts) for one in stage._inputs)
+            ]
         ).float()
         step = rows.abs().max() / 127
         left = (rows / step).round() * step - rows
@@ -304,7 +311,7 @@ def test_inputs_that_are_all_zeros_have_no_scale(
     from vlmquant.stream import Stage
 
     rows = Stage._rows
-    monkeypatch.setattr(Stage, "_rows", lambda self: ((one * 0, count) for one, count in rows(self)))
+    monkeypatch.setattr(Stage, "_rows", lambda self: (replace(one, inputs=one.inputs * 0) for one in rows(self)))
     recipe = parse_recipe(f"version: 1\nname: x\ncomponents: {{language: {name}}}\n", name="x.yaml")
     with pytest.raises(SentinelError, match=f"no scale for their inputs; use {instead} there"):
         quantize(tiny_llava, recipe, tmp_path / "out", calibration=write_small_set(tmp_path / "set"))

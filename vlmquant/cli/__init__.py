@@ -118,7 +118,7 @@ COMMANDS = {
     ),
     "polish": Entry(
         checkpoints.polish,
-        ("on more samples\nvlmquant polish out --original model --samples 448 --out out-p",),
+        ("on more samples\nvlmquant polish out --reference model --samples 448 --out out-p",),
         (EXIT_DOES_NOT_FIT,),
     ),
     "verify": Entry(checkpoints.verify, ("after a download\nvlmquant verify out",), (EXIT_CACHE_SCALE,)),

@@ -37,7 +37,7 @@ def export(
 
 def polish(
     checkpoint: Annotated[Path, typer.Argument(help="Quantized checkpoint whose codes are integers.")],
-    original: Annotated[str, typer.Option("--original", help="The model that it was made of: directory or hub id.")],
+    reference: Annotated[str, typer.Option("--reference", help="The model that it was made of: directory or hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new checkpoint.")],
     calibration: Annotated[
         str | None, typer.Option("--calibration", "-c", help="Set to tune on; that of the recipe if none is given.")
@@ -59,7 +59,7 @@ def polish(
 
     done = tune(
         checkpoint,
-        original,
+        reference,
         out,
         calibration=calibration,
         samples=samples,
