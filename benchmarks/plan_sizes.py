@@ -4,16 +4,19 @@
 
 The models are rows of model_sizes.py, quantized by the default recipe on as many samples as it asks for, each with an
 image of IMAGE_TOKENS and a text of TEXT_TOKENS. What budget.predict says of them is the fastest way to run the
-calibration passes and the one that holds least. Times are in float32, at the rate of products that this machine has on
-so many threads, which is written down beside them. No weight exists and none is read. README.md is filled from it.
+calibration passes and the one that holds least, for each effort. Times are in float32, at the rate of products that
+this machine has on so many threads, which is written down beside them. No weight exists and none is read. README.md is
+filled from it.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,7 +27,7 @@ from scale.models import write_headers
 
 from vlmquant import budget, compiled
 from vlmquant.pipeline import BATCH_SIZE, find_components, plan_components
-from vlmquant.recipe import DEFAULT_RECIPE, load_recipe
+from vlmquant.recipe import DEFAULT_RECIPE, Effort, load_recipe
 from vlmquant.stream import Footprint, Place
 
 RESULTS = Path(__file__).parent / "results" / "plan_sizes.json"
@@ -34,14 +37,21 @@ IMAGE_TOKENS, TEXT_TOKENS = 1024, 176
 PATCHES_PER_TOKEN = 4
 """In all of these models two by two patches of the vision encoder become a token of the language model."""
 FLOAT = torch.float32
-TURNS = 50
-"""Measurements of the rate of products, of which the fastest counts: on a busy machine most are disturbed."""
+EFFORTS = get_args(Effort)
+ROUNDS = 40
+"""Products by which the rate is found."""
 
 
-def find_rate() -> float:
-    """Products in a second, as budget.predict measures them."""
-    once = budget._products_per_second.__wrapped__  # type: ignore[attr-defined]  # else the first answer is kept
-    return max(once(FLOAT, torch.device("cpu")) for _ in range(TURNS))
+def find_rate(threads: int) -> float:
+    """Products in a second of a machine that does nothing else: as budget.predict has them, but by CPU time."""
+    left, right = (torch.ones(budget.MATRIX, budget.MATRIX, dtype=FLOAT) for _ in range(2))
+    taken = []
+    with torch.no_grad():
+        for _ in range(ROUNDS):
+            start = time.process_time()
+            left @ right
+            taken.append(time.process_time() - start)
+    return budget.MATRIX**3 * threads / statistics.median(taken[1:])
 
 
 def footprint_of(config: Any, samples: int) -> Footprint:
@@ -63,18 +73,16 @@ def footprint_of(config: Any, samples: int) -> Footprint:
 def measure(name: str, folder: Path, *, base: int) -> dict[str, Any]:
     """base: bytes that the process holds before any of it."""
     recipe = load_recipe(DEFAULT_RECIPE)
-    components, plan = plan_components(find_components(write_headers(config_of(name), folder)), recipe)
+    components = find_components(write_headers(config_of(name), folder))
     footprint = footprint_of(components.config, recipe.calibration.samples)
-    ways = [
-        budget.predict(components, plan, footprint, base=base, dtype=FLOAT, passes=way)
-        for way in (budget.WAYS[0], budget.WAYS[-1])
-    ]
-    return {
-        "name": name,
-        "parameters": sum(one.nbytes for one in components.parameters) // components.dtype.itemsize,
-        "bytes_before": plan.bytes_before,
-        "bytes_after": plan.bytes_after,
-        "ways": [
+    efforts = {}
+    for effort in EFFORTS:
+        taken, plan = plan_components(components, recipe.model_copy(update={"effort": effort}))
+        ways = [
+            budget.predict(taken, plan, footprint, base=base, dtype=FLOAT, passes=way)
+            for way in (budget.WAYS[0], budget.WAYS[-1])
+        ]
+        efforts[effort] = [
             {
                 "passes": way.passes.label,
                 "peak_bytes": way.peak_bytes,
@@ -83,7 +91,13 @@ def measure(name: str, folder: Path, *, base: int) -> dict[str, Any]:
                 "phases": way.phases,
             }
             for way in ways
-        ],
+        ]
+    return {
+        "name": name,
+        "parameters": sum(one.nbytes for one in components.parameters) // components.dtype.itemsize,
+        "bytes_before": plan.bytes_before,
+        "bytes_after": plan.bytes_after,
+        "efforts": efforts,
     }
 
 
@@ -95,7 +109,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     recipe = load_recipe(DEFAULT_RECIPE)
     compiled.available()  # as in `quantize`, where numba is part of the process before any work
-    rate = find_rate()
+    rate = find_rate(arguments.threads)
     budget._products_per_second = lambda dtype, device: rate
     base, found = budget.resident_bytes(), {}
     for size, name in MODELS.items():

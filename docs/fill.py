@@ -351,16 +351,18 @@ def time_and_memory() -> str:
     found = json.loads(WORK.read_text(encoding="utf-8"))
     rows = []
     for one in found["models"].values():
-        fastest, least = one["ways"]
-        cells = (text for way in (fastest, least) for text in (gigabytes(way["peak_bytes"]), hours(way["seconds"])))
-        rows.append((one["name"], gigabytes(one["bytes_before"]), gigabytes(one["bytes_after"]), *cells))
-    columns = ("model", "16 bits", f"`{found['recipe']}`", "memory", "time", "least memory", "time")
+        sizes = (one["name"], gigabytes(one["bytes_before"]), gigabytes(one["bytes_after"]))
+        for effort, ways in one["efforts"].items():
+            taken = (text for way in ways for text in (gigabytes(way["peak_bytes"]), hours(way["seconds"])))
+            rows.append((*(sizes if len(rows) % len(one["efforts"]) == 0 else ("", "", "")), effort, *taken))
+    columns = ("model", "16 bits", f"`{found['recipe']}`", "effort", "memory", "time", "least memory", "time")
     threads = f"{found['threads']} threads" if found["threads"] > 1 else "one thread"
     rate = found["products_per_second"] / 1e9
     told = (
-        f"Planned, not measured, for {found['samples']} samples of {found['image_tokens']:,} image tokens and "
-        f"{found['text_tokens']:,} text tokens, on {threads} of an\n{found['environment']['cpu']} with {rate:.0f} "
-        f"billion {found['dtype']} products (multiply and add) a second; time falls as that number rises."
+        f"Planned, not measured, for {found['samples']} samples of "
+        f"{found['image_tokens']:,} image tokens and {found['text_tokens']:,} text tokens, on {threads} of an\n"
+        f"{found['environment']['cpu']} with {rate:.0f} billion {found['dtype']} products (multiply and add) a second; "
+        "time falls as that number rises."
     )
     return f"{table(columns, rows, numbers=len(columns) - 1)}\n{told}\n"
 
