@@ -26,7 +26,7 @@ from provenance import provenance
 from scale.models import write_headers
 
 from vlmquant import budget, compiled
-from vlmquant.pipeline import BATCH_SIZE, find_components, plan_components
+from vlmquant.pipeline import BATCH_SIZE, BATCH_TOKENS, find_components, plan_components
 from vlmquant.recipe import DEFAULT_RECIPE, Effort, load_recipe
 from vlmquant.stream import Footprint, Place
 
@@ -58,7 +58,8 @@ def footprint_of(config: Any, samples: int) -> Footprint:
     """What the calibration passes of so many samples keep between blocks."""
 
     def place(tokens: int, width: int) -> Place:
-        return Place(samples * tokens, width, samples * tokens * width * FLOAT.itemsize, BATCH_SIZE * tokens)
+        largest = min(BATCH_SIZE * tokens, max(BATCH_TOKENS, tokens))
+        return Place(samples * tokens, width, samples * tokens * width * FLOAT.itemsize, largest)
 
     vision, patches = config.vision_config, PATCHES_PER_TOKEN * IMAGE_TOKENS
     side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]

@@ -1,5 +1,6 @@
 """Samples -> batches: exact answer masks, one path through the processor, padding that changes nothing."""
 
+import itertools
 import json
 import re
 import shutil
@@ -391,3 +392,24 @@ def test_the_name_of_an_unknown_processor_is_cut_short(tiny_llava: Path, tmp_pat
         load_processor(model)
     assert len(str(caught.value)) < 1000
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("most", [60, 100, 1000])
+def test_batches_hold_no_more_tokens_than_they_may(tiny_llava: Path, samples: list[Sample], most: int) -> None:
+    encoder = Encoder(load_processor(tiny_llava))
+    pairs = [(sample, sample.answers[0]) for sample in samples] * 3
+    options = {"max_tokens": 500, "batch_size": 8, "pad_side": "right"}
+    whole, report = batch_pairs(pairs, encoder, **options)
+    few, same = batch_pairs(pairs, encoder, **options, batch_tokens=most)
+    assert report == same
+    assert [pair for batch in few for pair in batch.pairs] == [pair for batch in whole for pair in batch.pairs]
+    for batch in few:
+        made = batch()
+        assert made.answer_mask.shape == (len(batch.pairs), batch.longest)
+        assert made.answer_mask.numel() <= most or len(batch.pairs) == 1
+    # None could have taken the first sample of the next.
+    for batch, following in itertools.pairwise(few):
+        next_one = following.encoder.encode(*following.pairs[0])
+        if len(following.pairs[0][0].images) == len(batch.pairs[0][0].images) and len(batch.pairs) < 8:
+            assert (len(batch.pairs) + 1) * next_one.tokens > most
+    assert len(few) > len(whole) or most == 1000

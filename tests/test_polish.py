@@ -22,7 +22,7 @@ from vlmquant.recipe import Scheme, parse_recipe
 
 DEMO = Path(demo.__file__).parent
 MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
-SAMPLES = 48
+SAMPLES = 96
 LOSSY = "{scheme: {bits: 3, group_size: 32, symmetric: SYM}, method: gptq}"
 
 

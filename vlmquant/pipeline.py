@@ -79,7 +79,9 @@ UNTIED = (
     "tensors; both are kept, and the new config says that they are not tied"
 )
 BATCH_SIZE = 16
-"""Calibration samples in one forward pass: enough for the matmuls, little enough for memory."""
+BATCH_TOKENS = 4096
+"""Calibration samples in one forward pass, and their tokens with padding: enough for the matmuls, little enough for
+memory."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,11 @@ def quantize(
         selection = choose_samples(load_set(chosen.set), chosen)
         inputs.watch(path for sample in selection.samples for path in sample.images)
         batches, made = make_batches(
-            selection.samples, load_processor(components.model_dir), max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE
+            selection.samples,
+            load_processor(components.model_dir),
+            max_tokens=chosen.max_tokens,
+            batch_size=BATCH_SIZE,
+            batch_tokens=BATCH_TOKENS,
         )
         _refuse_idle(ranks, batches)
         manifest["calibration"] = _calibration_record(selection, made, set_name=chosen.set)
@@ -265,7 +271,9 @@ def plan_work(
         chosen = _calibration_of(recipe, calibration)
         samples = choose_samples(load_set(chosen.set), chosen).samples
         processor = load_processor(components.model_dir)
-        batches, _ = make_batches(samples, processor, max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE)
+        batches, _ = make_batches(
+            samples, processor, max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE, batch_tokens=BATCH_TOKENS
+        )
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
         gc.collect()
     return _predictions(components, plan, footprint, dtype, device)

@@ -37,7 +37,7 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import load_set
 from vlmquant.cli.words import parse_bytes
 from vlmquant.evaluation.settings import Settings
-from vlmquant.pipeline import BATCH_SIZE, evaluate, plan_model
+from vlmquant.pipeline import BATCH_SIZE, BATCH_TOKENS, evaluate, plan_model
 from vlmquant.recipe import load_recipe
 from vlmquant.report.table import compare_rows
 from vlmquant.stream import Footprint, Place
@@ -146,7 +146,9 @@ def project(name: str, folder: Path, *, base: int) -> dict[str, Any]:
         shapes = [one for one in components.linears if one.component == component]
         width = min(one.in_features for one in shapes)
         rows = SAMPLES * tokens
-        found[component] = Place(rows, width, rows * width * dtype.itemsize, BATCH_SIZE * tokens)
+        found[component] = Place(
+            rows, width, rows * width * dtype.itemsize, min(BATCH_SIZE * tokens, max(BATCH_TOKENS, tokens))
+        )
     footprint = Footprint(found, SAMPLES * 3 * 1024 * 1024 * dtype.itemsize)
     ways = [predict(components, plan, footprint, base=base, dtype=dtype, passes=way) for way in WAYS]
     shutil.rmtree(folder / "headers")

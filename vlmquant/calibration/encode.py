@@ -434,21 +434,30 @@ class BatchMaker:
 
 
 def make_batches(
-    samples: Sequence[Sample], processor: Any, *, max_tokens: int, batch_size: int
+    samples: Sequence[Sample], processor: Any, *, max_tokens: int, batch_size: int, batch_tokens: int | None = None
 ) -> tuple[list[BatchMaker], BatchReport]:
     """Calibration batches: every sample with its first answer, padded on the right; see `batch_pairs`."""
     pairs = [(sample, sample.answers[0]) for sample in samples]
     encoder = Encoder(processor, tidy_captions=are_tokenized(samples))
-    return batch_pairs(pairs, encoder, max_tokens=max_tokens, batch_size=batch_size, pad_side="right")
+    return batch_pairs(
+        pairs, encoder, max_tokens=max_tokens, batch_size=batch_size, pad_side="right", batch_tokens=batch_tokens
+    )
 
 
 def batch_pairs(
-    pairs: Sequence[tuple[Sample, str | None]], encoder: Encoder, *, max_tokens: int, batch_size: int, pad_side: str
+    pairs: Sequence[tuple[Sample, str | None]],
+    encoder: Encoder,
+    *,
+    max_tokens: int,
+    batch_size: int,
+    pad_side: str,
+    batch_tokens: int | None = None,
 ) -> tuple[list[BatchMaker], BatchReport]:
     """How to make each batch of (sample, answer) pairs; images are opened when a batch is made, so none wait in memory.
 
     A batch holds samples with the same number of images and of nearly the same length. The order depends on nothing but
     the pairs: samples with most images first, then by length. A sample longer than max_tokens is left out and counted.
+    batch_tokens: of a batch with its padding, unless one sample has more.
     Raises InputError if nothing is left.
     """
     kept: list[tuple[int, int, int]] = []
@@ -474,7 +483,8 @@ def batch_pairs(
     batches: list[BatchMaker] = []
     start = 0
     for end in range(1, len(kept) + 1):
-        if end == len(kept) or end - start == batch_size or kept[end][0] != kept[start][0]:
+        full = end == len(kept) or end - start == batch_size or kept[end][0] != kept[start][0]
+        if full or (batch_tokens is not None and (end + 1 - start) * kept[end][1] > batch_tokens):
             some = [pairs[position] for *_, position in kept[start:end]]
             batches.append(BatchMaker(encoder, some, pad_side, kept[end - 1][1]))
             start = end
