@@ -293,7 +293,7 @@ def test_sample_counts() -> None:
 
 def with_streams(command: str, **streams: Any) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own, with the body of a command in place of all commands."""
-    program = f"from vlmquant import cli, progress\ndef app():\n    {command}\ncli.app = app\ncli.main()"
+    program = f"from vlmquant import cli, progress\ndef app(prog_name):\n    {command}\ncli.app = app\ncli.main()"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run([sys.executable, "-c", program], text=True, check=False, env=environment, **pipes)
