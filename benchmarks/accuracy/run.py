@@ -1,7 +1,7 @@
 """Loss of recipes over several draws of the calibration samples, on the same held-out samples: what decides a default.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy/run.py MODEL --calibration SET --test SET --work DIR
-        [--recipes NAME_OR_FILE ...] [--draws 0 1 2] [--polish NAME_OR_FILE] [--out FILE]
+        [--recipes NAME_OR_FILE ...] [--draws 0 1 2] [--out FILE]
 
 Each recipe is quantized once for each draw (the seed of the choice of 128 samples: 96 captions, 16 vqa, 16 object), in
 a process of its own, and scored teacher-forced on 80 captions with two references each, 60 vqa and 60 object samples,
@@ -33,7 +33,11 @@ from vlmquant.recipe import load_recipe
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 CALIBRATION_STRATA = {"caption": 96, "vqa": 16, "object": 16}
 TEST_STRATA = "caption=80,vqa=60,object=60"
-RECIPES = ("gptq-w4-fast", "gptq-w4")
+RECIPES = tuple(
+    str(Path(__file__).parent / "recipes" / f"{name}.yaml")
+    for name in ("gptq-w4-plain", "gptq-w4-fast", "gptq-w4-default")
+)
+"""What was the default, and what is at both efforts."""
 
 
 def quantize(model: Path, recipe: str, draw: int, *, calibration: Path, work: Path) -> dict[str, Any]:
