@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from tests.test_stream import CLOSE, batches_of, same_weight
+from tests.test_stream import CLOSE, batches_of, same_weight, stream_of
 from tests.tiny_vlm import KINDS, build
 from vlmquant.algorithms import ALGORITHMS
-from vlmquant.components import ComponentMap, resolve_components
+from vlmquant.components import resolve_components
 from vlmquant.planning import make_plan
 from vlmquant.recipe import Recipe, parse_recipe
 from vlmquant.stream import BlockResult, BlockStream, Moments
@@ -29,26 +29,6 @@ HELD = 1
 def recipe_of(vision: str = "w8a8-dynamic", overrides: str = "[]") -> Recipe:
     text = RECIPE.replace("VISION", vision).replace("OVERRIDES", overrides)
     return parse_recipe(text.replace("{scheme: fp16, method: int8}", "fp16"), name="test")
-
-
-def stream_of(
-    components: ComponentMap,
-    recipe: Recipe,
-    batches: list[Any],
-    restore: dict[str, BlockResult] | None = None,
-    **more: Any,
-) -> BlockStream:
-    return BlockStream(
-        components,
-        make_plan(components, recipe),
-        dict(recipe.specs()),
-        batches,
-        outside={},
-        restore=lambda info: (restore or {}).get(info.name),
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        **more,
-    )
 
 
 def copy_of(moments: Moments) -> Moments:

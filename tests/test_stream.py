@@ -43,7 +43,11 @@ def batches_of(kind: str, seeds: tuple[int, ...] = (0, 1)) -> list[Any]:
 
 
 def stream_of(
-    components: ComponentMap, recipe: Recipe, batches: list[Any], restore: dict[str, BlockResult] | None = None
+    components: ComponentMap,
+    recipe: Recipe,
+    batches: list[Any],
+    restore: dict[str, BlockResult] | None = None,
+    **more: Any,
 ) -> BlockStream:
     return BlockStream(
         components,
@@ -54,6 +58,7 @@ def stream_of(
         restore=lambda info: (restore or {}).get(info.name),
         dtype=torch.float32,
         device=torch.device("cpu"),
+        **more,
     )
 
 

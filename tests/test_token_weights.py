@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.test_stream import batches_of, same_weight
+from tests.test_stream import batches_of, same_weight, stream_of
 from tests.tiny_vlm import build
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import resolve_components
-from vlmquant.planning import make_plan
 from vlmquant.recipe import TokenWeights, parse_recipe
-from vlmquant.stream import BlockResult, BlockStream
+from vlmquant.stream import BlockResult
 
 RECIPE = "name: test\ncomponents:\n  language: {scheme: w4a16, method: gptq}\n"
 
@@ -32,18 +31,7 @@ def run(
     components = resolve_components(model_dir)
     recipe = parse_recipe(RECIPE, name="test")
     made = [marked(make()) for make in batches_of("llava")]
-    stream = BlockStream(
-        components,
-        make_plan(components, recipe),
-        dict(recipe.specs()),
-        [lambda one=one: one for one in made],
-        outside={},
-        restore=lambda info: None,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        token_weights=weights,
-        rerun=rerun,
-    )
+    stream = stream_of(components, recipe, [lambda one=one: one for one in made], token_weights=weights, rerun=rerun)
     hessians, results = {}, {}
     for block in stream:
         for stage in block.stages():

@@ -145,14 +145,12 @@ def carried_by(coded: Coded, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def units_of(coded: Coded, *, also: Iterable[str] = ()) -> Iterator[tuple[str | None, list[str]]]:
-    """The coded weights outside all blocks (None), then those of each block; and units that hold others besides."""
+    """The coded weights outside all blocks (None), then those of each block; among them others that are named."""
     blocks = {f"{info.name}.": info.name for info in coded.components.blocks}
     found: dict[str | None, list[str]] = {}
-    for name in coded.schemes:
+    for name in (*coded.schemes, *also):
         owner = next((block for prefix, block in blocks.items() if name.startswith(prefix)), None)
         found.setdefault(owner, []).append(name)
-    for name in also:
-        found.setdefault(next((block for prefix, block in blocks.items() if name.startswith(prefix)), None), [])
     for unit in (None, *blocks.values()):
         if unit in found:
             yield unit, found[unit]

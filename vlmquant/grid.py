@@ -59,6 +59,11 @@ class Grid:
             return float(2**self.bits - 1) / 2
         return MX_RANGE if self.scale_dtype == E8M0 else LARGEST[self.bits]
 
+    @property
+    def is_lopsided(self) -> bool:
+        """Whether its values reach one step further down than up, and with a scale below 0 the other way round."""
+        return self.kind == "int" and self.symmetric
+
     def bounds(self, zeros: Tensor | None = None) -> tuple[Tensor | float, Tensor | float]:
         """The least and the largest value; zeros: float, of an asymmetric grid."""
         if self.kind == "float":

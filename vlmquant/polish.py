@@ -35,8 +35,8 @@ from vlmquant.limits import is_allocation_failure
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
 from vlmquant.progress import bar
 from vlmquant.recipe import CalibrationSpec
+from vlmquant.stream import HELD_EVERY
 
-HELD_EVERY = 8
 TOP = 64
 """Log-probabilities of the original that are kept for a token; the others' sum is kept as one."""
 BATCH = 8
@@ -354,14 +354,15 @@ class _Tuner:
         norms: bool,
     ) -> None:
         self.model, self.encoder, self.teacher = model.requires_grad_(False), encoder, teacher
-        prefix = coded.components.family.runs
+        runs = coded.components.family.runs
+        prefix = f"{runs}." if runs else ""
         self.linears: dict[str, ScaledLinear] = {}
         for name in names:
             signals.check()
             weight, order = coded.read(name)
             if order is not None:
                 raise PlanError(f"{coded.path}: {name}: its groups are of inputs in an order of their own (desc_act)")
-            place = name.removesuffix(".weight").removeprefix(f"{prefix}." if prefix else "")
+            place = name.removeprefix(prefix).removesuffix(".weight")
             bias = getattr(model.get_submodule(place), "bias", None)
             self.linears[name] = ScaledLinear(weight, bias, dtype=dtype, device=device)
             model.set_submodule(place, self.linears[name])
@@ -377,7 +378,7 @@ class _Tuner:
         """Gains of norms of the language model: its parameters of one dimension that are called so."""
         by_name = dict(self.model.named_parameters())
         for one in coded.components.parameters:
-            place = one.name.removeprefix(f"{prefix}." if prefix else "")
+            place = one.name.removeprefix(prefix)
             is_gain = one.component == "language" and len(one.shape) == 1 and one.name.endswith("norm.weight")
             if is_gain and place in by_name and one.loaded:
                 yield one.name, by_name[place]
@@ -404,8 +405,7 @@ class _Tuner:
         total, tokens = 0.0, 0
         for batch in batches_of(rows, BATCH):
             signals.check()
-            for row, logits in zip(batch, answer_logits(self.model, self.encoder, batch), strict=True):
-                found = self.teacher[row.key].divergence(logits)
+            for found in self._divergences(batch):
                 total, tokens = total + found.double().sum().item(), tokens + len(found)
         self.restore(exact)
         return total / max(tokens, 1)
@@ -438,15 +438,15 @@ class _Tuner:
 
     def _step(self, optimizer: torch.optim.Optimizer, rows: Sequence[Row]) -> None:
         optimizer.zero_grad()
+        tokens = sum(row.answer_tokens for row in rows)
         for part in batches_of(rows, BATCH):  # those with as many images
-            losses = [
-                self.teacher[row.key].divergence(logits)
-                for row, logits in zip(part, answer_logits(self.model, self.encoder, part), strict=True)
-            ]
-            together = torch.cat(losses)
-            tokens = sum(row.answer_tokens for row in rows)
-            torch.autograd.backward(together.sum() / tokens)
+            torch.autograd.backward(torch.cat(self._divergences(part)).sum() / tokens)
         optimizer.step()
+
+    def _divergences(self, batch: Sequence[Row]) -> list[Tensor]:
+        """Of each row of a batch, KL by token."""
+        found = answer_logits(self.model, self.encoder, batch)
+        return [self.teacher[row.key].divergence(logits) for row, logits in zip(batch, found, strict=True)]
 
 
 def _best_rate(
@@ -474,7 +474,6 @@ def _write(
 ) -> None:
     plan = plan_of(coded, coded.coding.format, manifest)
     gains = {name: gain.detach().cpu().to(tuner.stored[name]) for name, gain in tuner.gains.items()}
-    blocks = tuple(f"{info.name}." for info in coded.components.blocks)
     writer = CheckpointWriter(
         done.path,
         coded.components,
@@ -495,13 +494,8 @@ def _write(
     with writer:
         for unit, names in units_of(coded, also=gains):
             signals.check()
-            inside = f"{unit}." if unit else ""
-            changed = {
-                name: gain
-                for name, gain in gains.items()
-                if (name.startswith(inside) if unit else not name.startswith(blocks))
-            }
-            writer.add(unit, {name: weight(name) for name in names}, changed, {})
+            quantized = {name: weight(name) for name in names if name in coded.schemes}
+            writer.add(unit, quantized, {name: gains[name] for name in names if name in gains}, {})
         carried = carried_by(coded, manifest)
         notes = (*manifest.get("notes", ()), *done.notes)
         writer.finish({**carried, "polish": done.to_json() | {"path": None}, "notes": notes})

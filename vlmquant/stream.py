@@ -1005,7 +1005,7 @@ class Block:
         return walk.token_mask if walk.token_weights is None else walk.token_weights
 
     def _line(self, linear: LinearInfo) -> PlanLine:
-        return self.stream.plan.line(f"{linear.name}.weight")
+        return self.stream.line_of(linear)
 
     def _groups(self) -> list[tuple[LinearInfo, ...]]:
         """The linears to quantize, together where they share an input and are treated alike."""
@@ -1308,7 +1308,7 @@ class BlockStream:
         self._wanting = {
             info.name
             for info in components.blocks
-            if any(plan.line(f"{linear.name}.weight").needs_original for linear in info.linears)
+            if any(self.line_of(linear).needs_original for linear in info.linears)
         }
         """Blocks that are still to be told what the original model gives them."""
         self.alike = True
@@ -1370,8 +1370,7 @@ class BlockStream:
     def _needs_data(self, info: BlockInfo) -> bool:
         if self.plan.cache and self.plan.cache.inside(info.name):
             return True
-        lines = [self.plan.line(f"{linear.name}.weight") for linear in info.linears]
-        return any(line.needs_data for line in lines)
+        return any(self.line_of(linear).needs_data for linear in info.linears)
 
     def _walk(self, waiting: set[str]) -> Iterator[Block]:
         """Run the calibration passes until no block that needs them is left."""
@@ -1397,9 +1396,7 @@ class BlockStream:
                 if info.component == "language":
                     self._release_embeddings()
                 block = self._current = Block(self, info, members, self._restore(info), everywhere)
-                self.alike = self.alike and not any(
-                    self._line_of(linear).action == "quantize" for linear in info.linears
-                )
+                self.alike &= all(self.line_of(linear).action == "keep" for linear in info.linears)
                 block.load()
                 block.settled = block.restored
                 waiting.discard(info.name)
@@ -1427,7 +1424,7 @@ class BlockStream:
         """Whether some block is still to be told what the original model gives it."""
         return bool(self._wanting)
 
-    def _line_of(self, linear: LinearInfo) -> PlanLine:
+    def line_of(self, linear: LinearInfo) -> PlanLine:
         return self.plan.line(f"{linear.name}.weight")
 
     def _hold_out(self, walks: Sequence[_Walk]) -> None:
@@ -1558,8 +1555,7 @@ class BlockStream:
             self.model.get_submodule(head).forward = _end_pass
         for linear in self.components.linears:
             if linear.block is None and linear.component != "lm_head":
-                line = self.plan.line(f"{linear.name}.weight")
-                self._take_over_linear(linear, functools.partial(_linear, line))
+                self._take_over_linear(linear, functools.partial(_linear, self.line_of(linear)))
 
     def _take_over_linear(self, linear: LinearInfo, forward: Callable[[nn.Linear, Tensor], Tensor]) -> None:
         module = self.model.get_submodule(linear.name)

@@ -25,7 +25,7 @@ from vlmquant.grid import (
 )
 from vlmquant.ranks import ALONE, Ranks
 from vlmquant.recipe import AwqOptions
-from vlmquant.stream import Stage
+from vlmquant.stream import Stage, divided
 
 CLIP_STEPS = 20
 LEAST_CLIP = 0.5
@@ -42,7 +42,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     weights, hessian = stage.weights, _damped(stage.hessian(), options)
     if (channel_scales := fold_scales(stage)) is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
-        hessian = hessian / channel_scales[:, None] / channel_scales[None, :]
+        hessian = divided(hessian.clone(), channel_scales)
     grid = stage.grid.fitted(*weights.values())
     rounded = partial(quantize_clipped, hessian=hessian, grid=grid, clip=options.clip, signed=options.signed_scales)
     work = CLIP_STEPS * grid.group_size
@@ -140,7 +140,7 @@ def quantize_clipped(
 ) -> QuantizedWeight:
     """Nearest codes on grids whose ranges shrink, group by group, to the least error e H_gg e^T within the group.
 
-    signed: on symmetric grids of integers scales below 0 are tried too.
+    signed: on lopsided grids scales below 0 are tried too.
     """
     if not clip:
         return quantize_weight(weight, grid)
@@ -149,7 +149,7 @@ def quantize_clipped(
     best_loss = torch.full_like(base, torch.inf)
     best_scales, best_zeros = base, zeros
     shrinks = [1 - (1 - LEAST_CLIP) * step / CLIP_STEPS for step in range(CLIP_STEPS)]
-    if signed and grid.kind == "int" and grid.symmetric:
+    if signed and grid.is_lopsided:
         shrinks += [-shrink for shrink in shrinks]
     for shrink in shrinks:
         scales = grid.round_scales(base * shrink)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import loops
-from vlmquant.algorithms.factor import Factor, factorize
+from vlmquant.algorithms.factor import Factor
 from vlmquant.algorithms.scales import search_scales
-from vlmquant.algorithms.target import aim
+from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage, divided
@@ -41,11 +41,7 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
         factor, weights = target.factor, target.weights
         stage.aimed(target.alpha)
     else:
-        factor = stage.of_hessian(
-            lambda hessian: factorize(
-                divided(hessian, channel_scales), options.damping, activation_order=options.activation_order
-            )
-        )
+        factor = stage.of_hessian(lambda hessian: factor_of(divided(hessian, channel_scales), options))
     if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
             f"{dead} of {len(factor.order)} inputs never fired during calibration; "

@@ -32,8 +32,7 @@ def search_scales(
     mean_square (in,) is E[x_j^2] of the layer's inputs, needed by search="weighted", which minimises
     sum_j E[x_j^2] |d_j|^3 over a group, d being the rounding error. "mse" minimises sum_j d_j^2; "minmax" does not
     search.
-    signed: on symmetric grids of integers scales below 0 are tried too: by them the group reaches one step further up
-    than down, as it does the other way round by those above.
+    signed: on lopsided grids scales below 0 are tried too.
     Every candidate scale is rounded as it will be stored before it is tried, so that what was judged is what is stored.
     """
     base, zeros = minmax_grid(weight, grid)
@@ -48,7 +47,7 @@ def search_scales(
         importance = mean_square
     importance = split_groups(importance.to(groups)[None], grid.group_size)[0]
     shares = torch.linspace(*SHARES.get((grid.kind, grid.bits), OTHER_SHARES), STEPS)
-    if signed and grid.kind == "int" and grid.symmetric:
+    if signed and grid.is_lopsided:
         shares = torch.cat([shares, -shares])
     searched, elements = (_search_compiled, COMPILED_ELEMENTS) if loops.fit(groups, grid) else (_search, CHUNK_ELEMENTS)
     at_once = max(1, elements // max(1, groups[0].numel()))

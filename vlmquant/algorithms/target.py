@@ -18,8 +18,6 @@ from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Moments, Rows
 
-UNSHRUNK, DROPPED = 1.0, 0.0
-
 
 @dataclass(frozen=True)
 class Target:
@@ -38,9 +36,9 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
     squares, cross, held = moments.squares, moments.cross, moments.held
     tokens = moments.tokens + sum(rows.count for rows in held)
     weights = {name: weight.float() for name, weight in stored.items()}
-    alpha = DROPPED
+    alpha = 0.0
     if held and moments.tokens:
-        factor = _factor(squares.div_(moments.tokens), options)
+        factor = factor_of(squares.div_(moments.tokens), options)
         cross.div_(moments.tokens)
         alpha = shrink(weights.values(), lambda weight: _correction(weight, cross, factor), held)
         squares, cross = factor.hessian().mul_(moments.tokens), cross.mul_(moments.tokens)
@@ -49,15 +47,16 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
         squares.addmm_(inputs.T, inputs)
         if rows.shift is not None:
             cross.addmm_(rows.scaled(rows.shift).T, inputs)
-    factor = _factor(squares.div_(tokens or 1), options)
-    if alpha > DROPPED:
+    factor = factor_of(squares.div_(tokens or 1), options)
+    if alpha:
         cross.div_(tokens or 1)
         for name, weight in weights.items():
             weights[name] = _correction(weight, cross, factor).mul_(alpha).add_(weight)
     return Target(factor, weights, alpha)
 
 
-def _factor(hessian: Tensor, options: GptqOptions) -> Factor:
+def factor_of(hessian: Tensor, options: GptqOptions) -> Factor:
+    """In the memory of H (in, in)."""
     return factorize(hessian, options.damping, activation_order=options.activation_order)
 
 
@@ -77,4 +76,5 @@ def shrink(weights: Iterable[Tensor], correction_of: Callable[[Tensor], Tensor],
                 gained += (moved * (rows.scaled(rows.shift) @ weight.T)).sum(dtype=torch.float64).item()
                 lost += moved.square_().sum(dtype=torch.float64).item()
         del correction
-    return min(max(gained / lost, DROPPED), UNSHRUNK) if lost > 0 and gained / lost > 0 else DROPPED
+    share = gained / lost if lost > 0 else 0.0
+    return min(share, 1.0) if share > 0 else 0.0  # also where it is no number
