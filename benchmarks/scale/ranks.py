@@ -143,7 +143,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['processes']} | {row['seconds']:.1f} | {row['seconds_with_start']:.1f} | "
+        f"| {row['processes']:.0f} | {row['seconds']:.1f} | {row['seconds_with_start']:.1f} | "
         f"{row['user_cpu_seconds']:.1f} | {row['user_cpu_seconds_with_start']:.1f} | "
         f"{row['peak_mebibytes_of_the_first']:.0f} | {row['load_before']:.1f} |"
         for row in result["medians"]
