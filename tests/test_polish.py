@@ -1,6 +1,8 @@
 """Polishing: its product and loss against autograd in float64, and what it does to a checkpoint."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests import grids
-from vlmquant import cli, demo, polish
+from vlmquant import cli, demo, pipeline, polish
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.checkpoint.coded import open_coded
-from vlmquant.errors import DoesNotFitError, InputError, PlanError
+from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
 from vlmquant.polish import Options, ScaledLinear, _Teacher
@@ -183,3 +185,79 @@ def test_scales_are_stored_as_they_were_judged() -> None:
     rounded = layer.rounded()
     assert torch.equal(rounded.scales, weight.grid.round_scales(weight.scales * torch.tensor(0.01).exp()))
     assert torch.equal(rounded.codes, replace(weight).codes)
+
+
+def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place, in the run's own plan; a run that was cut off before goes on with it, and one that was not does not."""
+    monkeypatch.setattr(polish, "RATES", (2e-3,))
+    text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
+    recipe = parse_recipe(text + f"calibration: {{samples: {SAMPLES}}}\n", name="high")
+    out = tmp_path / "out"
+    real = polish.polish
+
+    def cut_off(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "polish", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(MODEL, recipe, out, calibration=CALIBRATION, device="cpu")
+    rounded, manifest = tensors_of(out), read_manifest(out)
+    assert "polish" not in manifest
+    assert verify_checkpoint(out) == []
+    monkeypatch.setattr(pipeline, "polish", real)
+    done = quantize(MODEL, recipe, out, calibration=CALIBRATION, device="cpu", resume=True)
+    assert any(note.startswith("polish") for note in done.notes)
+    assert "gradients" in done.planned.parts["polish"]
+    assert verify_checkpoint(out) == []
+    tuned, said = tensors_of(out), read_manifest(out)
+    assert any(not torch.equal(tuned[name], value) for name, value in rounded.items())
+    assert said["polish"]["held_out_kl_after"] < said["polish"]["held_out_kl_before"]
+    for key in ("calibration", "alphas", "errors", "fingerprint", "command", "work"):
+        assert said[key] == manifest[key], key
+    monkeypatch.setattr(pipeline, "polish", cut_off)
+    quantize(MODEL, recipe, out, calibration=CALIBRATION, device="cpu", resume=True)
+    assert all(torch.equal(tensors_of(out)[name], value) for name, value in tuned.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_high_effort_is_refused_where_its_gradients_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work, by what polishing the model is known to take."""
+    text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
+    recipe, asked = parse_recipe(text, name="high"), list[int]()
+
+    def needed(components: Any, coded: Any, *, tokens: int) -> int:
+        asked.append(tokens)
+        return 1 << 40
+
+    monkeypatch.setattr(pipeline, "needed_bytes", needed)
+    with pytest.raises(DoesNotFitError, match=r"in the polish .*gradients 1024\.00"):
+        quantize(MODEL, recipe, tmp_path / "out", calibration=CALIBRATION, device="cpu", memory_limit=1 << 33)
+    assert not (tmp_path / "out").exists()
+    assert min(asked) > 0
+    fast = recipe.model_copy(update={"effort": "fast"})
+    components, plan = pipeline.plan_model(MODEL, fast)
+    assert "polish" not in pipeline.plan_work(components, plan, fast, calibration=CALIBRATION)[0].phases
+
+
+def test_memory_is_that_of_weights_gradients_and_activations(lossy: Path) -> None:
+    """By hand: all but codes in float32, a byte a code, two copies of the largest, 40 vectors a token and layer."""
+    components = open_coded(lossy).components
+    sizes = {one.name: math.prod(one.shape) for one in components.parameters}
+    coded = set(open_coded(lossy).schemes)
+    kept = sum(size for name, size in sizes.items() if name not in coded)
+    codes = sum(size for name, size in sizes.items() if name in coded)
+    text = components.config.get_text_config()
+    activations = 4 * 8 * 100 * text.hidden_size * 40 * text.num_hidden_layers
+    wanted = 4 * kept + codes + 8 * max(sizes.values()) + activations
+    assert polish.needed_bytes(components, coded, tokens=100) == max(wanted, 4 * (kept + codes))
+
+
+def test_a_checkpoint_may_be_polished_in_its_place(lossy: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(lossy, mine)
+    options = Options(rate=2e-3)
+    with pytest.raises(UsageError, match="lie one in the other"):
+        polish.polish(mine, MODEL, mine, calibration=CALIBRATION, samples=24, device="cpu", options=options)
+    polish.polish(mine, MODEL, mine, calibration=CALIBRATION, samples=24, device="cpu", options=options, force=True)
+    assert verify_checkpoint(mine) == []
+    assert "polish" in read_manifest(mine)

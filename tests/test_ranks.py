@@ -43,6 +43,10 @@ components:
   language: {scheme: w4a16, method: gptq}
 kv_cache: {dtype: fp8}
 """,
+    "auto": """
+components:
+  language: {scheme: w4a16, method: auto}
+""",
     "awq-static": """
 components:
   vision_encoder: {scheme: w8a8-static, method: search}
@@ -177,7 +181,7 @@ def test_two_processes_make_what_one_makes(
     assert_same(tmp_path / "two", alone(name))
     one, two = read_manifest(alone(name)), read_manifest(tmp_path / "two")
     assert one.get("kv_cache") == two.get("kv_cache")
-    assert ("kv_cache" in one) == ("cache" in name)
+    assert ("kv_cache" in one) == ("kv_cache" in RECIPES[name])
     assert (one["work"]["processes"], two["work"]["processes"]) == (1, 2)
     assert "written in" in forked.told(0)
     assert forked.told(1) == ""

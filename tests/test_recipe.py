@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tests import zoo
 from tests.conftest import Run
 from vlmquant.algorithms import ALGORITHMS
+from vlmquant.components import resolve_components
 from vlmquant.errors import EXIT_USAGE, RecipeError
 from vlmquant.pipeline import plan_model
+from vlmquant.planning import make_plan
 from vlmquant.recipe import (
     METHODS,
     SHORT_SCHEMES,
@@ -293,31 +295,34 @@ def test_a_folder_of_its_name_does_not_hide_a_shipped_recipe(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("effort", "options", "target"),
+    ("effort", "options", "aimed"),
     [
-        ("", "", "outputs"),
-        ("effort: default\n", "", "outputs"),
-        ("effort: fast\n", "", "weights"),
-        ("effort: fast\n", ", gptq: {target: outputs}", "outputs"),
-        ("", ", gptq: {target: weights}", "weights"),
-        ("effort: fast\n", ", gptq: {damping: 0.02}", "weights"),
+        ("", "", True),
+        ("default", "", True),
+        ("fast", "", False),
+        ("high", "", True),
+        ("fast", "target: outputs", True),
+        ("", "target: weights", False),
+        ("fast", "damping: 0.02", False),
     ],
 )
-def test_effort_decides_what_the_recipe_leaves_open(effort: str, options: str, target: str) -> None:
-    text = f"name: t\n{effort}components: {{language: {{scheme: w4a16, method: gptq{options}}}}}\n"
+def test_effort_decides_what_the_recipe_leaves_open(effort: str, options: str, aimed: bool, tiny_llava: Path) -> None:
+    components = resolve_components(tiny_llava)
+    line = f"effort: {effort}\n" if effort else ""
+    text = f"name: t\n{line}components: {{language: {{scheme: w4a16, method: gptq, gptq: {{{options}}}}}}}\n"
     recipe = parse_recipe(text, name="t")
-    assert dict(recipe.specs())["language"].gptq.target == target
     again = Recipe.model_validate(recipe.model_dump(mode="json"))  # as a manifest keeps it
-    assert dict(again.specs())["language"].gptq.target == target
-    other = again.model_copy(update={"effort": "fast"})
-    asked = "target" in options
-    assert dict(other.specs())["language"].gptq.target == (target if asked else "weights")
+    for one in (recipe, again):
+        lines = [line for line in make_plan(components, one).lines if line.action == "quantize"]
+        assert {line.needs_original for line in lines if line.method == "gptq"} == {aimed}
+    faster = make_plan(components, again.model_copy(update={"effort": "fast"})).lines
+    assert {line.needs_original for line in faster if line.method == "gptq"} == {options == "target: outputs"}
 
 
 def test_effort_of_the_command_line(run: Run, tiny_llava: Path) -> None:
     code, _, err = run("plan", tiny_llava, "-r", "gptq-w4", "--effort", "hihg")
     assert code == EXIT_USAGE
-    assert "--effort: 'hihg' is none of fast, default" in err
+    assert "--effort: 'hihg' is none of fast, default, high" in err
     assert run("plan", tiny_llava, "-r", "gptq-w4", "--effort", "fast")[0] == 0
 
 

@@ -6,7 +6,7 @@ between blocks can be in memory or on disk. The codes are the same; the first th
 
 import resource
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ class Prediction:
     device_phases: dict[str, int] = field(default_factory=dict)
     """The same of the device where blocks are quantized, if that is not the CPU."""
     device_parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    chains: int = 1
+    """Passes of a batch at once: 2 where the original model's come along."""
 
     @property
     def peak_bytes(self) -> int:
@@ -93,6 +95,18 @@ class Prediction:
     @property
     def device_peak_bytes(self) -> int:
         return max(self.device_phases.values(), default=0)
+
+    def with_phase(self, name: str, parts: dict[str, int]) -> "Prediction":
+        """And one more, of which all but what is ON_HOST lies where blocks are quantized."""
+        here = {key: size for key, size in parts.items() if not self.device_phases or key in ON_HOST}
+        there = {key: size for key, size in parts.items() if key not in here}
+        return replace(
+            self,
+            phases=self.phases | {name: sum(here.values())},
+            parts=self.parts | {name: here},
+            device_phases=self.device_phases | ({name: sum(there.values())} if there else {}),
+            device_parts=self.device_parts | ({name: there} if there else {}),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "peak_bytes": self.peak_bytes, "device_peak_bytes": self.device_peak_bytes}
@@ -163,7 +177,7 @@ def predict(
             )
             running = RUNNING_WIDTHS * inputs if rerun else 0.0
             kept = (largest if rerun else rows) * (KEPT_WIDTHS * width + inputs + running) * dtype.itemsize
-            if any(stage.aimed for stage in stages):
+            if any(stage.compares for stage in stages):
                 kept = chains * kept + COMPARED_COPIES * largest * inputs * FLOAT_BYTES
             one = {
                 "process": base,
@@ -196,6 +210,7 @@ def predict(
         parts,
         (_sums(there) or {"weights": outside}) if elsewhere else {},
         there,
+        chains,
     )
 
 
@@ -211,14 +226,15 @@ def choose(predictions: Iterable[Prediction], limits: Limits) -> Prediction:
             return one
     least = min(tried, key=lambda one: one.peak_bytes)
     if limits.host is not None and least.peak_bytes > limits.host:
-        raise _refused(least.phases, least.parts, limits.host, "memory", "--memory-limit")
+        raise _refused(least, least.phases, least.parts, limits.host, "memory", "--memory-limit")
     least = min(tried, key=lambda one: one.device_peak_bytes)
     assert limits.device is not None
-    raise _refused(least.device_phases, least.device_parts, limits.device, "device memory", "--device-memory-limit")
+    parts = least.device_parts
+    raise _refused(least, least.device_phases, parts, limits.device, "device memory", "--device-memory-limit")
 
 
 def _refused(
-    phases: dict[str, int], parts: dict[str, dict[str, int]], limit: int, memory: str, option: str
+    least: Prediction, phases: dict[str, int], parts: dict[str, dict[str, int]], limit: int, memory: str, option: str
 ) -> DoesNotFitError:
     phase = max(phases, key=phases.__getitem__)
     told = ", ".join(
@@ -227,7 +243,7 @@ def _refused(
     return DoesNotFitError(
         f"quantize needs {phases[phase] / 2**30:.2f} GiB of {memory} at the least, in the {phase} ({told} GiB), "
         f"and may take {limit / 2**30:.2f}; give it more ({option}), fewer or shorter calibration samples, "
-        "--effort fast, or a recipe that does not calibrate there"
+        f"{'--effort fast, ' if least.chains > 1 else ''}or a recipe that does not calibrate there"
     )
 
 
@@ -275,6 +291,11 @@ class _Stage:
     """That pass through it."""
     aimed: bool = False
     """Whether it is told what the original model gives it."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether samples are held out for it."""
+        return self.aimed or self.method == "auto"
 
 
 def _stages(components: ComponentMap, plan: Plan, block: BlockInfo, tokens: int) -> list[_Stage]:
@@ -343,9 +364,10 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     and what a search makes of them; of the largest linear its codes, in parts and joined."""
     largest = stage.most_rows * stage.columns
     part = largest if row_elements is None else min(largest, max(row_elements, ROWS * stage.columns))
-    if stage.aimed:  # the other second moments, what is held out, and weights with their corrections
+    if stage.compares:  # the other second moments, what is held out, and weights with their corrections
         held = min(stage.tokens / HELD_EVERY, HELD_TOKENS)
-        beside = FLOAT_BYTES * stage.columns**2 + round(held) * 2 * FLOAT_BYTES * stage.columns
+        beside = (3 if stage.method == "auto" else 1) * FLOAT_BYTES * stage.columns**2
+        beside += round(held) * 2 * FLOAT_BYTES * stage.columns
         whole = FLOAT_BYTES * stage.rows * stage.columns
         return max(beside + whole + 3 * FLOAT_BYTES * largest, whole + 12 * part + 2 * largest)
     if stage.method in WITH_FOLDS:
@@ -368,7 +390,7 @@ def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun:
             total += 0.62 * stage.tokens * stage.columns**2
         if stage.method in WITH_FEEDBACK:
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
-        if stage.aimed:  # the other second moments; another factor; twice what solves by it, and the weights times them
+        if stage.compares:  # more second moments; another factor; twice what solves by it, and weights times them
             total += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2
     return total
 

@@ -30,7 +30,7 @@ from vlmquant.shards import dtype_name
 
 SMALLEST_HALF = 2.0**-24
 """The smallest float16 above 0."""
-CARRIED = ("calibration", "errors", "experts", "settings")
+CARRIED = ("alphas", "calibration", "errors", "experts", "methods", "settings")
 """What a manifest says of the codes, whatever format they are in."""
 
 

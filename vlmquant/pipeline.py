@@ -7,6 +7,7 @@ import hashlib
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -53,6 +54,7 @@ from vlmquant.kernels.probe import compute_dtype
 from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
+from vlmquant.polish import is_tunable, needed_bytes, polish
 from vlmquant.progress import bar, stderr
 from vlmquant.ranks import ALONE, Ranks, refuse_different
 from vlmquant.recipe import CalibrationSpec, Recipe, Scheme, load_recipe
@@ -189,8 +191,9 @@ def quantize(
         notes += _without_images(used, components, plan, set_name=chosen.set)
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device), ranks=ranks)
         gc.collect()  # what the rehearsal held lies in circles
+    tokens = _polished_tokens(recipe, plan, batches)
     planned = _plan_work(
-        components, plan, footprint, dtype, torch.device(device), memory_limit, device_memory_limit, ranks
+        components, plan, footprint, dtype, torch.device(device), tokens, memory_limit, device_memory_limit, ranks
     )
     notes += [planned.passes.label] if planned.passes.rerun else []
     fingerprint = _fingerprint(recipe, selection, dtype)
@@ -209,6 +212,9 @@ def quantize(
                 errors, notes = done.errors, [*notes, *done.notes, *_target_note(done.alphas)]
                 if done.alphas:
                     manifest["alphas"] = {name: round(alpha, 4) for name, alpha in done.alphas.items()}
+                if done.methods:
+                    manifest["methods"] = done.methods
+                    notes.append(_methods_note(done.methods))
                 manifest["settings"]["batch_size"] = ranks.first(lambda: batch_size(writer))
                 if done.expert_tokens:
                     manifest["experts"] = done.expert_tokens
@@ -220,6 +226,8 @@ def quantize(
     except AlreadyFinishedError:
         finished = ranks.first(lambda: read_manifest(writer.out))
         errors, notes = finished["errors"], [*finished["notes"], "an earlier run had finished this checkpoint"]
+    if tokens:
+        notes += ranks.first(lambda: _polish(Path(out), components.model_dir, chosen.set, device))
     return Quantized(
         path=Path(out),
         plan=plan,
@@ -249,6 +257,20 @@ def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> Calibrati
     return spec if calibration is None else spec.model_copy(update={"set": str(calibration)})
 
 
+def _polished_tokens(recipe: Recipe, plan: Plan, batches: Sequence[BatchMaker]) -> int:
+    """Of the longest sample, where the checkpoint is to be polished; else 0."""
+    if recipe.effort != "high" or not any(is_tunable(line.scheme, line.component) for line in plan.lines):
+        return 0
+    return max((maker.longest for maker in batches), default=0)
+
+
+def _polish(out: Path, model_dir: Path, calibration: str, device: str) -> tuple[str, ...]:
+    """Polish a finished checkpoint in its place, unless it is; what there is to say of it."""
+    if "polish" in read_manifest(out):
+        return ()
+    return polish(out, model_dir, out, calibration=calibration, device=device, force=True).notes
+
+
 def plan_work(
     components: ComponentMap,
     plan: Plan,
@@ -264,7 +286,7 @@ def plan_work(
     """
     _return_freed_memory()
     device = device or torch.device("cpu")
-    dtype, footprint = torch.bfloat16, Footprint({}, 0)
+    dtype, footprint, batches = torch.bfloat16, Footprint({}, 0), list[BatchMaker]()
     if device.type == "cpu" or torch.cuda.is_available():
         dtype = calibration_dtype(device)
     if plan.cache or any(line.needs_data for line in plan.lines):
@@ -272,22 +294,32 @@ def plan_work(
         samples = choose_samples(load_set(chosen.set), chosen).samples
         processor = load_processor(components.model_dir)
         batches, _ = make_batches(
-            samples, processor, max_tokens=chosen.max_tokens, batch_size=BATCH_SIZE, batch_tokens=BATCH_TOKENS
+            samples,
+            processor,
+            max_tokens=chosen.max_tokens,
+            batch_size=BATCH_SIZE,
+            batch_tokens=BATCH_TOKENS,
         )
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
         gc.collect()
-    return _predictions(components, plan, footprint, dtype, device)
+    return _predictions(components, plan, footprint, dtype, device, _polished_tokens(recipe, plan, batches))
 
 
 def _predictions(
-    components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, device: torch.device
+    components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, device: torch.device, tokens: int
 ) -> list[Prediction]:
+    """tokens: of the longest sample, where the checkpoint is polished."""
     compiled.available()  # numba is loaded at its first use
     base = budget.resident_bytes()
     ways = budget.ways(device) if footprint.components else budget.WAYS[:1]
-    return [
+    found = [
         budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way, device=device) for way in ways
     ]
+    if not tokens:
+        return found
+    coded = {line.name for line in plan.lines if line.action == "quantize"}
+    needed = needed_bytes(components, coded, tokens=tokens)
+    return [one.with_phase("polish", {"process": base, "gradients": needed}) for one in found]
 
 
 def _plan_work(
@@ -296,13 +328,14 @@ def _plan_work(
     footprint: Footprint,
     dtype: torch.dtype,
     device: torch.device,
+    tokens: int,
     memory_limit: int | None,
     device_memory_limit: int | None,
     ranks: Ranks,
 ) -> Prediction:
     """How the passes are to run: the fastest way that fits, for each of the processes. The smallest of those within
     the limits given is tried where none fits into what there is."""
-    tried = _predictions(components, plan, footprint, dtype, device)
+    tried = _predictions(components, plan, footprint, dtype, device, tokens)
     held, left = budget.resident_bytes(), budget.address_space()
     host = held + budget.available_bytes() // ranks.here
     if memory_limit is not None:
@@ -429,6 +462,7 @@ def _quantize_blocks(
     expert_tokens: dict[str, list[int]] = {}
     cache: dict[str, Maxima] = {}
     alphas: dict[str, float] = {}
+    methods: dict[str, str] = {}
     with bar("quantize", total=len(components.blocks), visible=ranks.leads) as progress:
         for block in stream:
             for stage in block.stages():
@@ -442,8 +476,9 @@ def _quantize_blocks(
             expert_tokens |= block.expert_tokens
             cache |= block.cache
             alphas |= block.alphas
+            methods |= block.methods
             progress.step(f"quantize {block.info.component}")
-    return BlockResult({}, {}, errors, tuple(notes), expert_tokens, cache, alphas)
+    return BlockResult({}, {}, errors, tuple(notes), expert_tokens, cache, methods, alphas)
 
 
 def find_components(
@@ -525,6 +560,8 @@ def _record(writer: CheckpointWriter, unit: str | None, result: BlockResult, **m
     record = {"errors": result.errors, "notes": list(result.notes), "experts": result.expert_tokens, **more}
     if result.alphas:
         record["alphas"] = result.alphas
+    if result.methods:
+        record["methods"] = result.methods
     if result.cache:
         record["cache"] = {name: asdict(maxima) for name, maxima in result.cache.items()}
     writer.add(unit, result.quantized, result.changed, record)
@@ -543,6 +580,7 @@ def _restore(writer: CheckpointWriter, unit: str | None) -> BlockResult | None:
         tuple(record["notes"]),
         record.get("experts", {}),
         cache,
+        record.get("methods", {}),
         record.get("alphas", {}),
     )
 
@@ -562,6 +600,12 @@ def _target_note(alphas: Mapping[str, float]) -> list[str]:
     few = sum(alpha < LITTLE_HELD for alpha in alphas.values())
     advice = f"; {few} of {len(alphas)} are below {LITTLE_HELD:g}: more calibration samples would help" if few else ""
     return [f"target: of the correction by the original's outputs, held-out samples confirm (median): {told}{advice}"]
+
+
+def _methods_note(methods: Mapping[str, str]) -> str:
+    counts = Counter(methods.values())
+    told = ", ".join(f"{method} for {count}" for method, count in counts.most_common())
+    return f"auto: by their loss on samples held out, {told} of {len(methods)} linears"
 
 
 def _expert_note(tokens: Mapping[str, list[int]], recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ does harm, and the epoch; and where they lose nothing by it, the checkpoint stay
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 import vlmquant
 from vlmquant import budget, signals
+from vlmquant.budget import FLOAT_BYTES
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sampling import choose_samples
 from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import CheckpointWriter, Inputs, check_output, read_manifest
 from vlmquant.checkpoint.coded import Coded, open_coded
-from vlmquant.components import locate_model
+from vlmquant.components import ComponentMap, locate_model
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
 from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows
@@ -34,7 +35,7 @@ from vlmquant.kernels.probe import compute_dtype
 from vlmquant.limits import is_allocation_failure
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
 from vlmquant.progress import bar
-from vlmquant.recipe import CalibrationSpec
+from vlmquant.recipe import CalibrationSpec, Scheme
 from vlmquant.stream import HELD_EVERY
 
 TOP = 64
@@ -45,6 +46,8 @@ RATES = (2e-3, 6e-4, 2e-4)
 """Of Adam, tried from the highest down for TRIAL of an epoch each."""
 TRIAL = 0.25
 BETAS = (0.9, 0.95)
+OF_THE_RUN = ("command", "fingerprint", "work")
+"""What a manifest says of the run that made a checkpoint, and of none that makes another of it."""
 LEAST_GAIN = 0.01
 """Relative: a checkpoint whose held-out KL falls by less stays as it was."""
 ACTIVATION_WIDTHS = 40
@@ -196,6 +199,7 @@ def polish(
 ) -> Polished:
     """Write to the directory `out` the checkpoint with tuned scales; `original` is the model that it was made of.
 
+    With force, `out` may be the checkpoint itself, which is then replaced.
     calibration, samples: the set and how many of it; None as the checkpoint's recipe has them. Raises UsageError,
     PlanError where there is nothing to be tuned, InputError, and DoesNotFitError where gradients of the whole model
     need more memory than there is.
@@ -203,7 +207,8 @@ def polish(
     options = options or Options()
     path, base = locate_model(checkpoint), locate_model(original)
     coded = open_coded(path)
-    check_output(Path(out), coded.components.model_dir, resume=False, force=force)
+    over = force and Path(out).resolve() == path.resolve()
+    check_output(Path(out), coded.components.model_dir, resume=False, force=force, over=over)
     manifest = read_manifest(path)
     recipe = recipe_of(coded, coded.coding.format, manifest)
     names = _tunable(coded)
@@ -214,7 +219,8 @@ def polish(
     spec = recipe.calibration.model_copy(update=asked)
     encoder, rows = _rows(path, spec)
     fit, held = _split(rows)
-    _check_memory(coded, rows, device)
+    needed = needed_bytes(coded.components, coded.schemes, tokens=max(row.tokens for row in rows))
+    _refuse_large(needed, device)
     inputs = Inputs(coded.components)
     with _told_of_memory():
         teacher = _ask(base, encoder, rows, device)
@@ -244,18 +250,19 @@ def polish(
         tuner.count,
         (note,),
     )
-    _write(done, coded, recipe, manifest, tuner, inputs, force=force)
+    _write(done, coded, recipe, manifest, tuner, inputs, force=force, over=over)
     return done
 
 
+def is_tunable(scheme: Scheme | str | None, component: str) -> bool:
+    """Whether a weight is integer codes of the language model, and its inputs are not rounded."""
+    integers = isinstance(scheme, Scheme) and scheme.type == "int" and scheme.activations == "none"
+    return integers and component == "language"
+
+
 def _tunable(coded: Coded) -> list[str]:
-    """Weights of the language model that are integer codes, whose inputs are not rounded."""
     found = [
-        name
-        for name, scheme in coded.schemes.items()
-        if scheme.type == "int"
-        and scheme.activations == "none"
-        and coded.components.parameter(name).component == "language"
+        name for name, scheme in coded.schemes.items() if is_tunable(scheme, coded.components.parameter(name).component)
     ]
     if not found:
         raise PlanError(f"{coded.path}: no layer of its language model is integer codes, so no scales can be tuned")
@@ -287,24 +294,28 @@ def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return fit, held
 
 
-def _check_memory(coded: Coded, rows: Sequence[Row], device: str) -> None:
+def needed_bytes(components: ComponentMap, coded: Collection[str], *, tokens: int) -> int:
+    """Memory for gradients of the whole language model, in steps of sequences of so many tokens, beside what the
+    process holds before. coded: names of the weights that are codes."""
+    parameters = components.parameters
+    width = getattr(components.config.get_text_config(), "hidden_size", 0)
+    layers = sum(block.component == "language" for block in components.blocks)
+    weights = sum(FLOAT_BYTES * math.prod(one.shape) for one in parameters if one.name not in coded)
+    codes = sum(math.prod(one.shape) for one in parameters if one.name in coded)
+    largest = max((FLOAT_BYTES * math.prod(one.shape) for one in parameters), default=0)
+    tuning = weights + codes + 2 * largest + FLOAT_BYTES * BATCH * tokens * width * ACTIVATION_WIDTHS * layers
+    original = sum(FLOAT_BYTES * math.prod(one.shape) for one in parameters)
+    return max(tuning, original)
+
+
+def _refuse_large(needed: int, device: str) -> None:
     """DoesNotFitError before any work where gradients of the whole model cannot fit."""
-    parameters = coded.components.parameters
-    width = getattr(coded.components.config.get_text_config(), "hidden_size", 0)
-    layers = sum(block.component == "language" for block in coded.components.blocks)
-    weights = sum(4 * math.prod(one.shape) for one in parameters if one.name not in coded.schemes)
-    codes = sum(math.prod(one.shape) for one in parameters if one.name in coded.schemes)
-    largest = max((4 * math.prod(one.shape) for one in parameters), default=0)
-    tokens = BATCH * max(row.tokens for row in rows)
-    needed = weights + codes + 2 * largest + 4 * tokens * width * ACTIVATION_WIDTHS * layers
-    original = sum(4 * math.prod(one.shape) for one in parameters)
-    needed = max(needed, original)
     on_gpu = torch.device(device).type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else budget.available_bytes()
     if needed > free:
         raise DoesNotFitError(
-            f"polish needs about {needed / 2**30:.1f} GiB for gradients of the whole language model ({layers} layers, "
-            f"{tokens} tokens a step), and {free / 2**30:.1f} are free; give it shorter samples, or more memory"
+            f"polish needs about {needed / 2**30:.1f} GiB for gradients of the whole language model, and "
+            f"{free / 2**30:.1f} are free; give it shorter samples, or more memory"
         )
 
 
@@ -471,6 +482,7 @@ def _write(
     inputs: Inputs,
     *,
     force: bool,
+    over: bool,
 ) -> None:
     plan = plan_of(coded, coded.coding.format, manifest)
     gains = {name: gain.detach().cpu().to(tuner.stored[name]) for name, gain in tuner.gains.items()}
@@ -485,6 +497,7 @@ def _write(
         inputs=inputs,
         resumable=False,
         scale_dtype=coded.scales(next(iter(coded.schemes))).dtype,
+        over=over,
     )
 
     def weight(name: str) -> QuantizedWeight:
@@ -497,5 +510,7 @@ def _write(
             quantized = {name: weight(name) for name in names if name in coded.schemes}
             writer.add(unit, quantized, {name: gains[name] for name in names if name in gains}, {})
         carried = carried_by(coded, manifest)
+        if over:  # the same run; one that resumes it knows by the fingerprint that nothing is left to do
+            carried |= {key: manifest[key] for key in OF_THE_RUN if key in manifest}
         notes = (*manifest.get("notes", ()), *done.notes)
         writer.finish({**carried, "polish": done.to_json() | {"path": None}, "notes": notes})

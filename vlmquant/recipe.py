@@ -24,10 +24,11 @@ ERRORS_TOLD = 20
 PLAIN_KINDS = frozenset({"map", "seq", "str", "int", "float", "bool", "null"})
 """YAML's own kinds of values that a recipe may hold."""
 
-Method = Literal["rtn", "search", "int8", "gptq", "awq", "awq+gptq", "bitsandbytes"]
+Method = Literal["rtn", "search", "int8", "gptq", "awq", "awq+gptq", "auto", "bitsandbytes"]
 METHODS: tuple[str, ...] = get_args(Method)
-WITH_FEEDBACK, WITH_FOLDS = frozenset({"gptq", "awq+gptq"}), frozenset({"awq", "awq+gptq"})
-"""Methods that carry the errors of columns on; that scale input channels, for which what comes before is divided."""
+WITH_FEEDBACK, WITH_FOLDS = frozenset({"gptq", "awq+gptq", "auto"}), frozenset({"awq", "awq+gptq", "auto"})
+"""Methods that carry the errors of columns on, or may; that scale input channels, for which what comes before is
+divided, or may."""
 ComponentName = Literal["vision_encoder", "projector", "embedding", "language", "lm_head"]
 COMPONENTS: tuple[str, ...] = get_args(ComponentName)
 
@@ -446,8 +447,8 @@ class FamilySpec(Data):
     """The part whose forward pass takes image and text, where it is not the whole model."""
 
 
-Effort = Literal["fast", "default"]
-TARGETS: dict[Effort, Literal["weights", "outputs"]] = {"fast": "weights", "default": "outputs"}
+Effort = Literal["fast", "default", "high"]
+TARGETS: dict[Effort, Literal["weights", "outputs"]] = {"fast": "weights", "default": "outputs", "high": "outputs"}
 """What GPTQ aims at, by effort: the outputs of the original take a second pass through the layers, and lose less."""
 
 
@@ -459,7 +460,8 @@ class Recipe(Data):
     """For a model whose parts are not where vlmquant looks for them."""
     effort: Effort = "default"
     """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about half the
-    time and two thirds of the memory, and lose more."""
+    time and two thirds of the memory, and lose more. high: the finished checkpoint is polished (as `vlmquant polish`
+    does it, on the same samples), in about twice the time and with the memory for gradients of the whole model."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None
@@ -482,13 +484,9 @@ class Recipe(Data):
         return self
 
     def specs(self) -> Iterator[tuple[str, ComponentSpec]]:
-        """What becomes of each component, with what the effort decides."""
+        """What becomes of each component."""
         for name in COMPONENTS:
-            spec: ComponentSpec = getattr(self.components, name)
-            if spec.gptq.target is None:
-                gptq = spec.gptq.model_copy(update={"target": TARGETS[self.effort]})
-                spec = spec.model_copy(update={"gptq": gptq})
-            yield name, spec
+            yield name, getattr(self.components, name)
 
 
 def shipped(kind: Literal["recipes", "calibration"]) -> Path:

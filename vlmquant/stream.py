@@ -85,6 +85,8 @@ class BlockResult:
     """For each module of experts, how many calibration tokens were routed to each of them."""
     cache: dict[str, Maxima] = field(default_factory=dict)
     """What attention modules put into the KV cache, where the plan quantizes it."""
+    methods: dict[str, str] = field(default_factory=dict)
+    """By parameter name: the method that `auto` chose."""
     alphas: dict[str, float] = field(default_factory=dict)
     """By parameter name: how much of what would make up for the errors before a layer held on samples held out."""
 
@@ -233,10 +235,11 @@ class Rows:
         return fit if len(fit.inputs) else None, held if len(held.inputs) else None
 
     def _some(self, which: Tensor) -> "Rows":
-        if bool(which.all()):
-            return self
-        weights, shift = (None if one is None else one[which] for one in (self.weights, self.shift))
-        return Rows(self.inputs[which], weights, shift, which[which])
+        return self if bool(which.all()) else self.part(which)
+
+    def part(self, which: Tensor | slice) -> "Rows":
+        """Some of the tokens: a mask (tokens,), or a slice."""
+        return Rows(self.inputs[which], *(None if one is None else one[which] for one in (self.weights, self.shift)))
 
 
 @dataclass
@@ -296,7 +299,7 @@ class Stage:
         self.model_dtype = block.stream.model_dtype
         device = block.stream.device
         self.stored = {linear.local: block.stream.read(linear.name + ".weight").to(device) for linear in linears}
-        self._inputs = inputs
+        self._line, self._inputs = line, inputs
         self._hessian: Tensor | None = None
         self._mean_square: Tensor | None = None
         self._measured: dict[str, tuple[float, float]] = {}
@@ -383,6 +386,7 @@ class Stage:
 
     def of_moments(self, make: Callable[[Moments], T]) -> T:
         """What an algorithm makes of inputs and of what the original model gives instead, for all processes."""
+        self._hessian = None  # which is not needed beside them
         moments, holder = self._moments()
         kept = [moments]
         del moments
@@ -419,6 +423,16 @@ class Stage:
         mean = _mirror_upper(total).div_(tokens or 1)
         self._refuse_bad_inputs(mean.diagonal(), tokens)
         return mean
+
+    @property
+    def is_aimed(self) -> bool:
+        """Whether the plan has its codes found from what the original model gives it, and that is known."""
+        return self._line.needs_original and self.has_originals
+
+    def chosen(self, method: str) -> None:
+        """By which of several methods its linears are quantized."""
+        self.method = method
+        self.block.methods |= {f"{self.block.info.name}.{local}.weight": method for local in self.linears}
 
     def measured(self, local: str, lost: float, whole: float) -> None:
         """tr(E H E^T) and tr(W H W^T) of a linear whose weight loses E, where an algorithm comes by them."""
@@ -679,6 +693,7 @@ class Block:
         self.errors: dict[str, float] = dict(restored.errors) if restored else {}
         self.notes: list[str] = list(restored.notes) if restored else []
         self.alphas: dict[str, float] = dict(restored.alphas) if restored else {}
+        self.methods: dict[str, str] = dict(restored.methods) if restored else {}
         self.settled = False
         """True once every weight is final: the block then computes what it will compute in service."""
         self._walks = walks
@@ -720,6 +735,7 @@ class Block:
             tuple(self.notes),
             self.expert_tokens,
             self.cache,
+            self.methods,
             self.alphas,
         )
 
@@ -1429,9 +1445,8 @@ class BlockStream:
 
     def _hold_out(self, walks: Sequence[_Walk]) -> None:
         """Decide which samples are held out where a method wants that: of so many tokens that they fit into memory."""
-        if self.follows_original:
-            tokens = sum(self.ranks.gather(sum(walk.batch.answer_mask.numel() for walk in walks if walk.batch)))
-            self._held_every = HELD_EVERY * max(-(-tokens // (HELD_EVERY * HELD_TOKENS)), 1)
+        tokens = sum(self.ranks.gather(sum(walk.batch.answer_mask.numel() for walk in walks if walk.batch)))
+        self._held_every = HELD_EVERY * max(-(-tokens // (HELD_EVERY * HELD_TOKENS)), 1)
 
     def held_out(self, number: int, inputs: Tensor) -> Tensor:
         """bool (rows,): which rows of a batch's inputs (samples, ..., in) are of samples held out. Where a row's sample

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from vlmquant.algorithms import awq, gptq, rtn, search
+from vlmquant.algorithms import auto, awq, gptq, rtn, search
 from vlmquant.grid import QuantizedWeight
 from vlmquant.stream import Stage
 
@@ -15,4 +15,5 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gptq": gptq.quantize_stage,
     "awq": awq.quantize_stage,
     "awq+gptq": awq.quantize_stage_with_feedback,
+    "auto": auto.quantize_stage,
 }

@@ -44,11 +44,16 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
         hessian = divided(hessian.clone(), channel_scales)
     grid = stage.grid.fitted(*weights.values())
-    rounded = partial(quantize_clipped, hessian=hessian, grid=grid, clip=options.clip, signed=options.signed_scales)
+    make = partial(rounded, hessian=hessian, grid=grid, options=options)
     work = CLIP_STEPS * grid.group_size
     return {
-        name: join_rows(stage.by_rows(weight, rounded, work=work * weight.numel())) for name, weight in weights.items()
+        name: join_rows(stage.by_rows(weight, make, work=work * weight.numel())) for name, weight in weights.items()
     }
+
+
+def rounded(weight: Tensor, hessian: Tensor, grid: Grid, options: AwqOptions) -> QuantizedWeight:
+    """weight (out, in), scaled, and the second moments of its inputs, divided -> codes."""
+    return quantize_clipped(weight, hessian, grid, clip=options.clip, signed=options.signed_scales)
 
 
 def quantize_stage_with_feedback(stage: Stage) -> dict[str, QuantizedWeight]:
@@ -66,22 +71,28 @@ def fold_scales(stage: Stage) -> Tensor | None:
     """Find the channel scales (in,) and have the producer of the inputs take them; None where none are of use."""
     if not stage.can_fold:
         return None
+    channel_scales = find_scales(stage, stage.mean_abs(), stage.hessian(), ranks=stage.ranks)
+    if channel_scales is not None:
+        stage.fold(channel_scales)
+    return channel_scales
+
+
+def find_scales(stage: Stage, mean_abs: Tensor, hessian: Tensor, *, ranks: Ranks = ALONE) -> Tensor | None:
+    """The channel scales (in,) that the producer can take, from E|x_j| (in,) and E[x x^T] (in, in); None where none are
+    of use."""
     options = stage.options.awq
     channel_scales = search_channel_scales(
         torch.cat(list(stage.weights.values())),
-        stage.mean_abs(),
-        _damped(stage.hessian(), options),
+        mean_abs,
+        _damped(hessian, options),
         stage.admissible,
         stage.grid,
         options=options,
-        ranks=stage.ranks,
+        ranks=ranks,
     )
     if not channel_scales.isfinite().all() or channel_scales.min() <= 0:
         raise AssertionError("admissible channel scales must be finite and positive")
-    if (channel_scales == 1).all():
-        return None
-    stage.fold(channel_scales)
-    return channel_scales
+    return None if (channel_scales == 1).all() else channel_scales
 
 
 def search_channel_scales(

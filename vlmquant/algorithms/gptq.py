@@ -35,7 +35,7 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
     options, weights = stage.options.gptq, stage.stored
     if channel_scales is not None:
         weights = {name: weight.float() * channel_scales for name, weight in weights.items()}
-    if options.target == "outputs" and stage.has_originals:
+    if stage.is_aimed:
         scaled = weights
         target = stage.of_moments(lambda moments: aim(scaled, moments.divided(channel_scales), options))
         factor, weights = target.factor, target.weights

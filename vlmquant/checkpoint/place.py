@@ -20,8 +20,11 @@ def lock_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.lock")
 
 
-def check_output(out: Path, model_dir: Path, *, resume: bool, force: bool) -> None:
-    """UsageError for a place that no checkpoint can be put at, as far as one sees without reading what is there."""
+def check_output(out: Path, model_dir: Path, *, resume: bool, force: bool, over: bool = False) -> None:
+    """UsageError for a place that no checkpoint can be put at, as far as one sees without reading what is there.
+
+    over: whether it may be that of the model itself, which is a checkpoint to be replaced.
+    """
     if out.name in ("", ".."):
         raise UsageError(f"{out}: not the name of a new directory; give one")
     work = work_of(out)
@@ -38,7 +41,8 @@ def check_output(out: Path, model_dir: Path, *, resume: bool, force: bool) -> No
             if path.exists() and not path.is_dir():
                 raise UsageError(f"{path}: is a file; give another output directory")
         target, source = out.resolve(), model_dir.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
+    apart = over and target == source
+    if not apart and (target.is_relative_to(source) or source.is_relative_to(target)):
         raise UsageError(
             f"{out}: the output and the model {model_dir} lie one in the other; give a directory outside the model's"
         )

@@ -65,8 +65,10 @@ class CheckpointWriter:
         inputs: Inputs | None = None,
         resumable: bool = True,
         scale_dtype: torch.dtype | None = None,
+        over: bool = False,
     ) -> None:
-        check_output(out, components.model_dir, resume=resume, force=force)
+        check_output(out, components.model_dir, resume=resume, force=force, over=over)
+        self._over = over
         self.out, self.components, self.recipe, self.plan = out, components, recipe, plan
         self._resume, self._force, self._resumable = resume, force, resumable
         self._scale_dtype = scale_dtype or components.dtype
@@ -93,7 +95,9 @@ class CheckpointWriter:
             self._lock.acquire()
             try:
                 self._work.undo_replacement(self.out)
-                check_output(self.out, self.components.model_dir, resume=self._resume, force=self._force)
+                check_output(
+                    self.out, self.components.model_dir, resume=self._resume, force=self._force, over=self._over
+                )
                 if is_taken(self.out) and self._force:
                     refuse_irreplaceable(self.out, self._digests)
                 self._fingerprint = {**self._settings, **self._inputs.fingerprint()}

@@ -44,7 +44,7 @@ EffortOption = Annotated[
     str | None,
     typer.Option(
         "--effort",
-        help="fast: half the time of GPTQ and more loss; default; else as the recipe says.",
+        help="fast: half the time and more loss; default; high: and polished, in twice the time; else the recipe's.",
     ),
 ]
 Batch = Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")]

@@ -1,0 +1,101 @@
+"""For each stage the method that loses least on samples held out.
+
+Every candidate rounds the weights by what the other samples say. Its loss is that of the layer's outputs, on tokens
+that none of them has seen, |W x - Q z|^2: z is what the quantized model gives the layer, x what the original does. The
+best then rounds them anew, by all samples.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from vlmquant.algorithms import awq, gptq, search
+from vlmquant.algorithms.factor import Factor
+from vlmquant.algorithms.scales import search_scales
+from vlmquant.algorithms.target import aim, factor_of
+from vlmquant.grid import QuantizedWeight, quantize_nearest
+from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
+from vlmquant.stream import Moments, Rows, Stage, divided
+
+METHODS = {
+    "gptq": gptq.quantize_stage,
+    "awq+gptq": awq.quantize_stage_with_feedback,
+    "awq": awq.quantize_stage,
+    "search": search.quantize_stage,
+}
+"""Tried in this order: a later one has to lose less."""
+
+
+def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
+    """Quantize all linears of a stage by one of METHODS; by the first where no sample is held out."""
+    mean_abs = stage.mean_abs() if stage.can_fold else None
+    losses = stage.of_moments(lambda moments: held_losses(stage, moments, mean_abs))
+    method = min(losses, key=losses.__getitem__)
+    stage.chosen(method)
+    return METHODS[method](stage)
+
+
+def held_losses(stage: Stage, moments: Moments, mean_abs: Tensor | None) -> dict[str, float]:
+    """By method, summed over tokens and outputs; mean_abs (in,): E|x_j|, None where scales cannot be folded."""
+    methods = [method for method in METHODS if mean_abs is not None or method not in WITH_FOLDS]
+    fit, judges = _apart(moments)
+    if not judges or not fit.tokens:
+        return dict.fromkeys(methods, 0.0)
+    return {method: _loss(stage.weights, _rounded(stage, method, fit, mean_abs), judges) for method in methods}
+
+
+def _apart(moments: Moments) -> tuple[Moments, list[Rows]]:
+    """What methods may see, and the later half of the tokens that were held out, by which they are judged. The other
+    half says how far the target moves."""
+    tokens = sum(len(rows.inputs) for rows in moments.held)
+    shown, judges, seen = list[Rows](), list[Rows](), 0
+    for rows in moments.held:
+        cut = min(max(tokens // 2 - seen, 0), len(rows.inputs))
+        seen += len(rows.inputs)
+        shown += [rows.part(slice(0, cut))] if cut else []
+        judges += [rows.part(slice(cut, None))] if cut < len(rows.inputs) else []
+    return Moments(moments.squares, moments.cross, moments.tokens, shown), judges
+
+
+def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None) -> dict[str, Tensor]:
+    """What weights (out, in) become, as their inputs meet them."""
+    options, weights, channel_scales = stage.options, stage.weights, None
+    if method in WITH_FOLDS:
+        assert mean_abs is not None
+        channel_scales = awq.find_scales(stage, mean_abs, fit.squares / fit.tokens)
+    if channel_scales is not None:
+        weights = {name: weight * channel_scales for name, weight in weights.items()}
+    if method in WITH_FEEDBACK:
+        seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held).divided(channel_scales)
+        if stage.is_aimed:
+            target = aim(weights, seen, options.gptq)
+            codes = _by_feedback(stage, target.weights, target.factor)
+        else:
+            codes = _by_feedback(stage, weights, factor_of(seen.squares.div_(fit.tokens), options.gptq))
+    else:
+        grid, hessian = stage.grid.fitted(*weights.values()), divided(fit.squares / fit.tokens, channel_scales)
+        codes = {
+            name: awq.rounded(weight, hessian, grid, options.awq)
+            if method == "awq"
+            else quantize_nearest(weight, *search_scales(weight, hessian.diagonal(), grid, search="weighted"), grid)
+            for name, weight in weights.items()
+        }
+    values = {name: weight.dequantize() for name, weight in codes.items()}
+    return values if channel_scales is None else {name: value / channel_scales for name, value in values.items()}
+
+
+def _by_feedback(stage: Stage, weights: Mapping[str, Tensor], factor: Factor) -> dict[str, QuantizedWeight]:
+    grid = stage.grid.fitted(*weights.values())
+    return {name: gptq.quantize_weight(weight, factor, grid, stage.options.gptq)[0] for name, weight in weights.items()}
+
+
+def _loss(weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor], judges: Iterable[Rows]) -> float:
+    total = 0.0
+    for rows in judges:
+        for name, weight in weights.items():
+            lost = rows.inputs @ (weight - rounded[name]).T
+            if rows.shift is not None:
+                lost += rows.shift @ weight.T
+            total += rows.scaled(lost).square_().sum(dtype=torch.float64).item()
+    return total
