@@ -1,7 +1,7 @@
 """Memory and time of `quantize` against the size of a model, beside what was planned.
 
     python benchmarks/scale/run.py --work DIR [--sizes "0.1 GB" ...] [--limit 3GiB] [--limited "8 GB"] [--out FILE]
-                                   [--peer PYTHON] [--part NAME | --join NAME ...]
+                                   [--peer PYTHON] [--models NAME=DIR ...] [--part NAME | --join NAME ...]
 
 Models of benchmarks/scale/models.py, calibrated on those of the demo's samples that have an image. Each size is
 quantized by --recipe, with --effort fast, in a process of its own, with all the memory that it wants; those that are
@@ -9,7 +9,8 @@ limited once more under a hard limit of their address space (as `ulimit -v` sets
 both must write the same weights. With --peer, the Python of an environment that has llm-compressor, its GPTQ (peer.py)
 gets the same batches of each size up to PEER_BYTES, and the loss of both is measured on the demo's test set. The table
 ends with what budget.predict says of models of which only the headers exist, for SAMPLES samples of TOKENS tokens.
-Sizes may be measured in parts, which are joined; a size measured again without the peer keeps what that did.
+Sizes may be measured in parts, which are joined; a size measured again without the peer keeps what that did. --models
+are real ones, quantized by the recipe as it is, with its own effort, on the demo's calibration set.
 """
 
 import argparse
@@ -68,13 +69,12 @@ def children_cpu() -> float:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
 
 
-def quantize(model: Path, out: Path, *, recipe: str, limit: int | None) -> dict[str, Any]:
+def quantize(model: Path, out: Path, *, recipe: str, limit: int | None, as_peer: bool = True) -> dict[str, Any]:
+    """as_peer: as the peer does it, in one pass through the model, on samples that all have an image."""
     words = ["quantize", str(model), "-r", recipe, "--calibration", str(CALIBRATION), "-o", str(out), "--json"]
-    words += ["--effort", "fast"]  # as the peer does it: one pass through the model
-    words += [
-        "--samples",
-        ",".join(f"{task}={count}" for task, count in Counter(one.task for one in samples()).items()),
-    ]
+    if as_peer:
+        counts = Counter(one.task for one in samples())
+        words += ["--effort", "fast", "--samples", ",".join(f"{task}={count}" for task, count in counts.items())]
     if limit is not None:
         words += ["--memory-limit", f"{limit}B"]
 
@@ -221,6 +221,15 @@ def measure(arguments: argparse.Namespace, results: dict[str, Any], saved: Path)
         shutil.rmtree(model)
 
 
+def measure_real(arguments: argparse.Namespace, results: dict[str, Any], saved: Path) -> None:
+    for one in arguments.models:
+        name, _, folder = one.partition("=")
+        out = arguments.work / "out"
+        results["runs"][name] = quantize(Path(folder), out, recipe=arguments.recipe, limit=None, as_peer=False)
+        print(row(name, results["runs"][name]), file=sys.stderr, flush=True)
+        saved.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """The runs of several parts, each of which says how it was made."""
     made = [{key: value for key, value in part.items() if key != "runs"} for part in parts]
@@ -293,6 +302,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="mixed")
     parser.add_argument("--limit", default="3GiB", help="of the second run of those that are limited")
     parser.add_argument("--limited", nargs="*", default=["8 GB"], choices=list(SHAPES))
+    parser.add_argument("--models", nargs="+", default=[], metavar="NAME=DIR", help="real models, instead of sizes")
     parser.add_argument("--only-limited", action="store_true", help="no run of a size without the limit")
     parser.add_argument("--peer", type=Path, help="Python of an environment that has llm-compressor")
     parser.add_argument("--score", action="store_true", help="measure the loss of ours without the peer, too")
@@ -310,9 +320,13 @@ def main() -> None:
         results = joined([json.loads((arguments.work / f"part-{name}.json").read_text()) for name in arguments.join])
     else:
         part = arguments.work / f"part-{arguments.part}.json"
-        measure(arguments, results, part if arguments.part else saved)
+        saving = part if arguments.part else saved
+        measure_real(arguments, results, saving)
+        if not arguments.models:
+            measure(arguments, results, saving)
         if arguments.part:
             return
+    results["runs"] = dict(sorted(results["runs"].items(), key=lambda run: run[1]["model_bytes"]))
     base = min(found["planned_peak_bytes"] for found in results["runs"].values())
     results["projection"] = {name: project(name, arguments.work, base=base) for name in LARGE}
     saved.write_text(json.dumps(results, indent=1) + "\n")
