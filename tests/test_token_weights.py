@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.test_stream import batches_of, same_weight, stream_of
 from tests.tiny_vlm import build
+from vlmquant import stream
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import resolve_components
@@ -94,3 +95,37 @@ def test_images_that_count_for_nothing_are_as_if_left_out(tmp_path: Path) -> Non
     ]
     x = torch.cat(rows).double()
     torch.testing.assert_close(hessians[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
+def test_so_many_of_an_images_tokens_are_drawn_spread_evenly(share: float) -> None:
+    mask = torch.zeros(5, 700, dtype=torch.bool)
+    mask[:, 20:596] = True  # 24 rows of 24
+    drawn = stream._drawn(mask, 3, share)
+    assert not (drawn & ~mask).any()
+    counts = drawn.sum(1)
+    assert (counts - share * 576).abs().max() <= 2
+    grids = drawn[:, 20:596].view(5, 24, 24).float()
+    for sums in (grids.sum(1), grids.sum(2)):  # of columns and of rows
+        assert (sums - 24 * share).abs().max() <= 4
+    if share < 1:
+        assert not torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(stream._drawn(mask, 4, share), drawn)
+        gaps = drawn[0].nonzero()[:, 0].diff()
+        assert gaps.max() <= 2 / share + 1
+
+
+def test_drawn_tokens_count_for_the_others(tmp_path: Path) -> None:
+    """By sums over the tokens that are drawn: the second moments, and which tokens the layer's inputs hold."""
+    model_dir = build("llava", tmp_path / "llava")
+    counts = TokenWeights(image=0.5, image_share=0.5)
+    hessians, _, batches = run(model_dir, counts)
+    name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
+    total, sum_of_weights = torch.zeros_like(hessians[name]).double(), 0.0
+    for number, (batch, inputs) in enumerate(zip(batches, first_inputs(model_dir, batches, name), strict=True)):
+        images = batch.inputs["input_ids"] == 500
+        weights = (~images).double() + stream._drawn(images, number, 0.5) * (0.5 / 0.5)
+        rows = inputs.double().flatten(0, 1) * weights.flatten().sqrt()[:, None]
+        total += rows.T @ rows
+        sum_of_weights += weights.sum().item()
+    torch.testing.assert_close(hessians[name].double(), total / sum_of_weights, rtol=1e-4, atol=1e-5)

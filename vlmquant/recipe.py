@@ -333,12 +333,15 @@ class TokenWeights(Data):
 
     image: Annotated[Number, Field(ge=0, le=100)] = 1.0
     """Those whose place image features take."""
+    image_share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """Of an image's tokens, those that are looked at, spread evenly; they count for the others, too. Images have many
+    tokens that are much alike, and what is summed over them is most of the work."""
     prompt: Annotated[Number, Field(ge=0, le=100)] = 1.0
     answer: Annotated[Number, Field(gt=0, le=100)] = 1.0
 
     @property
     def equal(self) -> bool:
-        return self.image == self.prompt == self.answer == 1
+        return self.image == self.image_share == self.prompt == self.answer == 1
 
 
 class CalibrationSpec(Data):

@@ -66,6 +66,8 @@ ROW_ELEMENTS = 1 << 23
 """Of a weight, that algorithms work on at a time."""
 MOST_LOST = 0.1
 """Of the mean square of inputs that are rounded to integers by one scale: where more is lost, it is told."""
+SECTIONS = (0.6180339887498949, 0.7548776662466927)
+"""Fractions whose multiples spread evenly over 0 to 1: the golden section, and that of two dimensions."""
 LEAST_ENERGY = 1e-30
 """Outputs are taken for no smaller, where a loss is divided by them."""
 
@@ -1222,6 +1224,15 @@ class Block:
             )
 
 
+def _drawn(mask: Tensor, batch: int, share: float) -> Tensor:
+    """So large a share of the True of each row of a mask (samples, tokens), spread evenly, at other places in each
+    sample: multiples of a golden section fall nowhere twice (additive recurrence)."""
+    samples, _ = mask.shape
+    start = (batch * samples + torch.arange(samples, dtype=torch.float64)) * SECTIONS[1]
+    places = mask.cumsum(1, dtype=torch.float64) * SECTIONS[0]
+    return mask & ((places + start[:, None].to(mask.device)) % 1 < share)
+
+
 def _end(walks: Iterable[_Walk | None]) -> None:
     for walk in walks:
         if walk:
@@ -1506,7 +1517,9 @@ class BlockStream:
         weights = torch.full(batch.answer_mask.shape, float(counts.prompt))
         weights[batch.answer_mask] = float(counts.answer)
         if batch.image_mask is not None:
-            weights[batch.image_mask] = float(counts.image)
+            drawn = _drawn(batch.image_mask, _walk().number, counts.image_share)
+            weights[batch.image_mask] = 0.0
+            weights[drawn] = counts.image / counts.image_share
         return (weights * batch.inputs["attention_mask"].bool()).to(self.device)
 
     def rehearse(self) -> dict[str, Place]:
