@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tests import fake_runs
 from tests.conftest import Run
 from tests.small_set import write_small_set
+from tests.test_readme import scored_here
 from vlmquant import ablate, demo, pipeline
 from vlmquant.ablate.choice import Row, choose_row
 from vlmquant.ablate.subsets import KINDS, Kind, draw_subset, subset_size
@@ -148,23 +149,23 @@ def test_pooled_draws_are_their_sums() -> None:
 @pytest.fixture(scope="module")
 def words() -> list[object]:
     return [
-        *(
-            "ablate",
-            demo.model_dir(),
-            "--data",
-            demo.test_set_dir(),
-            "--calibration",
-            demo.calibration_set_dir(),
-            "-r",
-            "gptq-w4",
-        ),
-        *("--effort", "fast", "--samples", 8, "--limit", 20, "--device", "cpu"),
+        *("ablate", demo.model_dir(), "--data", demo.test_set_dir()),
+        *("--calibration", demo.calibration_set_dir(), "--recipe", "gptq-w4"),
+        *("--effort", "fast", "--samples", 8, "--limit", 12, "--device", "cpu"),
     ]
 
 
+ONE = ("--calibrations", "text,image", "--methods", "gptq", "--samples", 4, "--limit", 8)
 TWO = ("--calibrations", "text,image", "--methods", "gptq,rtn")
 
 
+@pytest.fixture
+def scored_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process."""
+    monkeypatch.setattr(pipeline, "score_models", scored_here)
+
+
+@pytest.mark.usefixtures("scored_quickly")
 def test_two_calibrations_and_two_methods(run: Run, words: list[object], tmp_path: Path) -> None:
     work, report = tmp_path / "work", tmp_path / "report.json"
     code, out, err = run(*words, *TWO, "--work", work, "--keep", "--json", "--out", report)
@@ -214,14 +215,6 @@ def test_two_calibrations_and_two_methods(run: Run, words: list[object], tmp_pat
     assert any((text[name] != image[name]).any() for name in hand)
 
 
-@pytest.fixture
-def scored_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process."""
-    from tests.test_readme import scored_here
-
-    monkeypatch.setattr(pipeline, "score_models", scored_here)
-
-
 @pytest.mark.usefixtures("scored_quickly")
 def test_an_interrupted_ablation_goes_on(
     run: Run, words: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,7 +229,7 @@ def test_an_interrupted_ablation_goes_on(
         return quantize(model, recipe, out, **options)
 
     monkeypatch.setattr(pipeline, "quantize", interrupted)
-    assert run(*words, *TWO, "--work", work)[0] != 0
+    assert run(*words, *ONE, "--work", work)[0] != 0
     assert (work / "text-gptq" / MANIFEST_NAME).is_file()
     first = (work / "text-gptq" / MANIFEST_NAME).stat()
     costs = json.loads((work / "ablation.json").read_text())["costs"]
@@ -252,7 +245,7 @@ def test_an_interrupted_ablation_goes_on(
         return done
 
     monkeypatch.setattr(pipeline, "quantize", watched)
-    code, out, err = run(*words, *TWO, "--work", work, "--json")
+    code, out, err = run(*words, *ONE, "--work", work, "--json")
     assert code == 0, err
     assert kept == [(first.st_ino, first.st_mtime_ns)]
     seconds = {one["calibration"]: one["seconds"] for one in json.loads(out)["rows"]}
@@ -264,7 +257,16 @@ def test_an_interrupted_ablation_goes_on(
 @pytest.mark.usefixtures("scored_quickly")
 def test_several_draws_stand_in_one_row(run: Run, words: list[object], tmp_path: Path) -> None:
     code, out, err = run(
-        *words, "--work", tmp_path / "work", "--calibrations", "mixed", "--methods", "gptq,rtn", "--draws", 2
+        *words,
+        "--work",
+        tmp_path / "work",
+        "--calibrations",
+        "mixed",
+        "--methods",
+        "gptq,rtn",
+        "--draws",
+        2,
+        *("--samples", 4),
     )
     assert code == 0, err
     assert "mixed-gptq-2, 2 of 3" in err

@@ -157,7 +157,7 @@ def ablation_table(found: Ablation) -> Table:
     columns = (
         "method",
         "calibration",
-        "",
+        "result",
         metric_title("kl"),
         *(["of each draw"] if several else []),
         "above the lowest",
@@ -170,4 +170,4 @@ def ablation_table(found: Ablation) -> Table:
         f"On {found.rows[0].kl.n} held-out samples; 95 % bootstrap intervals over images in brackets, paired by sample "
         "above the lowest."
     ]
-    return make_table("", columns, rows, left=3, caption=caption)
+    return make_table("", columns, rows, left=3, caption=caption, fewer=columns)
