@@ -27,6 +27,7 @@ from vlmquant.errors import InputError
 from vlmquant.evaluation.metrics import summarize
 from vlmquant.evaluation.records import Estimate
 from vlmquant.recipe import CalibrationSpec, load_recipe
+from vlmquant.tables.work import ablation_table
 
 
 def about(point: float, half: float = 0.01) -> Estimate:
@@ -141,6 +142,43 @@ def test_pooled_draws_are_their_sums() -> None:
     nll = [sum(sample.nll for sample in run.samples) / tokens for run in (one, other, base)]
     assert both["kl"].point == pytest.approx(kl)
     assert both["perplexity_increase"].point == pytest.approx(math.exp((nll[0] + nll[1]) / 2 - nll[2]) - 1)
+
+
+def found_of(rows: Sequence[Row], behind: Sequence[Estimate]) -> ablate.Ablation:
+    samples = [fake_runs.sample(index, "vqa") for index in range(2)]
+    report = fake_runs.report(samples, fake_runs.run("int4", fake_runs.degraded(samples, seed=0)))
+    return ablate.Ablation(tuple(rows), tuple(behind), choose_row(rows, behind), report, "user CPU s")
+
+
+def test_what_is_told_once_all_is_measured() -> None:
+    alone = [row("text", "gptq", 0.2, 9)]
+    used = {"text-gptq": {"too_long": {"a": 3000}}}
+    told = ablate._after(load_recipe("mixed"), found_of(alone, [about(0, 0)]), used)
+    assert told == [
+        "text-gptq: 1 samples longer than max_tokens were left out",
+        "text alone cannot calibrate all of the recipe: components.vision_encoder (method int8) needs images",
+    ]
+    assert ablate._after(load_recipe("gptq-w4"), found_of(alone, [about(0, 0)]), {}) == []
+    few = [replace(alone[0], calibration="image", kl=Estimate(0.2, 0.1, 0.3, 9))]
+    assert ablate._after(load_recipe("mixed"), found_of(few, [about(0, 0)]), {}) == [
+        "9 held-out samples: the intervals say little; take more"
+    ]
+
+
+def test_the_table_marks_the_lowest_what_is_as_good_and_what_to_take() -> None:
+    found = found_of(THREE, [about(0, 0), about(0.01, 0.02), about(0.05, 0.06)])
+    table = ablation_table(found)
+    assert [line[:3] for line in table.rows] == [
+        ("gptq", "image", "lowest"),
+        ("gptq", "mixed", "as good"),
+        ("awq", "text", "as good, recommended"),
+    ]
+    assert table.rows[1][3:] == (
+        *("0.2100 [0.2000, 0.2200]", "0.0100 [-0.0100, 0.0300]", "+10.00 % [+9.00, +11.00]", "5.0 % [4.0, 6.0]"),
+        *("100", "90.0"),
+    )
+    several = found_of([replace(one, kl_of_draws=(0.1, 0.3)) for one in THREE], found.behind)
+    assert "0.1000 to 0.3000" in ablation_table(several).rows[0]
 
 
 # --- the command, on the bundled model ---
