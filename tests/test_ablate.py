@@ -21,6 +21,7 @@ from vlmquant.ablate.choice import Row, choose_row
 from vlmquant.ablate.subsets import KINDS, Kind, draw_subset, subset_size
 from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import SampleSet, load_set
+from vlmquant.checkpoint.files import Lock
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.checkpoint.ownership import remove_checkpoint
 from vlmquant.errors import InputError
@@ -367,6 +368,16 @@ def test_another_ablation_needs_another_folder(run: Run, words: list[object], tm
     code, _, err = run(*short, "--methods", "gptq")
     assert code == 2
     assert "holds other samples than this ablation's" in err
+
+
+def test_one_ablation_at_a_time_works_in_a_folder(run: Run, words: list[object], tmp_path: Path) -> None:
+    lock = Lock(tmp_path / "ablation.lock")
+    lock.acquire()
+    code, _, err = run(*words, *TWO, "--work", tmp_path)
+    lock.release()
+    assert code == 2
+    assert "another vlmquant writes this output" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_what_we_wrote_is_deleted(tmp_path: Path) -> None:

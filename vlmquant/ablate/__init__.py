@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
@@ -26,6 +26,7 @@ from vlmquant.ablate.subsets import KINDS, Kind, Subset, draw_subset, numbered, 
 from vlmquant.calibration.sampling import samples_sha256
 from vlmquant.calibration.sets import SampleSet, load_set, shared_images, write_set
 from vlmquant.checkpoint import check_output
+from vlmquant.checkpoint.files import Lock, disk_errors
 from vlmquant.checkpoint.manifest import MANIFEST_NAME
 from vlmquant.checkpoint.ownership import remove_checkpoint
 from vlmquant.components import ComponentMap
@@ -47,6 +48,7 @@ TRIED = ("gptq", "awq", "rtn")
 """Methods where none are named, beside the recipe's own; those that do not fit its scheme are left out."""
 STATE_NAME = "ablation.json"
 """What makes a work folder ours, and is therefore the first file in it."""
+LOCK_NAME = "ablation.lock"
 SETS_NAME = "sets"
 ALONE = "all runs quantize the language layers alone, by the same scheme; all else stays at 16 bits here"
 
@@ -138,14 +140,16 @@ def ablate(
     threads: int | None = None,
     keep: bool = False,
     command: Sequence[str] = (),
+    tell: Callable[[Ablation], None] = lambda found: None,
 ) -> Ablation:
     """Quantize a model (a directory or hub id) by each method on each kind of calibration, and score all of them.
 
     data: held-out samples; limit: at most so many of them. calibration: a set's name or folder instead of the recipe's.
     samples: of each calibration, instead of the recipe's number. draws: of samples, each method on each of them.
     work: a folder of its own; checkpoints lie there until they were scored, with `keep` for good; the calibration sets
-    stay. Raises UsageError where it holds something else, InputError where an image is in both sets or there are none,
-    DoesNotFitError where the disk is too small for all checkpoints: before anything is written.
+    stay. tell: what is done with the result before checkpoints are deleted.
+    Raises UsageError where the folder holds something else, InputError where an image is in both sets or there are
+    none, DoesNotFitError where the disk is too small for all checkpoints: before anything is written.
     """
     _check_words(methods, kinds)
     device = find_device(device)
@@ -161,23 +165,24 @@ def ablate(
     ]
     folder = _Folder(work, _settings(components, recipe, device, drawn))
     folder.check(components, arms)
-    folder.open()
-    for subset in drawn.subsets:
-        folder.add_set(subset)
-    used = _quantize_all(folder, components, arms, device)
-    report = pipeline.evaluate(
-        components.model_dir,
-        [folder.path / name for name in used],
-        data,
-        limit=limit,
-        settings=Settings(generate=False, device=device, threads=threads),
-        command=command,
-    )
-    found = _weigh(report, arms, folder.costs, used, draws=draws, on_cpu=device == "cpu")
-    if not keep:
-        for name in used:
+    with folder.held():
+        for subset in drawn.subsets:
+            folder.add_set(subset)
+        used = _quantize_all(folder, components, arms, device)
+        report = pipeline.evaluate(
+            components.model_dir,
+            [folder.path / name for name in used],
+            data,
+            limit=limit,
+            settings=Settings(generate=False, device=device, threads=threads),
+            command=command,
+        )
+        found = _weigh(report, arms, folder.costs, used, draws=draws, on_cpu=device == "cpu")
+        found = replace(found, notes=(ALONE, *refused, *drawn.notes, *_after(recipe, found, used)))
+        tell(found)
+        for name in () if keep else used:
             folder.remove(name)
-    return replace(found, notes=(ALONE, *refused, *drawn.notes, *_after(recipe, found, used)))
+    return found
 
 
 def _check_words(methods: Sequence[str] | None, kinds: Sequence[str]) -> None:
@@ -330,14 +335,15 @@ class _Folder:
 
     def __init__(self, path: Path, settings: Mapping[str, str]) -> None:
         """UsageError where it is none of this ablation."""
-        self.path = path
-        self._state = _State(settings=dict(settings))
-        if path.is_dir() and any(path.iterdir()):
-            self._state = self._read(settings)
-        elif path.exists() and not path.is_dir():
+        self.path, self._settings = path, dict(settings)
+        if path.exists() and not path.is_dir():
             raise UsageError(f"{path}: is a file; give a folder with --work")
+        self._state = self._read()
 
-    def _read(self, settings: Mapping[str, str]) -> _State:
+    def _read(self) -> _State:
+        settings = self._settings
+        if not self.path.is_dir() or not any(name != LOCK_NAME for name in os.listdir(self.path)):
+            return _State(settings=settings)
         if not (self.path / STATE_NAME).is_file():
             raise UsageError(f"{self.path}: holds something, and no ablation; give a new folder with --work")
         state: _State = read_json(self.path / STATE_NAME, _State, remedy="give a new folder with --work")
@@ -367,9 +373,19 @@ class _Folder:
                 f"{free:,} are free; name fewer --methods or --calibrations, or a folder on another disk"
             )
 
-    def open(self) -> None:
-        """Make it ours."""
-        self._write()
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make it ours, and nobody else's as long as we work in it."""
+        lock = Lock(self.path / LOCK_NAME)
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            self._state = self._read()
+            self._write()
+            yield
+        finally:
+            lock.release()
 
     def _write(self) -> None:
         write_text(self.path / STATE_NAME, json.dumps(asdict(self._state), indent=2) + "\n")

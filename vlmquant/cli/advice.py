@@ -144,16 +144,28 @@ def ablate(
     no data is one row. What is as good within noise and takes less time is recommended. Interrupted, the same call
     goes on; finished checkpoints are deleted once all are scored, unless --keep is given.
     """
+    wanted = load_wanted(recipe_name(recipe), None, effort)
     from vlmquant import pipeline
+    from vlmquant.ablate import Ablation
     from vlmquant.ablate import ablate as find
     from vlmquant.report.data import check_report_paths
     from vlmquant.tables.work import ablation_table
 
-    recipe = recipe_name(recipe)
-    wanted = load_wanted(recipe, None, effort)
+    def tell(found: Ablation) -> None:
+        written = pipeline.write_report(found.report, data=data, out=out, html=html, markdown=None)
+        if as_json:
+            emit(found.to_json() | {"files": [str(path) for path in written]})
+            return
+        show(ablation_table(found))
+        for note in found.notes:
+            say(f"note: {note}")
+        for path in written:
+            say(f"wrote {path}")
+        say(f"Recommended: {found.choice.sentence}.")
+
     check_report_paths({"--out": out, "--html": html}, apart=[Path(model), data, Path(calibration or data)])
     set_threads(threads)
-    found = find(
+    find(
         model,
         wanted,
         data,
@@ -168,14 +180,5 @@ def ablate(
         threads=threads,
         keep=keep,
         command=("vlmquant", *sys.argv[1:]),
+        tell=tell,
     )
-    written = pipeline.write_report(found.report, data=data, out=out, html=html, markdown=None)
-    if as_json:
-        emit(found.to_json() | {"files": [str(path) for path in written]})
-        return
-    show(ablation_table(found))
-    for note in found.notes:
-        say(f"note: {note}")
-    for path in written:
-        say(f"wrote {path}")
-    say(f"Recommended: {found.choice.sentence}.")
