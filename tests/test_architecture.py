@@ -14,6 +14,7 @@ ROOMS = [
     "doctor",
     "tables",
     "recommend",
+    "ablate",
     "pipeline",
     "publish",
     "polish",

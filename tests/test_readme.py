@@ -45,7 +45,11 @@ NOT_HERE = {
 }
 """Lines of ```bash blocks that are not run, and why. The last two hold for pages of models alone."""
 OF_MODELS = 2
-SMALLER = {"calibration=256,evaluation=200": "calibration=7,evaluation=4", "org/my-vlm ": "./my-vlm "}
+SMALLER = {
+    "calibration=256,evaluation=200": "calibration=7,evaluation=4",
+    "org/my-vlm ": "./my-vlm ",
+    "--work ./ablation": "--work ./ablation --methods gptq --calibrations text,image --effort fast",
+}
 """What is run with fewer samples, and on the bundled model."""
 CODES = {"gate": (0, 3, 4), "check": (0, 1), "recommend": (0,)}
 """Exit codes other than 0 that are answers too."""

@@ -650,12 +650,7 @@ def evaluate(
     settings = settings or Settings()
     settings = replace(settings, device=find_device(settings.device))
     tell_device(settings.device)
-    sample_set = load_set(data)
-    selection = choose_samples(sample_set, _evaluation_spec(sample_set, limit, strata))
-    for row in selection.short:
-        raise InputError(
-            f"{data}: has {row.asked - row.got} {row.task} samples fewer than were asked for; ask for fewer"
-        )
+    selection = choose_held_out(data, limit=limit, strata=strata)
     directories = [locate_model(model) for model in (reference, *models)]
     for model_dir in directories[1:]:
         _refuse_calibration_images(model_dir, selection, data)
@@ -671,6 +666,19 @@ def evaluate(
         seed=BOOTSTRAP_SEED,
         resamples=BOOTSTRAP_RESAMPLES,
     )
+
+
+def choose_held_out(
+    data: str | Path, *, limit: int | None = None, strata: Mapping[str, int] | None = None
+) -> Selection:
+    """The samples of a set that `evaluate` scores. InputError where it has fewer than strata ask for."""
+    sample_set = load_set(data)
+    selection = choose_samples(sample_set, _evaluation_spec(sample_set, limit, strata))
+    for row in selection.short:
+        raise InputError(
+            f"{data}: has {row.asked - row.got} {row.task} samples fewer than were asked for; ask for fewer"
+        )
+    return selection
 
 
 def _evaluation_spec(sample_set: SampleSet, limit: int | None, strata: Mapping[str, int] | None) -> CalibrationSpec:

@@ -79,3 +79,10 @@ def remove(root: Path, is_ours: Callable[[str], bool], *, last: str) -> list[str
         with suppress(OSError):
             (root / folder).rmdir()
     return strangers(root, lambda _: False, ()) if root.exists() else []
+
+
+def remove_checkpoint(checkpoint: Path) -> list[str]:
+    """Delete a finished checkpoint, but for what we did not write or what was changed since; what stays."""
+    changed = set(not_as_written(checkpoint, Digests()))
+    names = {*read_manifest(checkpoint)["files"], MANIFEST_NAME} - changed
+    return remove(checkpoint, names.__contains__, last=MANIFEST_NAME)

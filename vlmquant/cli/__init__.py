@@ -72,6 +72,14 @@ COMMANDS = {
         ),
         (EXIT_DOES_NOT_FIT,),
     ),
+    "ablate": Entry(
+        advice.ablate,
+        (
+            "text, images or both, GPTQ or AWQ\nvlmquant ablate org/model --data test --calibration set --work work",
+            "on three draws of 64 samples\nvlmquant ablate org/model -d test -w work --samples 64 --draws 3",
+        ),
+        (EXIT_SENTINEL, EXIT_DOES_NOT_FIT, EXIT_STARVED_EXPERTS),
+    ),
     "data": Entry(
         sets.data,
         (

@@ -1,15 +1,34 @@
-"""recommend: which recipe for which GPU."""
+"""recommend, ablate: which recipe for which GPU; which calibration and method lose least on one's own data."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmquant.cli.help import program
-from vlmquant.cli.options import Batch, Context, Images, ImageSize, Json, Model, TensorParallel, Trust
+from vlmquant.cli.options import (
+    Batch,
+    CalibrationOption,
+    Context,
+    Data,
+    Device,
+    EffortOption,
+    Html,
+    Images,
+    ImageSize,
+    Json,
+    Limit,
+    Model,
+    RecipeOption,
+    TensorParallel,
+    Threads,
+    Trust,
+)
 from vlmquant.cli.output import emit, say, show
-from vlmquant.cli.words import parse_wish
+from vlmquant.cli.words import load_wanted, parse_names, parse_wish, recipe_name
 from vlmquant.errors import UsageError
+from vlmquant.threads import set_threads
 
 
 def recommend(
@@ -80,3 +99,86 @@ def recommend(
         say("There is nothing to quantize." + ("" if out is None else f" {out} is not written."))
     else:
         say(f"Next: {program()} quantize {model} --recipe {written or found.recipe} --out OUT")
+
+
+def ablate(
+    model: Model,
+    data: Data,
+    work: Annotated[
+        Path,
+        typer.Option(
+            "--work", "-w", help="Folder of its own for calibration sets and checkpoints; the same one goes on."
+        ),
+    ],
+    recipe: RecipeOption = None,
+    calibration: CalibrationOption = None,
+    calibrations: Annotated[
+        str, typer.Option(help="Kinds of calibration, all of that one set: samples with images, without, half of each.")
+    ] = "text,image,mixed",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Of quantizing the language layers, such as gptq,awq,awq+gptq,rtn; else the recipe's, gptq, awq, rtn."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Samples of each calibration, else the recipe's number.")
+    ] = None,
+    draws: Annotated[
+        int, typer.Option(min=1, max=9, help="Draws of calibration samples that each method is tried on.")
+    ] = 1,
+    limit: Limit = None,
+    effort: EffortOption = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the checkpoints once they are scored.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where the report of all goes, as of `compare`.")
+    ] = None,
+    html: Html = None,
+    as_json: Json = False,
+) -> None:
+    """Find which calibration, text, images or both, by which method loses least on held-out samples of yours.
+
+    The language layers alone are quantized, by the recipe's scheme, on as many samples each time; a method that needs
+    no data is one row. What is as good within noise and takes less time is recommended. Interrupted, the same call
+    goes on; finished checkpoints are deleted once all are scored, unless --keep is given.
+    """
+    wanted = load_wanted(recipe_name(recipe), None, effort)
+    from vlmquant import pipeline
+    from vlmquant.ablate import Ablation
+    from vlmquant.ablate import ablate as find
+    from vlmquant.report.data import check_report_paths
+    from vlmquant.tables.work import ablation_table
+
+    def tell(found: Ablation) -> None:
+        written = pipeline.write_report(found.report, data=data, out=out, html=html, markdown=None)
+        if as_json:
+            emit(found.to_json() | {"files": [str(path) for path in written]})
+            return
+        show(ablation_table(found))
+        for note in found.notes:
+            say(f"note: {note}")
+        for path in written:
+            say(f"wrote {path}")
+        say(f"Recommended: {found.choice.sentence}.")
+
+    check_report_paths({"--out": out, "--html": html}, apart=[Path(model), data, Path(calibration or data)])
+    set_threads(threads)
+    find(
+        model,
+        wanted,
+        data,
+        work,
+        calibration=calibration,
+        methods=None if methods is None else parse_names(methods),
+        kinds=parse_names(calibrations),  # type: ignore[arg-type]  # ablate refuses what it does not know
+        samples=samples,
+        limit=limit,
+        draws=draws,
+        device=device,
+        threads=threads,
+        keep=keep,
+        command=("vlmquant", *sys.argv[1:]),
+        tell=tell,
+    )

@@ -64,6 +64,11 @@ def parse_counts(text: str, option: str = "--samples") -> dict[str, int]:
     return counts
 
 
+def parse_names(text: str) -> list[str]:
+    """ "gptq,awq" -> ["gptq", "awq"]."""
+    return [name.strip() for name in text.split(",")]
+
+
 UNITS = {"B": 1} | {
     f"{letter}{middle}B": base**power
     for power, letter in enumerate("KMGT", 1)
