@@ -18,7 +18,7 @@ from vlmquant.errors import PlanError, SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts, form_of, holds_experts, parts_of, stands_for, take_apart
 from vlmquant.loading import load_model
 from vlmquant.planning import make_plan
-from vlmquant.recipe import ExpertOptions, load_recipe, parse_recipe
+from vlmquant.recipe import ExpertOptions, TokenWeights, load_recipe, parse_recipe
 from vlmquant.stream import BlockStream
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,7 +147,14 @@ class Watched:
     """A stream over one kind, and every stage that it gave, with its statistics before they were used."""
 
     def __init__(
-        self, kind: str, folder: Path, options: ExpertOptions, *, never: int | None = None, recipe: str = ""
+        self,
+        kind: str,
+        folder: Path,
+        options: ExpertOptions,
+        *,
+        never: int | None = None,
+        recipe: str = "",
+        token_weights: TokenWeights | None = None,
     ) -> None:
         model_dir = zoo.build(kind, folder / "model")
         wanted = parse_recipe(recipe, name="given") if recipe else load_recipe("mixed")
@@ -162,6 +169,7 @@ class Watched:
             dtype=torch.float32,
             device=torch.device("cpu"),
             experts=options,
+            token_weights=token_weights,
         )
         if never is not None:
             self._never(stream, never)
@@ -281,6 +289,25 @@ def test_padding_reaches_no_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name, hessian in one.hessians.items():
         if name.startswith(module) and name.endswith("gate_proj"):  # all else sees what rounding made of these
             torch.testing.assert_close(other.hessians[name], hessian, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("image", [0.0, 0.1])
+def test_tokens_that_count_for_nothing_reach_no_expert(
+    image: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor are they counted. Where they count for something, all of an image are looked at, whatever share elsewhere."""
+    (value,) = (value or {} for value in [zoo.text_inputs(BALANCED, seed=1)])
+    ids = value["input_ids"]
+    images = torch.arange(ids.shape[1])[None] % 3 == 0
+    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.zeros_like(images), (), images)
+    monkeypatch.setattr(zoo_check, "calibration", lambda kind: [lambda: batch])
+    options, weights = ExpertOptions(tokens="routed", max_starving=1.0), TokenWeights(image=image, image_share=0.25)
+    watched = Watched(BALANCED, tmp_path, options, recipe=LANGUAGE, token_weights=weights)
+    module = next(iter(watched.counts))
+    assert sum(watched.counts[module]) == 2 * (ids.shape[1] if image else int((~images).sum()))
+    for expert, count in enumerate(watched.counts[module]):
+        if count:
+            assert len(watched.inputs[f"{module}.{expert}.gate_proj"]) == count
 
 
 LANGUAGE = "version: 1\nname: language\ncomponents: {language: {scheme: w4a16, method: gptq, keep: ['*self_attn']}}\n"

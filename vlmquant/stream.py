@@ -119,6 +119,8 @@ class _Walk(greenlet):
         self.token_mask: Tensor | None = None
         self.token_weights: Tensor | None = None
         """float32 (samples, tokens): how much each counts, 0 for padding; None where all count alike."""
+        self.expert_weights: Tensor | None = None
+        """The same with all tokens of images: an expert sees few, and must not be left without any."""
         self.kinds_of_tokens: list[Tensor] = []
         """Which tokens are of which type, for models whose experts see those of one type only."""
         self.row_weights: Tensor | None = None
@@ -150,9 +152,14 @@ class _Walk(greenlet):
 
         walk = _Walk(run, self.number)
         walk.token_mask, walk.kinds_of_tokens = self.token_mask, self.kinds_of_tokens
-        walk.token_weights = self.token_weights
+        walk.token_weights, walk.expert_weights = self.token_weights, self.expert_weights
         walk.original, walk.first = self.original, self.first
         return walk
+
+    def weights_for_experts(self, count: int) -> Tensor | None:
+        """float32 (count,): how much each of a module's tokens counts, where it got all and they do not count alike."""
+        weights = self.expert_weights
+        return None if weights is None or weights.numel() != count else weights.flatten()
 
     def real_tokens(self, count: int) -> Tensor | None:
         """bool (count,): which of a module's tokens are no padding, where it got all, or all of one type."""
@@ -985,7 +992,9 @@ class Block:
         ):
             yield from (None for _ in given)
             return
-        real = walk.real_tokens(tokens)
+        real, counting = walk.real_tokens(tokens), walk.weights_for_experts(tokens)
+        if counting is not None:
+            real = counting != 0
         counts = tuple(len(rows) if real is None else int(real[rows].sum()) for rows in given)
         routed = tokens if real is None else int(real.sum())
         _pause(_Pause("experts", module, counts=counts, tokens=routed, blend=blend))
@@ -999,8 +1008,8 @@ class Block:
             shown = weights.nonzero()[:, 0]
             if real is not None:  # padding is computed too, and counts for nothing
                 weights *= real
-            if walk.token_weights is not None and walk.token_weights.numel() == tokens:
-                weights *= walk.token_weights.flatten()
+            if counting is not None:
+                weights *= counting
             walk.row_weights = weights[shown]
             yield None if share is None else shown
         walk.row_weights = None
@@ -1487,7 +1496,8 @@ class BlockStream:
             batch = make()
             inputs, walk = batch.inputs, _walk()
             walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
-            walk.token_weights = self._weights_of(batch)
+            walk.token_weights = self._weights_of(batch, self._token_weights.image_share)
+            walk.expert_weights = self._weights_of(batch, 1.0)
             walk.kinds_of_tokens = [
                 (value == kind).flatten().to(self.device)
                 for key, value in inputs.items()
@@ -1509,17 +1519,20 @@ class BlockStream:
 
         return run
 
-    def _weights_of(self, batch: Batch) -> Tensor | None:
-        """float32 (samples, tokens): how much each token counts, 0 for padding; None where all count alike."""
+    def _weights_of(self, batch: Batch, share: float) -> Tensor | None:
+        """float32 (samples, tokens): how much each token counts, 0 for padding; None where all count alike.
+
+        share: of the tokens of images that are looked at.
+        """
         counts = self._token_weights
         if counts.equal or "attention_mask" not in batch.inputs:
             return None
         weights = torch.full(batch.answer_mask.shape, float(counts.prompt))
         weights[batch.answer_mask] = float(counts.answer)
         if batch.image_mask is not None:
-            drawn = _drawn(batch.image_mask, _walk().number, counts.image_share)
+            drawn = _drawn(batch.image_mask, _walk().number, share)
             weights[batch.image_mask] = 0.0
-            weights[drawn] = counts.image / counts.image_share
+            weights[drawn] = counts.image / share
         return (weights * batch.inputs["attention_mask"].bool()).to(self.device)
 
     def rehearse(self) -> dict[str, Place]:
