@@ -18,6 +18,7 @@ ROOMS = [
     "publish",
     "polish",
     "export",
+    "exempt",
     "gate",
     "report",
     "evaluation",

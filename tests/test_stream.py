@@ -210,6 +210,9 @@ METHODS = {
     "inputs": RECIPE.replace("scheme: w4a16, method: METHOD", "scheme: nvfp4, method: gptq").replace(
         "scheme: w8a8-dynamic, method: int8", "scheme: w8a8-static, method: rtn"
     ),
+    "rounded": RECIPE.replace("METHOD", "gptq").replace(
+        "method: int8", "method: int8, search: {fold: true, correct_bias: true}"
+    ),
     "cache": RECIPE.replace("METHOD", "gptq") + "kv_cache: {dtype: fp8, strategy: head}\n",
 }
 
@@ -248,6 +251,8 @@ def test_passes_that_are_not_kept_give_the_same(
         assert found[name].cache == block.cache
         assert found[name].changed.keys() == block.changed.keys()
         assert found[name].quantized.keys() == block.quantized.keys()
+        for one, value in block.changed.items():
+            assert torch.equal(found[name].changed[one], value)
         for one, weight in block.quantized.items():
             assert torch.equal(found[name].quantized[one].codes, weight.codes)
             assert torch.equal(found[name].quantized[one].scales, weight.scales)
