@@ -88,7 +88,7 @@ def chosen(scores: Iterable[Score], times: Mapping[str, float]) -> dict[str, str
     kinds: dict[tuple[str, tuple[str, ...]], list[Score]] = {}
     for one in scores:
         kinds.setdefault((one.component, one.kind), []).append(one)
-    found = {}
+    found: dict[str, str] = {}
     for (component, kind), alike in kinds.items():
         usual = median(one.lost for one in alike)
         for one in alike:

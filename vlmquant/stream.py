@@ -237,6 +237,15 @@ class Rows:
         step = max(-(-len(self.inputs) // most), 1)
         return Rows(self.inputs[::step].clone(), None if self.weights is None else self.weights[::step])
 
+    @staticmethod
+    def joined(parts: Sequence["Rows"]) -> "Rows":
+        """The tokens of several, with nothing of the original model."""
+        inputs = torch.cat([part.inputs for part in parts])
+        if all(part.weights is None for part in parts):
+            return Rows(inputs, None)
+        ones = [inputs.new_ones(len(part.inputs)) if part.weights is None else part.weights for part in parts]
+        return Rows(inputs, torch.cat(ones))
+
     def _some(self, which: Tensor) -> "Rows":
         if bool(which.all()):
             return self
@@ -461,7 +470,7 @@ class Stage:
             self._largest = torch.stack(self.ranks.gather(largest)).amax(0)
         return self._largest
 
-    def drawn(self, most: int) -> list[Rows]:
+    def drawn(self, most: int) -> Rows:
         """At least one token of every batch, and about so many of all, evenly drawn: the same for all processes."""
         share = max(most // max(len(self.block.everywhere), 1), 1)
         own, batches = dict[int, Rows](), self._rows()
@@ -469,7 +478,7 @@ class Stage:
             if (found := next(batches)) is not None:
                 own[number] = found.drawn(share)
             del found
-        return self.ranks.in_order(own)
+        return Rows.joined(self.ranks.in_order(own))
 
     def rounding(self, channel_scales: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """What the weights meet of inputs (tokens, in): divided by channel scales (in,), then rounded by the scheme."""
@@ -568,13 +577,19 @@ class Stage:
         """What `make` makes of the rows of a weight (out, in), where no row's result depends on others: of all of them,
         or of the parts that processes take where the work (multiplications) is worth it, in their order; on a CPU of no
         more rows at once than ROW_ELEMENTS say, for what is made on the way is several times as large."""
-        step = math.lcm(ROWS, self.grid.group_rows)
-        share = weight[self.ranks.shares(len(weight), step=step, work=work)[self.ranks.rank]]
-        at_once = (
-            max(ROW_ELEMENTS // (step * weight.shape[1]), 1) * step if weight.device.type == "cpu" else len(weight)
-        )
-        made = [make(share[first : first + at_once]) for first in range(0, len(share), at_once)]
+        share = weight[self.ranks.shares(len(weight), step=self._row_step, work=work)[self.ranks.rank]]
+        made = [make(part) for part in self.parts(share) if len(part)]
         return [part for parts in self.ranks.gather(made) for part in parts]
+
+    @property
+    def _row_step(self) -> int:
+        return math.lcm(ROWS, self.grid.group_rows)
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A weight (out, in) by the rows that are worked on at once: on a CPU no more than ROW_ELEMENTS say."""
+        step = self._row_step
+        fitting = max(ROW_ELEMENTS // (step * weight.shape[1]), 1) * step
+        return tuple(torch.split(weight, fitting)) if weight.device.type == "cpu" else (weight,)
 
     def note(self, text: str) -> None:
         self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")

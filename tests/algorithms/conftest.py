@@ -56,6 +56,9 @@ class FakeStage:
     def by_rows(self, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
         return [make(weight)]
 
+    def parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight,)
+
     def measured(self, local: str, lost: float, whole: float) -> None:
         self.losses[local] = (lost, whole)
 
@@ -70,9 +73,9 @@ class FakeStage:
         assert self.inputs is not None
         return self.inputs.abs().amax(0)
 
-    def drawn(self, most: int) -> list[Rows]:
+    def drawn(self, most: int) -> Rows:
         assert self.inputs is not None
-        return [Rows(self.inputs[:most], None)]
+        return Rows(self.inputs[:most], None)
 
     def rounding(self, channel_scales: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         divisor, kind = torch.ones(1) if channel_scales is None else channel_scales, self.scheme.activations

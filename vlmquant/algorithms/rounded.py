@@ -5,7 +5,7 @@ are rounded. With inputs divided by s_j, by what produces them, and columns of t
 same, and less is lost by rounding both.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from vlmquant.stream import Rows, Stage
 
 EXPONENTS = (0.25, 0.5, 0.6, 0.75, 0.85)
 """Tried, beside no fold at all: the larger, the more of what is large goes from the inputs into the weights."""
-TOKENS = 4096
+TOKENS = 1024
 """Of calibration, evenly drawn, on which they are judged."""
 LEAST_MAGNITUDE = 1e-9
 BETTER = 1 - 1e-6
@@ -29,8 +29,9 @@ def fold_scales(stage: Stage) -> Tensor | None:
         return None
     found = [None, *map(stage.admissible, candidates(stage.weights.values(), stage.largest()))]
     ranks, tokens = stage.ranks, stage.drawn(TOKENS)
+    wanted = {local: tokens.scaled(tokens.inputs @ weight.T) for local, weight in stage.weights.items()}
     losses = ranks.in_order(
-        {place: rounded_error(stage, scales, tokens) for place, scales in enumerate(found) if ranks.own(place)}
+        {place: rounded_error(stage, scales, tokens, wanted) for place, scales in enumerate(found) if ranks.own(place)}
     )
     best, least = found[0], losses[0]
     for scales, loss in zip(found, losses, strict=True):
@@ -50,36 +51,34 @@ def candidates(weights: Iterable[Tensor], largest: Tensor) -> list[Tensor]:
     return [scales / (scales.max() * scales.min()).sqrt() for scales in found]
 
 
-def rounded_error(stage: Stage, channel_scales: Tensor | None, tokens: Sequence[Rows]) -> float:
-    """The sum of (W x - Q(W s) r(x / s))^2 over tokens and linears, by the grid's min-max scales."""
-    rounding, total = stage.rounding(channel_scales), 0.0
-    for weight in stage.weights.values():
-        scaled = weight if channel_scales is None else weight * channel_scales
-        grid = stage.grid.fitted(scaled)
-        codes = quantize_nearest(scaled, *search_scales(scaled, None, grid, search="minmax"), grid)
-        total += _losses(weight, codes, rounding, tokens)[0]
+def rounded_error(stage: Stage, channel_scales: Tensor | None, tokens: Rows, wanted: Mapping[str, Tensor]) -> float:
+    """The sum of (W x - Q(W s) r(x / s))^2 over tokens and linears, by the grid's min-max scales.
+
+    wanted: W x of each linear, (tokens, out).
+    """
+    met, total = tokens.scaled(stage.rounding(channel_scales)(tokens.inputs)), 0.0
+    for local, weight in stage.weights.items():
+        first = 0
+        for rows in stage.parts(weight):
+            scaled = rows if channel_scales is None else rows * channel_scales
+            grid = stage.grid.fitted(scaled)
+            codes = quantize_nearest(scaled, *search_scales(scaled, None, grid, search="minmax"), grid)
+            error = (met @ codes.dequantize().T).sub_(wanted[local][:, first : first + len(rows)])
+            total += error.square_().sum(dtype=torch.float64).item()
+            first += len(rows)
     return total
 
 
 def share_lost(stage: Stage, quantized: Mapping[str, QuantizedWeight]) -> float:
-    """The same of codes that were chosen, as a share of the sum of (W x)^2."""
-    rounding, tokens = stage.rounding(stage.channel_scales), stage.drawn(TOKENS)
-    found = [_losses(weight, quantized[local], rounding, tokens) for local, weight in stage.weights.items()]
-    lost, whole = (sum(part) for part in zip(*found, strict=True))
-    return stage.ranks.first(lambda: lost / max(whole, LEAST_MAGNITUDE))
-
-
-def _losses(
-    weight: Tensor, codes: QuantizedWeight, rounding: Callable[[Tensor], Tensor], tokens: Sequence[Rows]
-) -> tuple[float, float]:
-    """The sums of (W x - Q r(x))^2 and of (W x)^2."""
-    effective, lost, whole = codes.dequantize(), 0.0, 0.0
-    for rows in tokens:
-        wanted = rows.scaled(rows.inputs @ weight.T)
-        error = rows.scaled(rounding(rows.inputs) @ effective.T).sub_(wanted)
+    """The sum of (W x - Q r(x / s))^2 over tokens and linears, as a share of that of (W x)^2."""
+    tokens, lost, whole = stage.drawn(TOKENS), 0.0, 0.0
+    met = tokens.scaled(stage.rounding(stage.channel_scales)(tokens.inputs))
+    for local, weight in stage.weights.items():
+        wanted = tokens.scaled(tokens.inputs @ weight.T)
+        error = (met @ quantized[local].dequantize().T).sub_(wanted)
         lost += error.square_().sum(dtype=torch.float64).item()
         whole += wanted.square_().sum(dtype=torch.float64).item()
-    return lost, whole
+    return stage.ranks.first(lambda: lost / max(whole, LEAST_MAGNITUDE))
 
 
 def correct_biases(
