@@ -289,6 +289,7 @@ CODE: Mapping[str, Callable[[], str]] = {
     "override_keys": lambda: keys_of(recipe.Override),
     "scheme_keys": lambda: keys_of(recipe.Scheme),
     "rtn_keys": lambda: keys_of(recipe.RtnOptions),
+    "search_keys": lambda: keys_of(recipe.SearchOptions),
     "gptq_keys": lambda: keys_of(recipe.GptqOptions),
     "awq_keys": lambda: keys_of(recipe.AwqOptions),
     "calibration_keys": lambda: keys_of(recipe.CalibrationSpec),

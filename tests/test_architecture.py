@@ -19,6 +19,7 @@ ROOMS = [
     "publish",
     "polish",
     "export",
+    "exempt",
     "gate",
     "report",
     "evaluation",

@@ -19,7 +19,7 @@ from vlmquant.stream import BlockResult, BlockStream, Moments
 RECIPE = """
 name: test
 components:
-  vision_encoder: {scheme: VISION, method: int8}
+  vision_encoder: {scheme: VISION, method: int8, search: {fold: true, correct_bias: true}}
   language: {scheme: w4a16, method: gptq, gptq: {target: outputs}, overrides: OVERRIDES}
 """
 HELD = 1
@@ -28,7 +28,7 @@ HELD = 1
 
 def recipe_of(vision: str = "w8a8-dynamic", overrides: str = "[]") -> Recipe:
     text = RECIPE.replace("VISION", vision).replace("OVERRIDES", overrides)
-    return parse_recipe(text.replace("{scheme: fp16, method: int8}", "fp16"), name="test")
+    return parse_recipe(text, name="test")
 
 
 def copy_of(moments: Moments) -> Moments:
@@ -82,6 +82,8 @@ def test_both_models_inputs_meet_at_every_layer(kind: str, tmp_path: Path) -> No
     for result in results.values():
         for name, weight in result.quantized.items():
             parameters[name].data = weight.dequantize()
+        for name, value in result.changed.items():
+            parameters[name].data = value.float()
     int8 = {line.name.removesuffix(".weight") for line in plan.lines if line.method == "int8"}
     wanted = inputs_by_batch(original, set(seen), batches, set())
     given = inputs_by_batch(served, set(seen), batches, int8)

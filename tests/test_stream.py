@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.tiny_vlm import KINDS, TEXT, build, image_inputs
 from vlmquant import stream as stream_module
-from vlmquant.algorithms import ALGORITHMS
+from vlmquant.algorithms import ALGORITHMS, rounded
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.errors import SentinelError
@@ -210,6 +210,9 @@ METHODS = {
     "inputs": RECIPE.replace("scheme: w4a16, method: METHOD", "scheme: nvfp4, method: gptq").replace(
         "scheme: w8a8-dynamic, method: int8", "scheme: w8a8-static, method: rtn"
     ),
+    "rounded": RECIPE.replace("METHOD", "gptq").replace(
+        "method: int8", "method: int8, search: {fold: true, correct_bias: true}"
+    ),
     "cache": RECIPE.replace("METHOD", "gptq") + "kv_cache: {dtype: fp8, strategy: head}\n",
 }
 
@@ -233,6 +236,9 @@ def test_passes_that_are_not_kept_give_the_same(
 ) -> None:
     """Walking through a block anew for every stage, with what lies between blocks in memory or on disk."""
     monkeypatch.setattr(stream_module, "SPILL_BYTES", 1)
+    if method == "rounded":  # folds wherever there can be one, so that codes take scales, too
+        monkeypatch.setattr(rounded, "candidates", lambda weights, largest: [1 + torch.arange(len(largest)) % 2.0])
+        monkeypatch.setattr(rounded, "rounded_error", lambda stage, scales, *_: 1.0 if scales is None else 0.5)
     components, recipe = resolve_components(tiny(kind)), parse_recipe(METHODS[method], name="test")
     kept, hessians = run(stream_of(components, recipe, batches_of(kind, (0, 1, 2))))
     again = stream_of(components, recipe, batches_of(kind, (0, 1, 2)))
@@ -248,6 +254,8 @@ def test_passes_that_are_not_kept_give_the_same(
         assert found[name].cache == block.cache
         assert found[name].changed.keys() == block.changed.keys()
         assert found[name].quantized.keys() == block.quantized.keys()
+        for one, value in block.changed.items():
+            assert torch.equal(found[name].changed[one], value)
         for one, weight in block.quantized.items():
             assert torch.equal(found[name].quantized[one].codes, weight.codes)
             assert torch.equal(found[name].quantized[one].scales, weight.scales)

@@ -46,6 +46,7 @@ from vlmquant.evaluation.environment import peak_resident_bytes
 from vlmquant.evaluation.inputs import check_first
 from vlmquant.evaluation.remote import score_models
 from vlmquant.evaluation.settings import Settings
+from vlmquant.exempt import find_exempt
 from vlmquant.families import Family, from_spec
 from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.gate import Gate, judge, recorded_gate
@@ -158,7 +159,8 @@ def quantize(
     if ranks.leads:
         tell_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    components, plan = plan_model(model, recipe, trust_remote_code=trust_remote_code)
+    source = _find_source(model, recipe, trust_remote_code=trust_remote_code)
+    components, plan = plan_components(source, recipe)
     if (contract := check_target(components, plan, recipe)) is not None and not contract.fits:
         raise _refused(contract)
     check_output(Path(out), components.model_dir, resume=resume, force=force)
@@ -196,6 +198,10 @@ def quantize(
         components, plan, footprint, dtype, torch.device(device), tokens, memory_limit, device_memory_limit, ranks
     )
     notes += [planned.passes.label] if planned.passes.rerun else []
+    exempt = _exempt(components, plan, recipe, batches, dtype, torch.device(device), planned.passes, ranks)
+    if exempt:
+        components, plan = plan_components(source, recipe, exempt)
+        notes += [f"{name}: stays at 16 bits: {why}" for name, why in exempt.items()]
     fingerprint = _fingerprint(recipe, selection, dtype)
     refuse_different(ranks, fingerprint)
     writer = CheckpointWriter(
@@ -240,6 +246,26 @@ def quantize(
         compute_dtype=dtype_name(dtype),
         planned=planned,
     )
+
+
+def _exempt(
+    components: ComponentMap,
+    plan: Plan,
+    recipe: Recipe,
+    batches: Sequence[Callable[[], Batch]],
+    dtype: torch.dtype,
+    device: torch.device,
+    passes: Passes,
+    ranks: Ranks,
+) -> dict[str, str]:
+    try:
+        return find_exempt(
+            components, plan, recipe, batches, dtype=dtype, device=device, rerun=passes.rerun, ranks=ranks
+        )
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_allocation_failure(error):
+            raise
+        raise _out_of_memory(error) from error
 
 
 def calibration_dtype(device: torch.device | str) -> torch.dtype:
@@ -512,16 +538,19 @@ def plan_model(model: str | Path, recipe: Recipe, *, trust_remote_code: bool = F
     Where the model has no class here and the recipe needs none, the names and shapes of its tensors say what they are.
     Raises InputError or PlanError for whatever would keep `quantize` from writing it.
     """
+    return plan_components(_find_source(model, recipe, trust_remote_code=trust_remote_code), recipe)
+
+
+def _find_source(model: str | Path, recipe: Recipe, *, trust_remote_code: bool) -> ComponentMap:
     family = from_spec(recipe.family) if recipe.family else None
-    components = find_components(
-        model, trust_remote_code=trust_remote_code, family=family, needing_class=needs_class(recipe)
-    )
-    return plan_components(components, recipe)
+    return find_components(model, trust_remote_code=trust_remote_code, family=family, needing_class=needs_class(recipe))
 
 
-def plan_components(components: ComponentMap, recipe: Recipe) -> tuple[ComponentMap, Plan]:
-    """The same of a model that is known; with it the model as the plan writes what it keeps."""
-    plan = make_plan(components, recipe)
+def plan_components(
+    components: ComponentMap, recipe: Recipe, exempt: Mapping[str, str] | None = None
+) -> tuple[ComponentMap, Plan]:
+    """The same of a model that is known; with it the model as the plan writes what it keeps. exempt: make_plan's."""
+    plan = make_plan(components, recipe, exempt)
     components = as_written(components, plan, recipe)
     if recipe.output.format in FORMATS:
         FORMATS[recipe.output.format].quantization_config(plan, components)

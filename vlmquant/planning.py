@@ -1,7 +1,7 @@
 """What becomes of every tensor of a model under a recipe, and the bytes it will take: from names and shapes alone."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd, prod
@@ -20,6 +20,7 @@ from vlmquant.packing import packed_columns
 from vlmquant.recipe import (
     BITSANDBYTES_SCHEMES,
     KEEP,
+    SEARCHED,
     SHORT_SCHEMES,
     TARGETS,
     WITH_FEEDBACK,
@@ -47,7 +48,7 @@ LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
 HALF = torch.bfloat16
 """What 16 bits are for a model that has no 16-bit dtype of its own."""
-CALIBRATED = WITH_FEEDBACK | WITH_FOLDS | {"search", "int8"}
+CALIBRATED = WITH_FEEDBACK | WITH_FOLDS | SEARCHED
 """Methods that look at a layer's inputs."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
@@ -275,8 +276,11 @@ class _Choice:
     fallback: bool = False
 
 
-def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
-    """A line for every tensor. PlanError where the recipe cannot be carried out on this model; no weight is read."""
+def make_plan(components: ComponentMap, recipe: Recipe, exempt: Mapping[str, str] | None = None) -> Plan:
+    """A line for every tensor. PlanError where the recipe cannot be carried out on this model; no weight is read.
+
+    exempt: linears by name that are kept whatever the recipe says, and why.
+    """
     choices: dict[str, _Choice] = {}
     if components.source and recipe.output.format == "bitsandbytes":
         raise PlanError(
@@ -301,7 +305,7 @@ def make_plan(components: ComponentMap, recipe: Recipe) -> Plan:
                 "no linear layer there; set it to fp16"
             )
         for group, block in groups:
-            choices |= _choose_group(components, recipe, spec, group, block)
+            choices |= _choose_group(components, recipe, spec, group, block, exempt or {})
         _check_expert_schemes(components, choices)
     lines = tuple(
         _line(parameter, choices.get(parameter.name), components, recipe) for parameter in components.parameters
@@ -567,10 +571,16 @@ def _choose_group(
     spec: ComponentSpec,
     group: tuple[LinearInfo, ...],
     block: BlockInfo | None,
+    exempt: Mapping[str, str],
 ) -> dict[str, _Choice]:
     """The choice for linears that one serving kernel runs: one scheme for all, after overrides and fallback."""
     blocks = sum(other.component == group[0].component for other in components.blocks) if block else 1
-    wanted = {linear.name: _wanted(components, spec, linear, block, blocks) for linear in group}
+    wanted = {
+        linear.name: _Choice(KEEP, None, exempt[linear.name])
+        if linear.name in exempt
+        else _wanted(components, spec, linear, block, blocks)
+        for linear in group
+    }
     first = wanted[group[0].name]
     for linear in group:
         if wanted[linear.name].scheme != first.scheme:

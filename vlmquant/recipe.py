@@ -26,6 +26,8 @@ PLAIN_KINDS = frozenset({"map", "seq", "str", "int", "float", "bool", "null"})
 
 Method = Literal["rtn", "search", "int8", "gptq", "awq", "awq+gptq", "auto", "bitsandbytes"]
 METHODS: tuple[str, ...] = get_args(Method)
+SEARCHED = frozenset({"search", "int8"})
+"""Methods that round to nearest on searched scales."""
 WITH_FEEDBACK, WITH_FOLDS = frozenset({"gptq", "awq+gptq", "auto"}), frozenset({"awq", "awq+gptq", "auto"})
 """Methods that carry the errors of columns on, or may; that scale input channels, for which what comes before is
 divided, or may."""
@@ -200,6 +202,19 @@ class RtnOptions(Data):
     """What a group's scale minimises: nothing (extremes), or sum of d^2. Neither needs data."""
 
 
+class SearchOptions(Data):
+    """Rounding to nearest on searched scales (methods search and int8), where inputs are rounded as well."""
+
+    fold: bool = False
+    """Move what makes some input channels large into the weights, where a norm or a linear before can take the inverse
+    (SmoothQuant, arXiv:2211.10438), by as much as loses least."""
+    correct_bias: bool = False
+    """Make up, in a layer's bias, for what rounding does to its outputs on average."""
+    exempt_above: Annotated[Number, Field(gt=1)] | None = None
+    """Keep at 16 bits what loses more than so many times the median of its kind (its fellows in other layers): found by
+    a pass through the component before the others, which takes its time twice."""
+
+
 class GptqOptions(Data):
     """GPTQ (arXiv:2210.17323), as static-group LDLQ."""
 
@@ -277,6 +292,7 @@ class ComponentSpec(Data):
     """Globs on module names inside the component that stay 16 bit."""
     overrides: tuple[Override, ...] = ()
     rtn: RtnOptions = RtnOptions()
+    search: SearchOptions = SearchOptions()
     gptq: GptqOptions = GptqOptions()
     awq: AwqOptions = AwqOptions()
 

@@ -243,6 +243,20 @@ class Rows:
         fit, held = (self._some(which) for which in (~self.held, self.held))
         return fit if len(fit.inputs) else None, held if len(held.inputs) else None
 
+    def drawn(self, most: int) -> "Rows":
+        """No more tokens than so many, at even distances."""
+        step = max(-(-len(self.inputs) // most), 1)
+        return Rows(self.inputs[::step].clone(), None if self.weights is None else self.weights[::step])
+
+    @staticmethod
+    def joined(parts: Sequence["Rows"]) -> "Rows":
+        """The tokens of several, with nothing of the original model."""
+        inputs = torch.cat([part.inputs for part in parts])
+        if all(part.weights is None for part in parts):
+            return Rows(inputs, None)
+        ones = [inputs.new_ones(len(part.inputs)) if part.weights is None else part.weights for part in parts]
+        return Rows(inputs, torch.cat(ones))
+
     def _some(self, which: Tensor) -> "Rows":
         return self if bool(which.all()) else self.part(which)
 
@@ -311,6 +325,7 @@ class Stage:
         self._line, self._inputs = line, inputs
         self._hessian: Tensor | None = None
         self._mean_square: Tensor | None = None
+        self._largest: Tensor | None = None
         self._measured: dict[str, tuple[float, float]] = {}
         self._channel_scales: Tensor | None = None
 
@@ -463,7 +478,60 @@ class Stage:
         """E[|x_j|], float32 (in,)."""
         return self._mean(lambda rows: rows.abs())
 
-    def _mean(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+    def means(self, rounding: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """E[x_j] and E[r(x)_j] of a rounding r, float32 (in,) each."""
+        both = self._mean(lambda rows: torch.cat([rows, rounding(rows)], dim=1), columns=2 * self._columns)
+        return both[: self._columns], both[self._columns :]
+
+    def largest(self) -> Tensor:
+        """The largest |x_j|, float32 (in,)."""
+        if self._largest is None:
+            largest = torch.zeros(self._columns, device=self.block.stream.device)
+            for found in filter(None, self._rows()):
+                if len(found.inputs):
+                    largest = largest.maximum(found.inputs.abs().amax(0))
+            self._largest = torch.stack(self.ranks.gather(largest)).amax(0)
+        return self._largest
+
+    def drawn(self, most: int) -> Rows:
+        """At least one token of every batch, and about so many of all, evenly drawn: the same for all processes."""
+        share = max(most // max(len(self.block.everywhere), 1), 1)
+        own, batches = dict[int, Rows](), self._rows()
+        for number in self.block.numbers:
+            if (found := next(batches)) is not None:
+                own[number] = found.drawn(share)
+            del found
+        return Rows.joined(self.ranks.in_order(own))
+
+    def rounding(self, channel_scales: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """What the weights meet of inputs (tokens, in): divided by channel scales (in,), then rounded by the scheme."""
+        kind, scale = self.scheme.activations, None
+        if kind in CALIBRATED_INPUTS:
+            scale = self._scale_for(self._largest_met(channel_scales)).item()
+
+        def met(inputs: Tensor) -> Tensor:
+            divided = inputs if channel_scales is None else inputs / channel_scales
+            return round_inputs(divided, kind, scale)
+
+        return met
+
+    def _largest_met(self, channel_scales: Tensor | None) -> float:
+        largest = self.largest()
+        return (largest if channel_scales is None else largest / channel_scales).max().item()
+
+    def _scale_for(self, largest: float) -> Tensor:
+        return input_scale(largest, self.scheme.activations, self.model_dtype)
+
+    @property
+    def channel_scales(self) -> Tensor | None:
+        """What its inputs are divided by, (in,), where that was folded into their producer."""
+        return self._channel_scales
+
+    def correct_bias(self, local: str, shift: Tensor) -> None:
+        """Add to the bias of a linear, (out,), once it has one of this stage's weights; the next stages get it so."""
+        self.block.correct_bias(local, shift)
+
+    def _mean(self, of: Callable[[Tensor], Tensor], columns: int | None = None) -> Tensor:
         own: dict[int, tuple[Tensor, float]] = {}
         batches = self._rows()
         for number in self.block.numbers:
@@ -473,7 +541,7 @@ class Stage:
                 own[number] = rows.sum(0) if weights is None else weights @ rows, found.count
                 del rows
             del found
-        total, tokens = torch.zeros(self._columns, device=self.block.stream.device), 0.0
+        total, tokens = torch.zeros(columns or self._columns, device=self.block.stream.device), 0.0
         for part, count in self.ranks.in_order(own):
             total += part
             tokens += count
@@ -532,13 +600,19 @@ class Stage:
         """What `make` makes of the rows of a weight (out, in), where no row's result depends on others: of all of them,
         or of the parts that processes take where the work (multiplications) is worth it, in their order; on a CPU of no
         more rows at once than ROW_ELEMENTS say, for what is made on the way is several times as large."""
-        step = math.lcm(ROWS, self.grid.group_rows)
-        share = weight[self.ranks.shares(len(weight), step=step, work=work)[self.ranks.rank]]
-        at_once = (
-            max(ROW_ELEMENTS // (step * weight.shape[1]), 1) * step if weight.device.type == "cpu" else len(weight)
-        )
-        made = [make(share[first : first + at_once]) for first in range(0, len(share), at_once)]
+        share = weight[self.ranks.shares(len(weight), step=self._row_step, work=work)[self.ranks.rank]]
+        made = [make(part) for part in self.parts(share) if len(part)]
         return [part for parts in self.ranks.gather(made) for part in parts]
+
+    @property
+    def _row_step(self) -> int:
+        return math.lcm(ROWS, self.grid.group_rows)
+
+    def parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """A weight (out, in) by the rows that are worked on at once: on a CPU no more than ROW_ELEMENTS say."""
+        step = self._row_step
+        fitting = max(ROW_ELEMENTS // (step * weight.shape[1]), 1) * step
+        return tuple(torch.split(weight, fitting)) if weight.device.type == "cpu" else (weight,)
 
     def note(self, text: str) -> None:
         self.block.notes.append(f"{self.block.info.name}: {', '.join(self.linears)}: {text}")
@@ -567,12 +641,8 @@ class Stage:
 
     def _input_scale(self) -> float:
         """The number that inputs are rounded by, of their largest magnitude as the weights meet them."""
-        largest = 0.0
-        for found in filter(None, self._rows()):
-            met = found.inputs if self._channel_scales is None else found.inputs / self._channel_scales
-            largest = max(largest, met.abs().max().item() if len(met) else 0.0)
-        largest = max(self.ranks.gather(largest))
-        scale = input_scale(largest, self.scheme.activations, self.model_dtype)
+        largest = self._largest_met(self._channel_scales)
+        scale = self._scale_for(largest)
         dynamic = CALIBRATED_INPUTS[self.scheme.activations]
         if not largest or not math.isfinite(largest) or scale_problem(scale):
             raise SentinelError(
@@ -695,7 +765,6 @@ class Block:
         restored: BlockResult | None,
         everywhere: Sequence[int] = (),
     ) -> None:
-        """everywhere: the numbers of the batches that come to it, those of other processes' too."""
         self.stream, self.info, self.restored = stream, info, restored is not None
         self.quantized: dict[str, QuantizedWeight] = dict(restored.quantized) if restored else {}
         self.changed: dict[str, Tensor] = dict(restored.changed) if restored else {}
@@ -706,13 +775,18 @@ class Block:
         self.settled = False
         """True once every weight is final: the block then computes what it will compute in service."""
         self._walks = walks
-        self._everywhere = everywhere
+        self.everywhere = everywhere
+        """The numbers of the batches that come to it, those of other processes' too."""
         self._originals: dict[str, Tensor] = {}
         """Weights of the original model that its passes are being computed with."""
         self._rerun = stream.rerun and not has_experts(stream.components, info)
         self._divisors: dict[str, Tensor] = {}
         self._folded: dict[str, Tensor] = {}
-        """Producers that took a fold: while passes divide on the fly, they compute as before."""
+        """Producers that took a fold: while passes divide on the fly, they compute as before. And corrected biases."""
+        self._unfolded: dict[str, QuantizedWeight] = {}
+        """The codes among them, as passes compute with them meanwhile where they walk through the block again."""
+        self._biases: dict[str, Tensor] = {}
+        """Of linears whose bias was corrected: what passes of the quantized model compute with meanwhile."""
         self._by_local = {linear.local: linear for linear in info.linears}
         self._leaders = {linear.local: group[0].local for group in self._groups() for linear in group[1:]}
         """Linear -> the first of the linears that are quantized with it, on the same inputs."""
@@ -761,7 +835,7 @@ class Block:
 
     def relay(self) -> Relay:
         """For a sum over all batches that come to it."""
-        return self.stream.ranks.relay(self._everywhere)
+        return self.stream.ranks.relay(self.everywhere)
 
     def place(self) -> Place:
         """What the passes keep that are paused before this block."""
@@ -788,7 +862,7 @@ class Block:
         """The stages in the order of the forward pass; the caller finishes each before it asks for the next."""
         if self.restored:
             return
-        if not self._everywhere:
+        if not self.everywhere:
             idle = self.stream.runs_passes and any(self._line(linear).needs_data for linear in self.info.linears)
             if idle:
                 self.notes.append(f"{self.info.name}: never ran during calibration: rounded to nearest")
@@ -1093,6 +1167,7 @@ class Block:
                 continue
             name = f"{self.info.name}.{local}"
             if name in self.quantized:
+                self._unfolded.setdefault(name, self.quantized[name])
                 self.quantized[name] = self.quantized[name].scale_rows(1 / channel_scales)
                 self._folded[local] = self.quantized[name].dequantize(self.stream.dtype)
                 continue
@@ -1102,6 +1177,15 @@ class Block:
             self._folded[local] = self.changed[name]
         for consumer in rule.consumers:
             self._divisors[consumer] = channel_scales
+
+    def correct_bias(self, linear: str, shift: Tensor) -> None:
+        """Add to the bias of a linear of its own, (out,)."""
+        local = f"{linear}.bias"
+        value = self.value(local)
+        corrected = (value.to(shift.device).float() + shift).to(value.dtype)
+        self.changed[f"{self.info.name}.{local}"] = self._folded[local] = corrected
+        if self._walks:
+            self._biases[linear] = self.stream.cast(corrected, local, self.module)
 
     def divides_exactly(self, linear: str, divisors: Tensor) -> Tensor:
         """bool (out,): the rows of a linear whose stored weights, or scales, can be divided without being rounded."""
@@ -1168,7 +1252,8 @@ class Block:
     def _settle_folds(self) -> None:
         for local, value in self._folded.items():
             self._place(local, value)
-        self._folded.clear()
+        for kept in (self._folded, self._unfolded, self._biases):
+            kept.clear()
 
     def release(self) -> None:
         """Take the weights out of the module again."""
@@ -1198,11 +1283,13 @@ class Block:
                 self._check_shared(local, leader, inputs)
             if local in self._divisors:
                 inputs = (inputs.float() / self._divisors[local]).to(inputs.dtype)
-        weight = self.quantized.get(self._weight_name(local))
+        name = self._weight_name(local)
+        weight = self._unfolded.get(name) or self.quantized.get(name)
         if weight is None:  # kept, or a rehearsal
             return _linear(None, module, inputs)
         values = weight.dequantize(self.stream.dtype).to(self.stream.device) if self._rerun else None
-        return _linear(self._line(self._by_local[local]), module, inputs, weight.input_scale, values)
+        line, bias = self._line(self._by_local[local]), self._biases.get(local)
+        return _linear(line, module, inputs, weight.input_scale, values, bias)
 
     def _original_linear(self, local: str, module: nn.Linear, inputs: Tensor) -> Tensor:
         """The same in the original model: it waits until others know its inputs, then computes as it always did."""
@@ -1268,14 +1355,19 @@ def _look_up(module: nn.Embedding, dtype: torch.dtype, ids: Tensor) -> Tensor:
 
 
 def _linear(
-    line: PlanLine | None, module: nn.Linear, inputs: Tensor, scale: float | None = None, weight: Tensor | None = None
+    line: PlanLine | None,
+    module: nn.Linear,
+    inputs: Tensor,
+    scale: float | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """The product with the weight given, else the module's; inputs are rounded as the scheme of the line says."""
-    weight = module.weight if weight is None else weight
+    """The product with the weight and bias given, else the module's; inputs are rounded as the line's scheme says."""
+    weight, bias = module.weight if weight is None else weight, module.bias if bias is None else bias
     if line is not None and isinstance(line.scheme, Scheme):
         inputs = round_inputs(inputs, line.scheme.activations, scale)
     # Some models' code casts to the dtype of their config on the way.
-    return nn.functional.linear(inputs.to(weight.dtype), weight, module.bias)
+    return nn.functional.linear(inputs.to(weight.dtype), weight, bias)
 
 
 def assign(module: nn.Module, local: str, value: Tensor) -> None:

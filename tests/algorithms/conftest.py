@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmquant.grid import Grid, grid_of
+from vlmquant.kernels.reference import input_scale, round_inputs
 from vlmquant.ranks import ALONE, Ranks
 from vlmquant.recipe import ComponentSpec, Scheme
+from vlmquant.stream import Rows
 
 
 @dataclass
@@ -30,6 +33,8 @@ class FakeStage:
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     ranks: Ranks = ALONE
     has_originals: bool = False
+    biased: bool = False
+    shifts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -51,6 +56,9 @@ class FakeStage:
     def by_rows(self, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
         return [make(weight)]
 
+    def parts(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (weight,)
+
     def measured(self, local: str, lost: float, whole: float) -> None:
         self.losses[local] = (lost, whole)
 
@@ -60,6 +68,32 @@ class FakeStage:
     def mean_abs(self) -> Tensor:
         assert self.inputs is not None
         return self.inputs.abs().mean(0)
+
+    def largest(self) -> Tensor:
+        assert self.inputs is not None
+        return self.inputs.abs().amax(0)
+
+    def drawn(self, most: int) -> Rows:
+        assert self.inputs is not None
+        return Rows(self.inputs[:most], None)
+
+    def rounding(self, channel_scales: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        divisor, kind = torch.ones(1) if channel_scales is None else channel_scales, self.scheme.activations
+        scale = None
+        if kind.startswith("static"):
+            scale = input_scale((self.largest() / divisor).max().item(), kind, self.scale_dtype).item()
+        return lambda inputs: round_inputs(inputs / divisor, kind, scale)
+
+    def means(self, rounding: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        assert self.inputs is not None
+        return self.inputs.mean(0), rounding(self.inputs).mean(0)
+
+    @property
+    def linears(self) -> dict[str, Any]:
+        return {name: SimpleNamespace(bias=self.biased) for name in self.weights}
+
+    def correct_bias(self, local: str, shift: Tensor) -> None:
+        self.shifts[local] = shift
 
     @property
     def can_fold(self) -> bool:

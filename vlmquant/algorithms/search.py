@@ -1,10 +1,12 @@
 """Round to nearest on searched scales.
 
-At 8 bits the min-max grid loses so little that the search only matters for channels with a lone outlier.
+At 8 bits the min-max grid loses so little that the search only matters for channels with a lone outlier. What rounding
+the inputs costs, folds and biases make less (`rounded`).
 """
 
 from torch import Tensor
 
+from vlmquant.algorithms import rounded
 from vlmquant.algorithms.scales import STEPS, search_scales
 from vlmquant.grid import QuantizedWeight, join_rows, quantize_nearest
 from vlmquant.stream import Stage
@@ -12,12 +14,20 @@ from vlmquant.stream import Stage
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Nearest codes on per-channel (or per-group) grids whose scales minimise sum_j E[x_j^2] |d_j|^3."""
-    mean_square, grid = stage.mean_square(), stage.grid.fitted(*stage.weights.values())
+    options, rounds = stage.options.search, stage.scheme.activations != "none"
+    weights, mean_square = stage.weights, stage.mean_square()
+    channel_scales = rounded.fold_scales(stage) if rounds and options.fold else None
+    if channel_scales is not None:
+        weights = {name: weight * channel_scales for name, weight in weights.items()}
+        mean_square = mean_square / channel_scales**2
+    grid = stage.grid.fitted(*weights.values())
 
     def nearest(rows: Tensor) -> QuantizedWeight:
         return quantize_nearest(rows, *search_scales(rows, mean_square, grid, search="weighted"), grid)
 
-    return {
-        name: join_rows(stage.by_rows(weight, nearest, work=STEPS * weight.numel()))
-        for name, weight in stage.weights.items()
+    quantized = {
+        name: join_rows(stage.by_rows(weight, nearest, work=STEPS * weight.numel())) for name, weight in weights.items()
     }
+    if rounds and options.correct_bias:
+        rounded.correct_biases(stage, quantized, channel_scales)
+    return quantized
