@@ -27,11 +27,11 @@ def marked(batch: Batch) -> Batch:
 
 
 def run(
-    model_dir: Path, weights: TokenWeights | None, *, rerun: bool = False
+    model_dir: Path, weights: TokenWeights | None, *, rerun: bool = False, marks: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, BlockResult], list[Batch]]:
     components = resolve_components(model_dir)
     recipe = parse_recipe(RECIPE, name="test")
-    made = [marked(make()) for make in batches_of("llava")]
+    made = [marked(make()) if marks else make() for make in batches_of("llava")]
     stream = stream_of(components, recipe, [lambda one=one: one for one in made], token_weights=weights, rerun=rerun)
     hessians, results = {}, {}
     for block in stream:
@@ -58,7 +58,7 @@ def first_inputs(model_dir: Path, batches: list[Batch], name: str) -> list[Tenso
 @pytest.mark.parametrize("rerun", [False, True])
 def test_second_moments_are_those_of_weighted_tokens(tmp_path: Path, rerun: bool) -> None:
     model_dir = build("llava", tmp_path / "llava")
-    counts = TokenWeights(image=0.1, prompt=0.5, answer=2)
+    counts = TokenWeights(image=0.1, image_share=1, prompt=0.5, answer=2)
     hessians, _, batches = run(model_dir, counts, rerun=rerun)
     name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
     total, sum_of_weights = torch.zeros_like(hessians[name]).double(), 0.0
@@ -77,9 +77,9 @@ def test_second_moments_are_those_of_weighted_tokens(tmp_path: Path, rerun: bool
 
 def test_weights_of_1_change_no_bit(tmp_path: Path) -> None:
     model_dir = build("llava", tmp_path / "llava")
-    _, plain, _ = run(model_dir, None)
-    _, equal, _ = run(model_dir, TokenWeights(image=1, prompt=1, answer=1))
-    _, other, _ = run(model_dir, TokenWeights(image=0.1))
+    _, plain, _ = run(model_dir, None, marks=False)
+    _, equal, _ = run(model_dir, TokenWeights(image=1, image_share=1, prompt=1, answer=1))
+    _, other, _ = run(model_dir, None)
     pairs = [(name, weight) for name, result in plain.items() for weight in result.quantized]
     assert all(same_weight(plain[n].quantized[w], equal[n].quantized[w]) for n, w in pairs)
     assert not all(same_weight(plain[n].quantized[w], other[n].quantized[w]) for n, w in pairs)

@@ -345,11 +345,12 @@ class ExpertOptions(Data):
 
 
 class TokenWeights(Data):
-    """How much tokens of the language model count in what a layer is calibrated on: all alike where all are 1."""
+    """How much tokens of the language model count in what a layer is calibrated on: all alike where all are 1
+    (benchmarks/accuracy/LOG.md, benchmarks/results/token_gradients.md)."""
 
-    image: Annotated[Number, Field(ge=0, le=100)] = 1.0
-    """Those whose place image features take."""
-    image_share: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    image: Annotated[Number, Field(ge=0, le=100)] = 0.1
+    """Those whose place image features take. What is asked of a model are answers, and there are many more of these."""
+    image_share: Annotated[Number, Field(gt=0, le=1)] = 0.25
     """Of an image's tokens, those that are looked at, spread evenly; they count for the others, too. Images have many
     tokens that are much alike, and what is summed over them is most of the work."""
     prompt: Annotated[Number, Field(ge=0, le=100)] = 1.0
