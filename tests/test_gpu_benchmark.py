@@ -16,7 +16,7 @@ from tests import emulator
 from tests.kernels.fake_cuda import AMPERE, HOPPER, STREAM, emulate, install
 from tests.kernels.test_layouts import relative
 from vlmquant.errors import KernelError
-from vlmquant.kernels.cuda import build, launch, ops
+from vlmquant.kernels.cuda import build, launch, ops, rounding
 from vlmquant.kernels.cuda.catalog import ENTRIES
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8
 from vlmquant.kernels.reference import activation_codes
@@ -50,6 +50,8 @@ def test_dry_run_goes_through_every_section(
     assert found["correct"]["failed"] == 0
     assert found["correct"]["passed"] > 50
     assert [(row["shape"], row["tokens"]) for row in found["table"]] == [("S", 1), ("odd", 1), ("S", 40), ("odd", 40)]
+    assert [(row["rows"], row["columns"]) for row in found["rounding"]] == list(script.DRY.linears)
+    assert all(row["equal_rows"] == 1 and row["seconds"]["kernel"] for row in found["rounding"])
     assert found["decode"]["weight_bytes"]["bf16"] / found["decode"]["weight_bytes"]["packed"] > 3.8
     assert "its times mean nothing" in found["machine"]["device"]
     assert "x bf16" in capsys.readouterr().out
@@ -189,6 +191,26 @@ def test_cut_int8_cases_of_a_gpu_are_right_in_the_emulator(
     assert not device.workspaces[STREAM][1].any()
 
 
+@pytest.mark.skipif(emulator.compiler() is None, reason=emulator.NO_COMPILER)
+def test_rounding_cases_of_a_gpu_are_right_in_the_emulator(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
+    fake, _ = emulate(monkeypatch, HOPPER)
+    cpu, cases = torch.device("cpu"), [case for case in script.rounding_cases() if case.rows < 200]
+    monkeypatch.setattr(script, "round_block", lambda device: rounding.round_block)
+    for case in cases:
+        assert script.check_rounding(case, cpu) == ("passed", 0.0)
+    assert {started.entry for started in fake.started} == {
+        entry.name for entry in ENTRIES.values() if entry.family == "round_block"
+    }
+
+    def wrong(*block: Any) -> None:
+        rounding.by_torch(*block)
+        block[3][-1, -1] += 1  # an error
+
+    monkeypatch.setattr(script, "round_block", lambda device: wrong)
+    assert script.check_rounding(cases[0], cpu) == ("failed", "errors: other bits than torch's, up to 1.00e+00 off")
+
+
 def test_all_that_the_cases_run_is_compiled_before(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
     for gpu in (HOPPER, AMPERE):
@@ -196,7 +218,7 @@ def test_all_that_the_cases_run_is_compiled_before(script: ModuleType, monkeypat
         monkeypatch.setattr(launch, "device", lambda index, device=device: device)
         script.compile_all(SimpleNamespace(type="cuda", index=0))
         families = {ENTRIES[name].family for name in device.functions}
-        assert families >= {"skinny", "gemm", "dequantize"}
+        assert families >= {"skinny", "gemm", "dequantize", "round_block"}
         assert ("gemm_hopper" in families) == (gpu is HOPPER)
 
 

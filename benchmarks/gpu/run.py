@@ -33,8 +33,8 @@ from torch import Tensor, nn  # noqa: E402
 from vlmquant.errors import KernelError  # noqa: E402
 from vlmquant.grid import Grid, QuantizedWeight, minmax_grid, quantize_nearest  # noqa: E402
 from vlmquant.kernels import fp8_cuda  # noqa: E402
-from vlmquant.kernels.cuda import build, dispatch, launch, ops, tune  # noqa: E402
-from vlmquant.kernels.cuda.catalog import ENTRIES  # noqa: E402
+from vlmquant.kernels.cuda import build, dispatch, launch, ops, rounding, tune  # noqa: E402
+from vlmquant.kernels.cuda.catalog import ENTRIES, ROUND_COLUMNS  # noqa: E402
 from vlmquant.kernels.cuda.dispatch import Choice, Plan, Problem, plan  # noqa: E402
 from vlmquant.kernels.cuda.dispatch_int8 import Int8Problem, choose_int8, hopper_plan  # noqa: E402
 from vlmquant.kernels.cuda.timing import Call, Chain, chain, layers_for, race  # noqa: E402
@@ -44,7 +44,7 @@ from vlmquant.linear import FollowingActivation, QuantLinear, can_share, share  
 from vlmquant.packing import W8_TILE, order_vq4, pack_vq4, pack_w8, vq4_shape  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
-SECTIONS = ("correct", "ceilings", "table", "decode", "vision")
+SECTIONS = ("correct", "ceilings", "rounding", "table", "decode", "vision")
 SECONDS = 480
 GROUP_SIZE = 128
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -78,6 +78,8 @@ class Sizes:
     decode_steps: int
     blocks: dict[str, "Block"]
     image_tokens: tuple[int, ...]
+    linears: tuple[tuple[int, int], ...]
+    """Rows and columns of linears whose columns GPTQ rounds."""
     square: int
     """Side of the matrices that show the tensor cores' ceiling."""
 
@@ -117,6 +119,7 @@ FULL = Sizes(
     decode_steps=32,
     blocks={"SigLIP-SO400M": Block(1152, 4304, 16), "Qwen2.5-VL": Block(1280, 3420, 16)},
     image_tokens=(1024, 4096),
+    linears=((18944, 3584), (3584, 18944)),
     square=8192,
 )
 DRY = Sizes(
@@ -128,6 +131,7 @@ DRY = Sizes(
     decode_steps=2,
     blocks={"tiny": Block(128, 256, 4, blocks=2)},
     image_tokens=(64,),
+    linears=((40, 300),),
     square=128,
 )
 
@@ -310,6 +314,14 @@ def check_correctness(run: Run) -> None:
         rows.append({**asdict(case_int8), "outcome": outcome, "detail": detail})
         if outcome != "passed":
             print(f"  {outcome}: {case_int8}: {detail}", flush=True)
+    for rounded in rounding_cases():
+        if run.time_is_up(f"correct from {rounded}"):
+            break
+        outcome, detail = check_rounding(rounded, run.device)
+        run.results["correct"][outcome] += 1
+        rows.append({**asdict(rounded), "outcome": outcome, "detail": detail})
+        if outcome != "passed":
+            print(f"  {outcome}: {rounded}: {detail}", flush=True)
     for name, dtype in itertools.product(LOADED, DTYPES):
         if run.time_is_up(f"correct from {name} {dtype}"):
             break
@@ -397,6 +409,68 @@ def check_int8_case(case: Int8Case, device: torch.device) -> tuple[str, Any]:
     return "passed", relative
 
 
+@dataclass(frozen=True)
+class RoundingCase:
+    """A block of columns that GPTQ rounds."""
+
+    rows: int
+    columns: int
+    grid: str
+    """A name of ROUNDING_GRIDS."""
+
+
+ROUNDING_GRIDS = {
+    "w4": Grid(4, GROUP_SIZE, torch.bfloat16),
+    "w3 asymmetric": Grid(3, GROUP_SIZE, torch.bfloat16, symmetric=False),
+    "w8": Grid(8, GROUP_SIZE, torch.bfloat16),
+    "e2m1": Grid(4, GROUP_SIZE, torch.float32, kind="float"),
+    "e4m3": Grid(8, GROUP_SIZE, torch.float32, kind="float"),
+}
+
+
+def rounding_cases() -> Iterator[RoundingCase]:
+    for grid in ROUNDING_GRIDS:
+        for rows, columns in ((1, 1), (63, 37), (130, ROUND_COLUMNS), (4096, ROUND_COLUMNS)):
+            yield RoundingCase(rows, columns, grid)
+
+
+def check_rounding(case: RoundingCase, device: torch.device) -> tuple[str, Any]:
+    """Against torch's loop, bit for bit: few multiples of a power of two in each sum, so that none is ever rounded."""
+    grid, (columns, rows) = ROUNDING_GRIDS[case.grid], (case.columns, case.rows)
+
+    def whole(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, device=device).float()
+
+    target = whole(-512, 512, columns, rows) / 256
+    wanted = target + whole(-256, 256, columns, rows) / 256
+    few = torch.rand(columns, columns, device=device).argsort(1).argsort(1) < 4
+    feedback = (whole(-4, 4, columns, columns) / 4).where(few, 0)
+    scales = torch.exp2(whole(-3, -1, 2, rows)) * (whole(0, 1, 2, rows) * 2 - 1)
+    zeros = None if grid.symmetric else whole(0, 2**grid.bits - 1, 2, rows)
+    group_of = torch.randint(2, (columns,), device=device)
+    found = []
+    try:
+        for loop in [round_block(device)] * REPEATS + [rounding.by_torch]:
+            left, values, errors = (
+                wanted.clone(),
+                torch.full_like(target, torch.nan),
+                torch.full_like(target, torch.nan),
+            )
+            loop(left, target, values, errors, feedback, scales, zeros, group_of, grid)
+            found.append((values, errors, left))
+    except (KernelError, RuntimeError) as error:
+        return "failed", f"{type(error).__name__}: {error}"
+    for name, *each, expected in zip(("values", "errors", "what is left"), *found, strict=True):
+        if not all(torch.equal(one, expected) for one in each):
+            return "failed", f"{name}: other bits than torch's, up to {(each[0] - expected).abs().max().item():.2e} off"
+    return "passed", 0.0
+
+
+def round_block(device: torch.device) -> Callable[..., None]:
+    """What rounds a block of columns here."""
+    return rounding.round_block if device.type == "cuda" else rounding.by_torch
+
+
 class Rounding(NamedTuple):
     """What a linear asks of a recipe's scheme."""
 
@@ -459,8 +533,8 @@ def check_loaded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[s
     """A block made on the CPU and moved: right, the same from a CUDA graph, and with the same codes when it is back."""
     torch.manual_seed(0)
     try:
-        grid, rounding = LOADED[name]
-        block, inputs = LoadedBlock(grid(dtype), rounding), torch.randn(24, 640).to(dtype)
+        grid, of_inputs = LOADED[name]
+        block, inputs = LoadedBlock(grid(dtype), of_inputs), torch.randn(24, 640).to(dtype)
         with torch.inference_mode():
             exact, before = block.exact(inputs), [one.to_weight().codes for one in block.together()]
             block.to(device)
@@ -539,7 +613,7 @@ def compile_all(device: torch.device) -> None:
             asked = hopper_plan(known, kept.gpu, *case_int8.tile, case_int8.clusters, case_int8.split_tiles)
             if isinstance(asked, Plan):
                 found.add(ENTRIES[asked.entry])
-    kept.prepare(found)
+    kept.prepare(found | {rounding.entry_of(grid) for grid in ROUNDING_GRIDS.values()})
 
 
 def check_case(case: Case, device: torch.device) -> tuple[str, Any]:
@@ -677,6 +751,60 @@ class Probes:
 
 def once(call: Call) -> Chain:
     return Chain(call, 1)
+
+
+# ---- GPTQ's columns --------------------------------------------------------------------------------------------------
+
+
+def measure_rounding(run: Run) -> None:
+    """All columns of a linear, as GPTQ rounds them: by the kernel, by torch, and the products between blocks alone."""
+    rows: list[dict[str, Any]] = []
+    run.results["rounding"] = rows
+    for shape in run.sizes.linears:
+        if run.time_is_up(f"rounding from {shape}"):
+            return
+        rows.append(rounding_row(*shape, run.device))
+        run.save()
+        seconds = {name: min(each) for name, each in rows[-1]["seconds"].items()}
+        print(
+            f"rounding {shape[0]} x {shape[1]}: "
+            + ", ".join(f"{name} {1e3 * best:.1f} ms" for name, best in seconds.items())
+            + f"; {rows[-1]['equal_rows']:.2%} of the rows have the same codes",
+            flush=True,
+        )
+
+
+def rounding_row(rows: int, columns: int, device: torch.device) -> dict[str, Any]:
+    """In groups of 128, with a feedback of random numbers whose errors stay of one size."""
+    grid = ROUNDING_GRIDS["w4"]
+    weight = torch.randn(columns, rows, device=device) * 0.05
+    feedback = torch.randn(columns, columns, device=device).div_(columns**0.5)
+    group_of = torch.arange(columns, device=device) // grid.group_size
+    scales = torch.full((-(-columns // grid.group_size), rows), 0.02, device=device)
+    values, errors = torch.empty_like(weight), torch.zeros_like(weight)
+
+    def all_columns(loop: Callable[..., None] | None, count: int) -> None:
+        for start in range(0, count, ROUND_COLUMNS):
+            here = slice(start, min(start + ROUND_COLUMNS, count))
+            wanted = torch.addmm(weight[here], feedback[here, :start], errors[:start])
+            if loop is not None:
+                block = feedback[here, here]
+                loop(wanted, weight[here], values[here], errors[here], block, scales, None, group_of[here], grid)
+
+    ways = {"products": None, "kernel": round_block(device), "torch": rounding.by_torch}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, Tensor] = {}
+    for loop in ways.values():
+        all_columns(loop, 2 * ROUND_COLUMNS)
+    for name, loop in list(ways.items()) * REPEATS:
+        _wait(device)
+        start = time.perf_counter()
+        all_columns(loop, columns)
+        _wait(device)
+        seconds[name].append(time.perf_counter() - start)
+        found[name] = values.to(torch.int8)
+    equal = (found["kernel"] == found["torch"]).all(0).float().mean().item()
+    return {"rows": rows, "columns": columns, "seconds": seconds, "equal_rows": equal}
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
@@ -1147,6 +1275,7 @@ def vision_linear(inputs: Tensor, weight: dict[str, Any], kind: str, activation:
 MEASURE: dict[str, Callable[[Run], None]] = {
     "correct": check_correctness,
     "ceilings": measure_ceilings,
+    "rounding": measure_rounding,
     "table": measure_table,
     "decode": measure_decoding,
     "vision": measure_vision,

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from vlmquant.algorithms import gptq, rtn
+from tests import emulator
+from vlmquant.algorithms import gptq, loops, rtn
 from vlmquant.algorithms.awq import output_error
 from vlmquant.algorithms.factor import factorize
+from vlmquant.algorithms.scales import search_scales
 from vlmquant.grid import Grid, quantize_codes, quantize_nearest
+from vlmquant.kernels.cuda import rounding
 from vlmquant.recipe import ComponentSpec, GptqOptions, Scheme
 
 TINY = 1e-9  # damping that leaves hand-worked numbers as they are
@@ -58,40 +61,105 @@ def classical_gptq(weight, hessian, scales, zeros, *, bits, group_size, damping,
     return torch.from_numpy(codes)
 
 
+CLASSICAL = {
+    "w4": (4, 16, 160),
+    "w3": (3, 32, 96),
+    "w8-channel": (8, None, 80),
+    "w4-channel": (4, None, 96),
+    "w4-short-last-group": (4, 32, 80),
+}
+"""Bits, group size and columns."""
+
+
+@pytest.fixture
+def check_codes(make_stage, make_inputs, make_weight):
+    """Holds the codes of two linears against the classical loop."""
+
+    def check(bits, group_size, columns, symmetric, options) -> None:
+        scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+        weights = {"q": make_weight(12, columns), "k": make_weight(8, columns, seed=2)}
+        stage = make_stage(weights, scheme, make_inputs(4 * columns, columns), options=ComponentSpec(gptq=options))
+        for name, ours in gptq.quantize_stage(stage).items():
+            expected = classical_gptq(
+                weights[name],
+                stage.hessian(),
+                ours.scales,
+                ours.zeros,
+                bits=bits,
+                group_size=group_size or columns,
+                damping=options.damping,
+                activation_order=options.activation_order,
+            )
+            assert torch.equal(ours.codes, expected)
+            nearest = quantize_nearest(
+                weights[name],
+                ours.scales,
+                None if ours.zeros is None else ours.zeros.float(),
+                ours.grid,
+            )
+            assert not torch.equal(ours.codes, nearest.codes), "error feedback changed nothing, so this proves nothing"
+        assert stage.notes == []
+
+    return check
+
+
 @pytest.mark.parametrize("activation_order", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(
-    ("bits", "group_size", "columns"),
-    [(4, 16, 160), (3, 32, 96), (8, None, 80), (4, None, 96), (4, 32, 80)],
-    ids=["w4", "w3", "w8-channel", "w4-channel", "w4-short-last-group"],
-)
-def test_codes_are_those_of_the_classical_loop(
-    make_stage, make_inputs, make_weight, bits, group_size, columns, symmetric, activation_order
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_codes_are_those_of_the_classical_loop(check_codes, name, symmetric, activation_order) -> None:
+    check_codes(*CLASSICAL[name], symmetric, GptqOptions(activation_order=activation_order))
+
+
+@pytest.fixture
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch):
+    """The kernel rounds blocks of columns, run by the emulator; the driver that starts it."""
+    pytest.importorskip("cuda.bindings", reason="launching needs cuda-bindings")
+    if emulator.compiler() is None:
+        pytest.skip(emulator.NO_COMPILER)
+    from tests.kernels.fake_cuda import AMPERE, emulate
+
+    fake, _ = emulate(monkeypatch, AMPERE)
+    monkeypatch.setattr(loops, "fit", lambda weight, grid: False)
+    monkeypatch.setattr(rounding, "fits", lambda device, grid: True)
+    return fake
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_codes_of_the_kernel_are_those_of_the_classical_loop(
+    check_codes, emulated_gpu, name, symmetric, signed
 ) -> None:
-    options = GptqOptions(activation_order=activation_order)
-    scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
-    weights = {"q": make_weight(12, columns), "k": make_weight(8, columns, seed=2)}
-    stage = make_stage(weights, scheme, make_inputs(4 * columns, columns), options=ComponentSpec(gptq=options))
-    for name, ours in gptq.quantize_stage(stage).items():
-        expected = classical_gptq(
-            weights[name],
-            stage.hessian(),
-            ours.scales,
-            ours.zeros,
-            bits=bits,
-            group_size=group_size or columns,
-            damping=options.damping,
-            activation_order=activation_order,
-        )
-        assert torch.equal(ours.codes, expected)
-        nearest = quantize_nearest(
-            weights[name],
-            ours.scales,
-            None if ours.zeros is None else ours.zeros.float(),
-            ours.grid,
-        )
-        assert not torch.equal(ours.codes, nearest.codes), "error feedback changed nothing, so this proves nothing"
-    assert stage.notes == []
+    check_codes(*CLASSICAL[name], symmetric, GptqOptions(signed_scales=signed))
+    blocks = -(-CLASSICAL[name][2] // gptq.COLUMN_BLOCK)
+    assert [one.entry for one in emulated_gpu.started] == [
+        f"round_block_int{'' if symmetric else '_asym'}"
+    ] * 2 * blocks
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(4, 16, torch.float8_e4m3fn, kind="float", global_scale=900.0),
+        Grid(4, 32, torch.float8_e8m0fnu, kind="float"),
+        Grid(8, 300, torch.float32, kind="float"),
+        Grid(8, 128, torch.float32, kind="float", group_rows=128),
+    ],
+    ids=["nvfp4", "mxfp4", "fp8", "fp8-blocks"],
+)
+def test_kernel_and_torch_round_floats_to_the_same_codes(
+    make_inputs, make_weight, emulated_gpu, monkeypatch, grid
+) -> None:
+    weight, inputs = make_weight(130, 300), make_inputs(900, 300)
+    factor = factorize(inputs.T @ inputs / 900, 0.01, activation_order=True)
+    scales, zeros = search_scales(weight, factor.mean_square, grid, search="minmax")
+    codes, lost = gptq.round_columns(weight, scales, zeros, factor, grid)
+    assert [one.entry for one in emulated_gpu.started] == ["round_block_float"] * 3
+    monkeypatch.setattr(rounding, "fits", lambda device, grid: False)
+    expected, lost_by_torch = gptq.round_columns(weight, scales, zeros, factor, grid)
+    same = (codes == expected).all(1)
+    assert (~same).sum() <= 2  # a tie, and what follows from it
+    torch.testing.assert_close(lost[same], lost_by_torch[same], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

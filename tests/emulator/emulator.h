@@ -575,12 +575,22 @@ template <class T> VQ_DEVICE uint32_t multiply2(uint32_t a, uint32_t b) {
   return round_pair<T>(low_float<T>(a) * low_float<T>(b), high_float<T>(a) * high_float<T>(b));
 }
 VQ_DEVICE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+VQ_DEVICE float multiply(float a, float b) {
+  const volatile float product = a * b;  // a compiler would make it part of a multiply_add
+  return product;
+}
+VQ_DEVICE float round_even(float value) { return nearbyintf(value); }
 VQ_DEVICE float exp2_approx(float value) { return exp2f(value); }
 VQ_DEVICE float reciprocal_approx(float value) { return 1 / value; }
 VQ_DEVICE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   return bits;
+}
+VQ_DEVICE float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
 }
 VQ_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24;

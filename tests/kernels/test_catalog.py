@@ -4,11 +4,15 @@ import re
 
 import pytest
 
+from vlmquant.algorithms import gptq
 from vlmquant.kernels.cuda.catalog import (
     ACTIVATIONS,
     ARGUMENTS,
     CLUSTERS,
     ENTRIES,
+    ROUND_COLUMNS,
+    ROUND_ROWS,
+    ROUND_STEP,
     SOURCES,
     Entry,
     group_kind,
@@ -39,6 +43,11 @@ def test_arguments_are_those_of_the_source(family: str) -> None:
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.name)
 def test_entry_says_what_it_makes(entry: Entry) -> None:
     macro, arguments = re.fullmatch(r"(\w+)\((.*)\)", entry.instance).groups()
+    if entry.family == "round_block":
+        integers, asymmetric = str("_int" in entry.name).lower(), str(not entry.symmetric).lower()
+        assert arguments == f"{entry.name}, {integers}, {asymmetric}"
+        assert f"#define {macro}(NAME, INTEGERS, ASYMMETRIC)" in entry.source.read_text()
+        return
     name, dtype, *numbers, last = arguments.split(", ")
     assert name == entry.name
     assert dtype == f"vq::{entry.dtype}"
@@ -61,6 +70,18 @@ def test_entry_says_what_it_makes(entry: Entry) -> None:
         assert numbers == [str(entry.groups == (32,)).lower()]
     if entry.family == "gemm_hopper":
         assert numbers == [str(entry.token_tile), str(entry.row_tile // 64), str(entry.groups == (32,)).lower()]
+
+
+def test_sizes_of_round_block_are_those_of_the_source() -> None:
+    source = (SOURCES / "round_block.cu").read_text()
+    found = dict(re.findall(r"constexpr int (ROUND_\w+) = (\d+);", source))
+    assert found == {
+        "ROUND_COLUMNS": str(ROUND_COLUMNS),
+        "ROUND_ROWS": str(ROUND_ROWS),
+        "ROUND_STEP": str(ROUND_STEP),
+    }
+    assert ROUND_COLUMNS % ROUND_STEP == 0
+    assert gptq.COLUMN_BLOCK <= ROUND_COLUMNS
 
 
 def test_a_program_is_of_one_family() -> None:
@@ -93,4 +114,6 @@ def test_shared_memory_of_the_measured_launches() -> None:
     assert shared_bytes(ENTRIES["w4_gemm_f16_m64"]) == 4 * (64 * 128 + 2 * 2048)
     assert shared_bytes(ENTRIES["w4_dequantize_f16"]) == 8 * 16 * 144
     assert shared_bytes(ENTRIES["w8_gemm_f16_t64"]) == 4 * (64 + 128) * 64
+    # Errors of 128 columns of 64 rows, and 16 columns' factors: within what every architecture gives unasked.
+    assert shared_bytes(ENTRIES["round_block_int"]) == 4 * 128 * 64 + 4 * 16 * 128 < 48 << 10
     assert shared_bytes(ENTRIES["w8_gemm_hopper_bf16_n256_pair_gelu"], stages=4) == 2048 + 4 * (128 + 256) * 128

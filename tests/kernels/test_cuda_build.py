@@ -47,6 +47,7 @@ OPCODES = {
     "gemm_hopper": ("HGMMA", "UBLKCP", "UTMALDG", "ACQBULK", "SYNCS", "USETMAXREG"),
     "quantize_rows": ("LDG", "STG"),
     "w8_gemm": ("IMMA", "LDSM", "LDGSTS"),
+    "round_block": ("LDG", "STG", "LDS", "FFMA", "FRND"),
     "w8_gemm_hopper": ("IGMMA", "UTMALDG", "ACQBULK", "SYNCS", "USETMAXREG"),
 }
 """What the machine code of a family must contain: tensor cores, ldmatrix, asynchronous and bulk copies, barriers."""
@@ -57,9 +58,9 @@ def runs_on(entry: Entry, arch: str) -> bool:
 
 
 def hot(entry: Entry) -> bool:
-    """What a bfloat16 model with symmetric groups of 128, or int8 without an activation, runs."""
+    """What a bfloat16 model with symmetric groups of 128, or int8 without an activation, runs; GPTQ's own."""
     grouped = not entry.groups or 128 in entry.groups
-    return entry.dtype == "bf16" and entry.symmetric and grouped and not entry.activation
+    return entry.dtype in ("bf16", "f32") and entry.symmetric and grouped and not entry.activation
 
 
 def samples() -> list[tuple[str, str]]:

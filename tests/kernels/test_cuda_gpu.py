@@ -1,12 +1,16 @@
 """On a real GPU: right, repeatable, fit for CUDA graphs and torch.compile. benchmarks/gpu/run.py checks far more."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from tests.kernels.test_emulated_rounding import exact_block
 from tests.kernels.test_layouts import chosen, packed, relative, tokens
-from vlmquant.grid import QuantizedWeight
+from vlmquant.grid import Grid, QuantizedWeight
 from vlmquant.kernels import vq4
+from vlmquant.kernels.cuda import rounding
 from vlmquant.kernels.form import form_of
 from vlmquant.linear import QuantLinear
 from vlmquant.recipe import SHORT_SCHEMES
@@ -82,3 +86,25 @@ def test_streams_do_not_share_partial_sums() -> None:
                 found.append(layers(one))
         torch.cuda.synchronize()
         assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_a_block_of_columns_is_rounded_to_what_torch_rounds_it_to(kind: str, symmetric: bool) -> None:
+    if kind == "float" and not symmetric:
+        pytest.skip("there is no such grid")
+    grid = Grid(4, 32, torch.float32, symmetric, kind)
+    block = exact_block(grid, 1000, 128, 4, seed=0)
+    on_gpu = replace(
+        block,
+        **{
+            name: value.cuda()
+            for name in ("wanted", "target", "feedback", "scales", "zeros", "group_of")
+            if (value := getattr(block, name)) is not None
+        },
+    )
+    assert rounding.fits(torch.device("cuda", 0), grid)
+    expected = block.run(rounding.by_torch)
+    for _ in range(3):
+        found = on_gpu.run(rounding.round_block)
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))

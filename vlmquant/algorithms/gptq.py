@@ -7,6 +7,8 @@ a column's group is that of its place in the original matrix and its grid is fix
 permutation is stored.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,12 @@ from vlmquant.algorithms.factor import Factor
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
+from vlmquant.kernels.cuda import rounding
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage, divided
 
 COLUMN_BLOCK = 128
-"""Columns rounded between two matrix products that carry the feedback of all earlier ones."""
+"""Columns rounded between two matrix products that carry the feedback of all earlier ones. The kernel takes no more."""
 ENERGY_ROWS = 256
 """What a loss is divided by, tr(W H W^T), is taken from at most so many rows, evenly drawn: all of a 7B model's take as
 long as their rounding."""
@@ -82,6 +85,13 @@ def quantize_weight(weight: Tensor, factor: Factor, grid: Grid, options: GptqOpt
     return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid), lost
 
 
+def _loop(weight: Tensor, grid: Grid) -> Callable[..., None]:
+    """What rounds a block of a weight's columns here: compiled on a CPU, a kernel on a GPU, or else torch."""
+    if loops.fit(weight, grid):
+        return loops.round_block
+    return rounding.round_block if rounding.fits(weight.device, grid) else rounding.by_torch
+
+
 def round_columns(
     weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Factor, grid: Grid
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +103,7 @@ def round_columns(
     rows, columns = weight.shape
     turned, group_of = weight.T, factor.order // grid.group_size
     scales, zeros = scales.T.contiguous(), None if zeros is None else zeros.T.contiguous()
-    round_block = loops.round_block if loops.fit(weight, grid) else _round_block
+    round_block = _loop(weight, grid)
     errors = torch.empty(columns, rows, device=weight.device)
     codes = torch.empty(columns, rows, device=weight.device, dtype=torch.uint8)
     lost = torch.zeros(rows, device=weight.device, dtype=torch.float64)
@@ -119,30 +129,3 @@ def round_columns(
     if factor.damping == float("inf"):
         lost = factor.energy(errors[factor.order.argsort()].T).double()
     return codes.T.contiguous(), lost.clamp_(min=0)
-
-
-def _round_block(
-    wanted: Tensor,
-    target: Tensor,
-    values: Tensor,
-    errors: Tensor,
-    feedback: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    group_of: Tensor,
-    grid: Grid,
-) -> None:
-    """Round the columns of a block, (columns, out): values gets what they become, errors what target loses by it.
-
-    wanted: what they are to be rounded from but for the errors made in this block, to which feedback (columns, columns)
-    leads, below its diagonal; it gets what they were rounded from, less their values. scales, zeros: (groups, out).
-    """
-    inverses, groups = scales.reciprocal(), group_of.tolist()
-    bounds = {group: grid.bounds(None if zeros is None else zeros[group]) for group in set(groups)}
-    for i, group in enumerate(groups):
-        value = wanted[i] if i == 0 else torch.addmv(wanted[i], errors[:i].T, feedback[i, :i])
-        torch.mul(value, inverses[group], out=values[i])
-        grid.round_(values[i], *bounds[group])
-        rounded = values[i] * scales[group]
-        torch.sub(target[i], rounded, out=errors[i])
-        torch.sub(value, rounded, out=wanted[i])

@@ -90,7 +90,7 @@ def round_block(
     group_of: Tensor,
     grid: Grid,
 ) -> None:
-    """What gptq._round_block does, row by row."""
+    """What kernels.cuda.rounding.by_torch does, row by row."""
     tiles = torch.arange(0, wanted.shape[1], TILE)
     _, integers, low, high = bounds(grid)
     _round_tiles(tiles, wanted, target, values, errors, feedback, scales, zeros, group_of, integers, low, high)

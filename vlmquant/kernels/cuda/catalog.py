@@ -43,6 +43,8 @@ W8_HOPPER_TILES = ((64, 1), (128, 1), *((rows, blocks) for blocks in (2, 4) for 
 """Rows of a block's tile in w8_gemm_hopper, and the blocks of a cluster."""
 CLUSTERS = {1: ("", "VQ_KERNEL_RESIDENT"), 2: ("_pair", "VQ_KERNEL_PAIRS"), 4: ("_quad", "VQ_KERNEL_QUADS")}
 """How kernels of clusters of so many blocks are called, and the head they have."""
+ROUND_COLUMNS, ROUND_ROWS, ROUND_STEP = 128, 64, 16
+"""Columns that round_block takes at most, rows of its blocks, and columns that wait in registers."""
 
 ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
     "skinny": (*WEIGHT, ("inputs", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE),
@@ -64,6 +66,11 @@ ARGUMENTS: dict[str, tuple[tuple[str, str], ...]] = {
         *(("bias", "pointer"), ("outputs", "pointer"), *PARTIAL, *SHAPE[:3]),
         *(("stages", "int"), ("sweep_tiles", "int"), ("split_tiles", "int")),
     ),
+    "round_block": (
+        *(("wanted", "pointer"), ("target", "pointer"), ("values", "pointer"), ("errors", "pointer")),
+        *(("feedback", "pointer"), ("scales", "pointer"), ("zeros", "pointer"), ("group_of", "pointer")),
+        *(("rows", "int"), ("columns", "int"), ("feedback_stride", "int"), ("bits", "int")),
+    ),
 }
 """Name and kind of each argument, in order. A tensor map is the 128 bytes themselves; what each means is said in the
 source. Semaphores are zero before and after a launch; the workspace may hold anything."""
@@ -80,7 +87,7 @@ class Entry:
     """The macro call that makes it."""
     archs: tuple[str, ...]
     dtype: str
-    """f16 or bf16: of inputs, outputs and scales."""
+    """f16 or bf16: of inputs, outputs and scales. f32: of all that round_block reads."""
     symmetric: bool
     threads: int
     """Of a block."""
@@ -187,6 +194,12 @@ def _w8_gemm_hopper(dtype: str, rows: int, cluster: int, activation: str) -> Ent
     return Entry(name, "w8_gemm_hopper", instance, HOPPER, dtype, True, 384, 128, rows, (), activation, cluster)
 
 
+def _round_block(kind: str, symmetric: bool) -> Entry:
+    name = f"round_block_{kind}{_suffix(symmetric)}"
+    instance = f"VQ_ROUND_BLOCK({name}, {_flag(kind == 'int')}, {_flag(not symmetric)})"
+    return Entry(name, "round_block", instance, PORTABLE, "f32", symmetric, ROUND_ROWS, row_tile=ROUND_ROWS, groups=())
+
+
 def _all() -> Iterable[Entry]:
     for dtype in DTYPES:
         for symmetric in (True, False):
@@ -210,6 +223,8 @@ def _all() -> Iterable[Entry]:
                 yield _w8_gemm(dtype, tokens, activation)
             for rows, cluster in W8_HOPPER_TILES:
                 yield _w8_gemm_hopper(dtype, rows, cluster, activation)
+    for kind, symmetric in (("int", True), ("int", False), ("float", True)):
+        yield _round_block(kind, symmetric)
 
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _all()}
@@ -247,6 +262,8 @@ def shared_bytes(
         return 8 * 16 * 144
     if entry.family == "quantize_rows":
         return 8 * 4
+    if entry.family == "round_block":
+        return 4 * ROUND_COLUMNS * (ROUND_ROWS + ROUND_STEP)
     if entry.family == "w8_gemm":
         return W8_STAGES[entry.token_tile] * (entry.token_tile + entry.row_tile) * 64
     if entry.family == "w8_gemm_hopper":

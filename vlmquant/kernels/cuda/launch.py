@@ -126,7 +126,10 @@ class Device:
         self.lock = threading.RLock()
 
     def prepare(self, entries: Iterable[Entry]) -> None:
-        """Compile and load these entries and make spare workspaces: what must not happen during a graph's capture."""
+        """Compile and load these entries and make spare workspaces, where they have one: what must not happen during a
+        graph's capture.
+        """
+        entries = list(entries)
         with self.lock:
             missing = {entry.name: entry for entry in entries if entry.name not in self.functions}
             if missing:
@@ -138,7 +141,8 @@ class Device:
                 self._enter()
                 for name, code in build.load_all(missing.values(), self.gpu.arch).items():
                     self.functions[name] = self._load(name, code)
-            self._make_spares()
+            if any(("workspace", "pointer") in entry.arguments for entry in entries):
+                self._make_spares()
 
     def _enter(self) -> None:
         """Make the context that torch uses current in this thread."""

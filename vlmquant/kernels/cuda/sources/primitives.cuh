@@ -130,6 +130,14 @@ template <> VQ_DEVICE uint32_t round_pair<bf16>(float low, float high) {
 
 // a * b + c, rounded once.
 VQ_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// a * b, rounded before anything is added to it.
+VQ_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+// The nearest integer, ties to the even one.
+VQ_DEVICE float round_even(float value) {
+  float result;
+  asm("cvt.rni.f32.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
 // 2**value and 1 / value, to about 2 units in the last place.
 VQ_DEVICE float exp2_approx(float value) {
   float result;
@@ -142,6 +150,7 @@ VQ_DEVICE float reciprocal_approx(float value) {
   return result;
 }
 VQ_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+VQ_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 // The lowest bytes of four words, the first as the lowest.
 VQ_DEVICE uint32_t pack_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
