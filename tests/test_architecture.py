@@ -20,6 +20,7 @@ ROOMS = [
     "export",
     "gate",
     "report",
+    "sensitivity",
     "evaluation",
     "algorithms",
     "budget",
