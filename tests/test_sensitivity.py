@@ -16,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tests import zoo, zoo_check
 from tests.conftest import Run
 from vlmquant import demo
 from vlmquant.checkpoint import Inputs, read_manifest, verify_checkpoint
-from vlmquant.components import ComponentMap
+from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, RecipeError, UsageError
 from vlmquant.evaluation.passes import answer_logits
 from vlmquant.kernels.reference import round_inputs
+from vlmquant.loading import load_model
 from vlmquant.pipeline import find_components, find_sensitivity, plan_components, quantize
 from vlmquant.planning import make_plan
 from vlmquant.recipe import (
@@ -46,6 +48,7 @@ from vlmquant.sensitivity import (
     model_digest,
     read_scores,
 )
+from vlmquant.sensitivity.choose import with_choices
 from vlmquant.sensitivity.knapsack import Option, frontier, monotone
 
 DEMO = Path(demo.__file__).parent
@@ -350,6 +353,38 @@ def test_what_does_not_fit_into_memory_is_refused(
         losses.measure(demo_components(recipe), recipe, units.units, spec, device="cpu")
 
 
+def test_experts_of_a_layer_are_one_unit_and_are_heard(tmp_path: Path) -> None:
+    components = resolve_components(zoo.build("qwen3_vl_moe", tmp_path / "model"))
+    recipe = parse_recipe("name: m\ncomponents: {language: {scheme: w4a16, method: gptq}}\n", name="m")
+    found = find_units(components, recipe).units
+    experts = [unit for unit in found if unit.kind == "experts"]
+    form = next(iter(components.experts.values()))
+    assert len(experts) == len(components.experts)
+    assert {unit.modules for unit in experts} == {("mlp.experts.*",)}
+    assert {len(unit.linears) for unit in experts} == {3 * form.experts}
+    chosen = {unit.name: unit.choice("w8a16" if unit in experts[1:] else "w4a16-g64") for unit in found}
+    plan = make_plan(components, with_choices(recipe, found, chosen))
+    for unit in found:
+        assert {plan.line(f"{name}.weight").scheme_label for name in unit.linears} == {chosen[unit.name].label}
+
+    model, batch = losses.whole_model(components, torch.device("cpu")), zoo_check.calibration("qwen3_vl_moe")[0]()
+    modules = [model.get_submodule(name) for name in experts[0].linears]
+    probes = [losses._Probe(one, {"w": losses._Change((one.weight / 64).bfloat16(), "none")}) for one in modules]
+    for probe in probes:
+        probe.listen()
+    logits = model(**batch.inputs, use_cache=False).logits
+    logits.backward(torch.ones_like(logits) / 100)
+    for probe in probes:
+        probe.end_sample()
+    heard = [probe.totals["w"] > 0 for probe in probes]
+    assert sum(heard) >= 3 * 2  # as many experts as a token is given, at least
+    loaded = load_model(tmp_path / "model", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(**batch.inputs, use_cache=False).logits, logits.detach(), rtol=1e-3, atol=1e-4
+        )
+
+
 # --- recipes and commands ---
 
 
@@ -415,6 +450,7 @@ def test_the_command_prints_plots_and_writes_a_recipe(run: Run, scores_file: Pat
     assert "q_proj+k_proj+v_proj" in printed
     assert "w4a16-g64 (control)" in printed
     assert "budget (bits_per_weight 4.25)" in printed
+    assert out.read_text().startswith("# budget (bits_per_weight 4.25): ")
     chosen = load_recipe(out)
     assert chosen.budget is None
     assert chosen.components.language.overrides
@@ -458,8 +494,6 @@ def test_quantize_spends_the_budget(scores_file: Path, recipe: Recipe, tmp_path:
     assert 4.1 < bits <= 4.25
     assert len({line["label"] for line in linears}) > 1
     assert manifest["budget"]["control"]["predicted_kl"] > manifest["budget"]["predicted_kl"]
-    from vlmquant.loading import load_model
-
     model = load_model(tmp_path / "q")
     assert sum(parameter.numel() for parameter in model.parameters()) > 0
 

@@ -233,7 +233,7 @@ def sensitivity(
         bought = allocate(found.components, wanted, units, found.scores, wanted.budget)
     files = {} if scores is None else {"scores": scores}
     if out is not None and bought is not None:
-        write_text(out, recipe_text(bought.recipe))
+        write_text(out, "".join(f"# {note}\n" for note in bought.notes) + recipe_text(bought.recipe))
         files["recipe"] = out
     if html is not None:
         write_text(html, to_html(found.scores, bought, model=Path(model).name))
