@@ -74,7 +74,7 @@ class UnitLoss(Data):
     kind: str
     weights: Annotated[int, Field(gt=0)]
     method: str
-    losses: dict[str, Annotated[float, Field(ge=0)]]
+    losses: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
     """Scheme's label -> predicted KL(original || quantized), nats an answer token, were it alone quantized."""
 
 
