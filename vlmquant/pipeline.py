@@ -288,12 +288,13 @@ def find_sensitivity(
     """Of the components that a recipe quantizes: read from the file `scores` if it is there, else measured on the
     calibration set, and written into it.
 
-    kept: and of those that it keeps, rounded to nearest. schemes: to be tried, instead of the recipe's budget's.
+    kept: measure those that it keeps as well, rounded to nearest. schemes: tried instead of the recipe's budget's.
     """
     components, _ = plan_model(model, recipe.model_copy(update={"budget": None}), trust_remote_code=trust_remote_code)
-    units = find_units(components, recipe, kept=kept, schemes=schemes)
+    there = scores is not None and scores.exists()
+    units = find_units(components, recipe, kept=kept and not there, schemes=schemes)
     inputs = Inputs(components)
-    if scores is not None and scores.exists():
+    if scores is not None and there:
         found = read_scores(scores)
         check_scores(found, units.units, model_digest(inputs), where=str(scores))
         return Sensitivity(components, units, found)
