@@ -84,8 +84,7 @@ COMMANDS = {
         models.sensitivity,
         (
             "which layers lose most, as a page\nvlmquant sensitivity org/model --scores scores.json --html page.html",
-            "a recipe of 4.25 bits per weight, of what was measured\n"
-            "vlmquant sensitivity org/model -r gptq-w4 --scores scores.json --bits-per-weight 4.25 --out chosen.yaml",
+            "a recipe of 4.25 bits per weight\nvlmquant sensitivity org/model --bits-per-weight 4.25 --out chosen.yaml",
         ),
         (EXIT_SENTINEL, EXIT_DOES_NOT_FIT),
     ),
