@@ -296,6 +296,7 @@ CODE: Mapping[str, Callable[[], str]] = {
     "expert_keys": lambda: keys_of(recipe.ExpertOptions),
     "cache_keys": lambda: keys_of(recipe.KvCacheSpec),
     "output_keys": lambda: keys_of(recipe.OutputSpec),
+    "budget_keys": lambda: keys_of(recipe.BudgetSpec),
     "fallback_keys": lambda: keys_of(recipe.Fallback),
     "gate_keys": lambda: keys_of(recipe.GateSpec),
     "target_keys": lambda: keys_of(recipe.TargetSpec),

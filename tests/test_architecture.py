@@ -22,6 +22,7 @@ ROOMS = [
     "exempt",
     "gate",
     "report",
+    "sensitivity",
     "evaluation",
     "algorithms",
     "budget",

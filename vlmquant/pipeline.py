@@ -63,6 +63,18 @@ from vlmquant.report.data import Report, Verdict, build_report, check_report_pat
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import card_section, to_markdown
 from vlmquant.scratch import unnamed_file
+from vlmquant.sensitivity import (
+    Allocation,
+    Scores,
+    Units,
+    allocate,
+    check_scores,
+    find_units,
+    measure,
+    model_digest,
+    read_scores,
+    scores_text,
+)
 from vlmquant.shards import dtype_name, some
 from vlmquant.stream import BlockResult, BlockStream, Footprint, rehearse
 
@@ -139,6 +151,7 @@ def quantize(
     device_memory_limit: int | None = None,
     command: Sequence[str] = (),
     ranks: Ranks = ALONE,
+    scores: Path | None = None,
 ) -> Quantized:
     """Write the quantized checkpoint of a model (a directory or hub id) to the directory `out`.
 
@@ -151,6 +164,7 @@ def quantize(
     command: what card and manifest call the command that makes the same again, in another place.
     ranks: the processes that share the work (ranks.join), each of which calls this with the same arguments. The first
     writes; the same codes as one process makes, where their machines compute alike.
+    scores: for a recipe with a budget, the file of what layers lose: read if it is there, else measured and written.
     Raises a VlmquantError for whatever is wrong with the input, before anything is written where that can be known.
     """
     started, cpu_started = time.monotonic(), _user_cpu_seconds()
@@ -159,6 +173,19 @@ def quantize(
     if ranks.leads:
         tell_device(device)
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    bought: Allocation | None = None
+    if recipe.budget:
+        check_output(Path(out), locate_model(model), resume=resume, force=force)
+        bought = spend_budget(
+            model,
+            recipe,
+            calibration=calibration,
+            device=device,
+            scores=scores,
+            trust_remote_code=trust_remote_code,
+            ranks=ranks,
+        )
+        recipe = bought.recipe
     source = _find_source(model, recipe, trust_remote_code=trust_remote_code)
     components, plan = plan_components(source, recipe)
     if (contract := check_target(components, plan, recipe)) is not None and not contract.fits:
@@ -167,6 +194,7 @@ def quantize(
     inputs = Inputs(components)
     errors: dict[str, float] = {}
     notes = [UNTIED] if components.untied else []
+    notes += bought.notes if bought else ()
     selection = None
     batches: list[BatchMaker] = []
     footprint = Footprint({}, 0)
@@ -175,6 +203,8 @@ def quantize(
         "command": _repeatable(command, components.model_dir),
         "settings": {"compute_dtype": dtype_name(dtype), "threads": torch.get_num_threads()},
     }
+    if bought:
+        manifest["budget"] = bought.to_json()
     if plan.cache or any(line.needs_data for line in plan.lines):
         chosen = _calibration_of(recipe, calibration)
         selection = choose_samples(load_set(chosen.set), chosen)
@@ -266,6 +296,79 @@ def _exempt(
         if not is_allocation_failure(error):
             raise
         raise _out_of_memory(error) from error
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the linears of a model lose by each scheme."""
+
+    components: ComponentMap
+    units: Units
+    scores: Scores
+
+
+def find_sensitivity(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: str | Path | None = None,
+    device: str = AUTO,
+    scores: Path | None = None,
+    schemes: Sequence[Scheme | str] | None = None,
+    kept: bool = False,
+    trust_remote_code: bool = False,
+    ranks: Ranks = ALONE,
+) -> Sensitivity:
+    """Of the components that a recipe quantizes: read from the file `scores` if it is there, else measured on the
+    calibration set, and written into it.
+
+    kept: measure those that it keeps as well, rounded to nearest. schemes: tried instead of the recipe's budget's.
+    """
+    components, _ = plan_model(model, recipe.model_copy(update={"budget": None}), trust_remote_code=trust_remote_code)
+    there = scores is not None and scores.exists()
+    units = find_units(components, recipe, kept=kept and not there, schemes=schemes)
+    inputs = Inputs(components)
+    if scores is not None and there:
+        found = read_scores(scores)
+        check_scores(found, units.units, model_digest(inputs), where=str(scores))
+        return Sensitivity(components, units, found)
+    if ranks.size > 1:
+        raise UsageError(
+            f"what layers lose is measured by one process, and here are {ranks.size}: run `vlmquant sensitivity` with "
+            "this recipe first, and give its file with --scores"
+        )
+    if scores is not None:
+        check_report_paths({"--scores": scores}, apart=[components.model_dir])
+    spec = _calibration_of(recipe, calibration)
+    found = measure(components, recipe, units.units, spec, device=device, inputs=inputs)
+    if scores is not None:
+        write_text(scores, scores_text(found))
+    return Sensitivity(components, units, found)
+
+
+def spend_budget(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: str | Path | None = None,
+    device: str = AUTO,
+    scores: Path | None = None,
+    trust_remote_code: bool = False,
+    ranks: Ranks = ALONE,
+) -> Allocation:
+    """The schemes that the budget of a recipe buys, and the recipe that has them: see find_sensitivity."""
+    assert recipe.budget is not None
+    found = find_sensitivity(
+        model,
+        recipe,
+        calibration=calibration,
+        device=device,
+        scores=scores,
+        trust_remote_code=trust_remote_code,
+        ranks=ranks,
+    )
+    gc.collect()  # the model that was measured lies in circles
+    return allocate(found.components, recipe, found.units, found.scores, recipe.budget)
 
 
 def calibration_dtype(device: torch.device | str) -> torch.dtype:

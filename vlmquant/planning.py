@@ -32,6 +32,10 @@ from vlmquant.recipe import (
 )
 from vlmquant.shards import dtype_name
 
+BUDGET_NOTE = (
+    "budget: `quantize` chooses the schemes by what each layer loses, which `vlmquant sensitivity` measures; here all "
+    "have those that the recipe names"
+)
 PACKED_WORD_BYTES = 4
 WEIGHT_SHAPE_BYTES = 16
 """The pair of int64 that compressed-tensors stores beside packed codes."""
@@ -312,7 +316,8 @@ def make_plan(components: ComponentMap, recipe: Recipe, exempt: Mapping[str, str
     )
     fallbacks = tuple(f"{name}: {choice.reason}" for name, choice in choices.items() if choice.fallback)
     cache = plan_cache(components, recipe.kv_cache, written_dtype(components, recipe)) if recipe.kv_cache else None
-    return Plan(lines, fallbacks, (*_notes(components, lines, cache), *_kept_note(lines)), cache)
+    budget = [BUDGET_NOTE] if recipe.budget else []
+    return Plan(lines, fallbacks, (*budget, *_notes(components, lines, cache), *_kept_note(lines)), cache)
 
 
 def written_dtype(components: ComponentMap, recipe: Recipe) -> torch.dtype:
@@ -618,7 +623,7 @@ def _wanted(
     if _is_router(components, linear):
         return _Choice(KEEP, None, NEVER_QUANTIZED[0][1])
     scheme, method, reason = spec.scheme, spec.method, ""
-    local = linear.local if block else _local(components, linear.name, linear.component)
+    local = linear.local if block else local_name(components, linear.name, linear.component)
     for number, override in enumerate(spec.overrides):
         if override.covers(block.index if block else 0, blocks, local):
             scheme, method = override.scheme or scheme, override.method or method
@@ -734,7 +739,7 @@ def _why_kept(parameter: ParameterInfo, recipe: Recipe) -> str:
     return "not a linear layer of a block"
 
 
-def _local(components: ComponentMap, name: str, component: str) -> str:
+def local_name(components: ComponentMap, name: str, component: str) -> str:
     """A module's name inside its component."""
     prefixes = [prefix for prefix, owner in components.family.prefixes().items() if owner == component]
     inside = next((name[len(prefix) + 1 :] for prefix in prefixes if name.startswith(f"{prefix}.")), "")
@@ -743,7 +748,7 @@ def _local(components: ComponentMap, name: str, component: str) -> str:
 
 def _names_of(components: ComponentMap, name: str, component: str, block: BlockInfo | None) -> list[str]:
     """What a glob may call a module: itself and what contains it, in full, from its component or from its block."""
-    names = [name, _local(components, name, component)]
+    names = [name, local_name(components, name, component)]
     if block is not None:
         names.append(name[len(block.name) + 1 :])
     return [outer for one in names for outer in with_parents(one)]
@@ -776,7 +781,7 @@ def _check_globs(components: ComponentMap, component: str, spec: ComponentSpec) 
     for number, override in enumerate(spec.overrides):
         where = f"components.{component}.overrides.{number}"
         places = [(block.index, len(blocks), linear.local) for block in blocks for linear in block.linears] or [
-            (0, 1, _local(components, linear.name, component))
+            (0, 1, local_name(components, linear.name, component))
             for linear in components.linears
             if linear.component == component
         ]

@@ -181,11 +181,17 @@ SCHEME_MEANINGS = {
 """What people call a scheme -> what it is called here."""
 
 
+GROUPED = re.compile(r"w([2-8])a16-g([0-9]{2,4})(-asym)?")
+"""A scheme by its label, such as w4a16-g64."""
+
+
 def _named_scheme(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value == KEEP or value in BITSANDBYTES_SCHEMES:
         return value
+    if grouped := GROUPED.fullmatch(value):
+        return {"bits": int(grouped[1]), "group_size": int(grouped[2]), "symmetric": grouped[3] is None}
     if value not in SHORT_SCHEMES:
         hint = did_you_mean(value, SCHEME_NAMES, SCHEME_MEANINGS)
         raise ValueError(f"unknown scheme '{shown(value)}'{hint}; known: {', '.join(SCHEME_NAMES)}")
@@ -472,12 +478,66 @@ TARGETS: dict[Effort, Literal["weights", "outputs"]] = {"fast": "weights", "defa
 """What GPTQ aims at, by effort: the outputs of the original take a second pass through the layers, and lose less."""
 
 
+UNITS = {"B": 1} | {
+    f"{letter}{middle}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for middle, base in (("", 1000), ("i", 1024))
+}
+
+
+def bytes_of(text: str) -> int | None:
+    """ "24GB" -> 24,000,000,000; "1.5GiB" -> 1,610,612,736; None for what is no such size."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]i?)?B", text.strip(), re.IGNORECASE)
+    unit = ((found[2] or "").upper().replace("I", "i") + "B") if found else ""
+    return (int(float(found[1]) * UNITS[unit]) or None) if found else None
+
+
+def _bytes(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if (count := bytes_of(value)) is None:
+        raise ValueError("expected a size such as 2GB or 1.5GiB")
+    return count
+
+
+class BudgetSpec(Data):
+    """What the linears of the components that a recipe quantizes may take, or lose: which of them gets which scheme is
+    chosen by what each loses. One of bits_per_weight, bytes and max_kl."""
+
+    bits_per_weight: Annotated[Number, Field(gt=0, le=16)] | None = None
+    """Of these linears, with scales and zero points, on average; those that stay at 16 bits included."""
+    bytes: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
+    """Of the whole result, such as 2GB; what the recipe keeps included."""
+    max_kl: Annotated[Number, Field(gt=0)] | None = None
+    """Predicted KL(original || quantized), nats an answer token; the fewest bytes are chosen that lose no more."""
+    schemes: tuple[SchemeOrName, ...] | None = None
+    """To choose from, where a component's method can make them; null for 3, 4 and 8 bits, 4 in groups of 128, 64 and 32
+    inputs, and fp16. What a target does not take is left out. A component's own scheme is always one of them."""
+
+    @model_validator(mode="after")
+    def _has_one_limit(self) -> "BudgetSpec":
+        if len(self.limit) != 1:
+            raise ValueError("give one of bits_per_weight, bytes and max_kl")
+        if self.schemes is not None and any(isinstance(one, str) and one != KEEP for one in self.schemes):
+            raise ValueError("bitsandbytes holds one scheme for all; leave nf4 and bnb-int8 out of schemes")
+        return self
+
+    @property
+    def limit(self) -> dict[str, float]:
+        """The one that is given, by name."""
+        asked = {name: getattr(self, name) for name in ("bits_per_weight", "bytes", "max_kl")}
+        return {name: value for name, value in asked.items() if value is not None}
+
+
 class Recipe(Data):
     version: Annotated[Literal[1], BeforeValidator(_whole)] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     components: Components
     family: FamilySpec | None = None
     """For a model whose parts are not where vlmquant looks for them."""
+    budget: BudgetSpec | None = None
+    """Chooses the scheme of every linear of the components that are quantized, by what each loses. Null: as they are
+    named."""
     effort: Effort = "default"
     """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about half the
     time and two thirds of the memory, and lose more. high: the finished checkpoint is polished (as `vlmquant polish`
@@ -501,7 +561,18 @@ class Recipe(Data):
             raise ValueError(
                 f"output format {self.output.format} has no place for the scales of kv_cache; leave one out"
             )
+        if self.budget:
+            self._check_budget()
         return self
+
+    def _check_budget(self) -> None:
+        if self.output.format != "compressed-tensors":
+            raise ValueError(f"output format {self.output.format} holds one scheme for all; a budget chooses several")
+        quantized = [spec for name, spec in self.specs() if spec.scheme != KEEP and name != "embedding"]
+        if not quantized:
+            raise ValueError("a budget needs a component with a scheme: its method is taken, and its scheme chosen")
+        if any(override.scheme is not None for spec in quantized for override in spec.overrides):
+            raise ValueError("a budget chooses schemes; leave them out of overrides, or list modules under keep")
 
     def specs(self) -> Iterator[tuple[str, ComponentSpec]]:
         """What becomes of each component."""
@@ -586,6 +657,24 @@ def parse_thresholds(given: Mapping[str, str | None]) -> dict[str, float | None]
     return found
 
 
+def parse_scheme(name: str) -> Scheme | str:
+    """A scheme of a command line, such as w4a16-g64. UsageError for what is none."""
+    try:
+        return ComponentSpec.model_validate({"scheme": name}).scheme
+    except ValidationError as error:
+        raise UsageError(reading.told(error)) from error
+
+
+def replace_budget(recipe: Recipe, limit: Mapping[str, float]) -> Recipe:
+    """The recipe with the limit of a command line, and the schemes of the budget that it had. UsageError where that is
+    no budget, or none for this recipe."""
+    own = {} if recipe.budget is None else recipe.budget.model_dump(mode="json", include={"schemes"})
+    try:
+        return Recipe.model_validate(recipe.model_dump(mode="json") | {"budget": own | dict(limit)})
+    except ValidationError as error:
+        raise UsageError(f"budget: {reading.told(error)}") from error
+
+
 def _read_text(path: Path) -> str:
     return reading.read_text(path, error=RecipeError, max_bytes=RECIPE_MAX_BYTES)
 
@@ -596,6 +685,14 @@ def parse_target(engine: str, *, gpu: str | None, tp: int) -> TargetSpec:
         return TargetSpec.model_validate({"engine": engine, "gpu": gpu, "tp": tp})
     except ValidationError as error:
         raise UsageError(f"target: {reading.told(error)}; give --engine vllm, and --gpu sm_90 or cpu") from error
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as a file of it holds it, without what is as it is by default."""
+    import yaml
+
+    content = {"version": recipe.version, **recipe.model_dump(mode="json", exclude_defaults=True)}
+    return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120))
 
 
 def parse_recipe(text: str, *, name: str) -> Recipe:

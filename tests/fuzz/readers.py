@@ -45,10 +45,13 @@ from vlmquant.loading import load_model
 from vlmquant.pipeline import _refuse_calibration_images
 from vlmquant.reading import read_json as read_checked_json
 from vlmquant.recipe import CalibrationSpec, GateSpec, load_family, load_recipe, parse_target, shipped
+from vlmquant.report import sensitivity_page
 from vlmquant.report.data import read_json, write_json
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import to_markdown
+from vlmquant.sensitivity import Scores, UnitLoss, read_scores, scores_text
 from vlmquant.shards import open_shards, read_header
+from vlmquant.tables.sensitivity import loss_table
 
 # Forms: what the structure of a document is, and how it becomes bytes again.
 
@@ -787,6 +790,33 @@ def _read_report_pages(folder: Path, name: str) -> None:
         assert mutate.MARK not in text, "markup of a stranger stands in the page"
 
 
+def _prepare_scores(folder: Path) -> dict[str, Form | None]:
+    units = [
+        UnitLoss(
+            name=f"model.layers.{layer}.{kind}",
+            component="language",
+            layer=layer,
+            kind=kind,
+            weights=4096,
+            method="gptq",
+            losses={"w3a16-g128": 4e-3 / (layer + 1), "w4a16-g128": 1e-3, "fp16": 0.0},
+        )
+        for layer in range(2)
+        for kind in ("q_proj+k_proj+v_proj", "down_proj")
+    ]
+    scores = Scores(model="0" * 64, calibration="1" * 64, samples=4, tokens=40, units=tuple(units))
+    (folder / "scores.json").write_text(scores_text(scores))
+    return {"scores.json": JSON}
+
+
+def _read_scores(folder: Path, name: str) -> None:
+    scores = read_scores(folder / name)
+    text = sensitivity_page.to_html(scores, None, model="m")
+    text.encode()
+    assert mutate.MARK not in text, "markup of a stranger stands in the page"
+    loss_table(scores, None).text(100)
+
+
 def _prepare_logprobs(folder: Path) -> dict[str, Form | None]:
     LogProbs.create(folder / "logprobs", {"a": 3, "b": 2}, 5)
     return {"logprobs": HEADER}
@@ -846,6 +876,7 @@ READERS: dict[str, Reader] = {
     "images": Reader(_prepare_images, _read_image, 200),
     "report": Reader(_prepare_report, _read_report, 150),
     "pages": Reader(_prepare_report, _read_report_pages, 15),
+    "scores": Reader(_prepare_scores, _read_scores, 60),
     "logprobs": Reader(_prepare_logprobs, _read_logprobs, 100),
     "kernels": Reader(_prepare_kernels, _read_kernels, 200, ignores=True),
 }

@@ -88,6 +88,14 @@ COMMANDS = {
         ),
     ),
     "calibrate": Entry(sets.calibrate, ("what a recipe asks for\nvlmquant calibrate --source photos.jsonl --out set",)),
+    "sensitivity": Entry(
+        models.sensitivity,
+        (
+            "which layers lose most, as a page\nvlmquant sensitivity org/model --scores scores.json --html page.html",
+            "a recipe of 4.25 bits per weight\nvlmquant sensitivity org/model --bits-per-weight 4.25 --out chosen.yaml",
+        ),
+        (EXIT_SENTINEL, EXIT_DOES_NOT_FIT),
+    ),
     "quantize": Entry(
         models.quantize,
         (

@@ -1,4 +1,4 @@
-"""inspect, plan, quantize: a model, what becomes of it, and the work."""
+"""inspect, plan, sensitivity, quantize: a model, what becomes of it, what it loses by that, and the work."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -14,18 +14,29 @@ from vlmquant.cli.options import (
     Dtype,
     EffortOption,
     FamilyOption,
+    Html,
     Images,
     ImageSize,
     Json,
     Model,
     RecipeOption,
+    ScoresFile,
     TensorParallel,
     Threads,
     Trust,
     recipe_names,
 )
 from vlmquant.cli.output import emit, say, show
-from vlmquant.cli.words import load_wanted, parse_counts, parse_dtype, parse_limits, parse_wish, recipe_name
+from vlmquant.cli.words import (
+    load_wanted,
+    parse_counts,
+    parse_dtype,
+    parse_limits,
+    parse_schemes,
+    parse_wish,
+    recipe_name,
+    with_budget,
+)
 from vlmquant.errors import EXIT_DOES_NOT_FIT, EXIT_ERROR, EXIT_OK, UsageError, shown
 from vlmquant.threads import set_threads
 
@@ -162,6 +173,87 @@ def _show_plan(
     raise typer.Exit(EXIT_OK if served is None or served.fits else EXIT_DOES_NOT_FIT)
 
 
+def sensitivity(
+    model: Model,
+    recipe: RecipeOption = None,
+    scores: ScoresFile = None,
+    bits_per_weight: Annotated[
+        float | None, typer.Option(help="Choose schemes for so many bits on average, as a recipe's budget does.")
+    ] = None,
+    bytes_: Annotated[
+        str | None, typer.Option("--bytes", help="Choose schemes for a result of this size, such as 2GB.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Choose the fewest bytes that are predicted to lose no more nats a token.")
+    ] = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="What to try, such as w3a16,w4a16-g64,w8a16; else as the recipe's budget says.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the recipe that was chosen to this file.")
+    ] = None,
+    html: Html = None,
+    calibration: CalibrationOption = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    family: FamilyOption = None,
+    as_json: Json = False,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure what each layer loses by each scheme, and choose the schemes that a budget buys.
+
+    Components that the recipe keeps are tried too, rounded to nearest; only those that it quantizes are chosen for.
+    """
+    wanted = with_budget(load_wanted(recipe_name(recipe), family), bits_per_weight, bytes_, max_kl)
+    tried = parse_schemes(schemes)
+    if out is not None and wanted.budget is None:
+        raise UsageError("--out: there is no budget to choose by; give --bits-per-weight, --bytes or --max-kl")
+    set_threads(threads)
+    from vlmquant.pipeline import find_sensitivity
+    from vlmquant.recipe import recipe_text
+    from vlmquant.report.data import check_report_paths, write_text
+    from vlmquant.report.sensitivity_page import to_html
+    from vlmquant.sensitivity import allocate, find_units
+    from vlmquant.tables.sensitivity import allocation_table, loss_table
+
+    check_report_paths({"--out": out, "--html": html}, apart=[] if scores is None else [scores])
+    found = find_sensitivity(
+        model,
+        wanted,
+        calibration=calibration,
+        device=device,
+        scores=scores,
+        schemes=tried,
+        kept=True,
+        trust_remote_code=trust_remote_code,
+    )
+    bought = None
+    if wanted.budget is not None:
+        units = find_units(found.components, wanted, schemes=tried)
+        bought = allocate(found.components, wanted, units, found.scores, wanted.budget)
+    files = {} if scores is None else {"scores": scores}
+    if out is not None and bought is not None:
+        write_text(out, "".join(f"# {note}\n" for note in bought.notes) + recipe_text(bought.recipe))
+        files["recipe"] = out
+    if html is not None:
+        write_text(html, to_html(found.scores, bought, model=Path(model).name))
+        files["page"] = html
+    if as_json:
+        emit(
+            found.scores.model_dump(mode="json")
+            | {"notes": list(found.units.refused), "files": {what: str(path) for what, path in files.items()}}
+            | {"allocation": None if bought is None else bought.to_json()}
+        )
+        return
+    show(loss_table(found.scores, bought))
+    for note in found.units.refused:
+        say(f"note: {note}")
+    if bought is not None:
+        show(allocation_table(bought))
+    for what, path in files.items():
+        say(f"{what}: {path}")
+
+
 def quantize(
     model: Model,
     recipe: RecipeOption = None,
@@ -190,6 +282,7 @@ def quantize(
         str | None, typer.Option(help="The same of a GPU's memory, where --device is one.")
     ] = None,
     family: FamilyOption = None,
+    scores: ScoresFile = None,
     as_json: Json = False,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -241,10 +334,12 @@ def quantize(
                     "--device": None if device == "auto" else device,
                     "--dtype": None if dtype == "auto" else dtype,
                     "--family": family,
+                    "--scores": scores,
                     "--trust-remote-code": trust_remote_code,
                 }
             ),
             ranks=joined,
+            scores=scores,
         )
     if joined.leads:
         _show_quantized(done, as_json=as_json)

@@ -47,6 +47,14 @@ EffortOption = Annotated[
         help="fast: half the time and more loss; default; high: and polished, in twice the time; else the recipe's.",
     ),
 ]
+ScoresFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--scores",
+        help="What layers lose by each scheme, as `vlmquant sensitivity` saves it: read if the file is there, else "
+        "measured and saved.",
+    ),
+]
 Batch = Annotated[int | None, typer.Option(min=1, help="Sequences served at once, else 1.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of text in a sequence, prompt and answer, else 4096.")]
 Images = Annotated[int | None, typer.Option(min=0, help="Images in a sequence, else 1; their tokens are added.")]

@@ -31,6 +31,22 @@ def load_wanted(recipe: str, family: Path | None, effort: str | None = None) -> 
     return wanted if family is None else wanted.model_copy(update={"family": load_family(family)})
 
 
+def with_budget(recipe: Any, bits_per_weight: float | None, size: str | None, max_kl: float | None) -> Any:
+    """The recipe, with the budget that is asked for in place of its own."""
+    from vlmquant.recipe import replace_budget
+
+    asked = {"bits_per_weight": bits_per_weight, "max_kl": max_kl, "bytes": parse_optional_bytes(size, "--bytes")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return replace_budget(recipe, given) if given else recipe
+
+
+def parse_schemes(text: str | None) -> list[Any] | None:
+    """ "w3a16,w4a16-g64" -> those schemes."""
+    from vlmquant.recipe import parse_scheme
+
+    return None if text is None else [parse_scheme(name.strip()) for name in text.split(",")]
+
+
 def parse_sources(
     words: list[str], mapping: list[str] | None, images_folder: Path | None, allow_outside: bool
 ) -> list[Any]:
@@ -69,21 +85,13 @@ def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-UNITS = {"B": 1} | {
-    f"{letter}{middle}B": base**power
-    for power, letter in enumerate("KMGT", 1)
-    for middle, base in (("", 1000), ("i", 1024))
-}
-
-
 def parse_bytes(text: str, option: str) -> int:
     """ "24GB" -> 24,000,000,000; "1.5GiB" -> 1,610,612,736."""
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([KMGT]i?)?B", text.strip(), re.IGNORECASE)
-    if found:
-        unit = (found[2] or "").upper().replace("I", "i") + "B"
-        if (count := int(float(found[1]) * UNITS[unit])) > 0:
-            return count
-    raise UsageError(f"{option}: expected a size such as 24GB or 1.5GiB, got '{shown(text)}'")
+    from vlmquant.recipe import bytes_of
+
+    if (count := bytes_of(text)) is None:
+        raise UsageError(f"{option}: expected a size such as 24GB or 1.5GiB, got '{shown(text)}'")
+    return count
 
 
 def parse_optional_bytes(text: str | None, option: str) -> int | None:
