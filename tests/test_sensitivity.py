@@ -59,7 +59,7 @@ effort: fast
 components:
   language: {scheme: w4a16, method: gptq}
 budget: {bits_per_weight: 4.25}
-calibration: {samples: 32}
+calibration: {samples: 64}
 """
 
 
