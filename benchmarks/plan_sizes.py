@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -37,7 +37,7 @@ IMAGE_TOKENS, TEXT_TOKENS = 1024, 176
 PATCHES_PER_TOKEN = 4
 """In all of these models two by two patches of the vision encoder become a token of the language model."""
 FLOAT = torch.float32
-EFFORTS = get_args(Effort)
+EFFORTS: tuple[Effort, ...] = ("fast", "default")
 ROUNDS = 40
 """Products by which the rate is found."""
 
