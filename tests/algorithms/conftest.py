@@ -32,7 +32,7 @@ class FakeStage:
     channel_scales: Tensor | None = None
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
     ranks: Ranks = ALONE
-    has_originals: bool = False
+    is_aimed: bool = False
     biased: bool = False
     shifts: dict[str, Tensor] = field(default_factory=dict)
 
