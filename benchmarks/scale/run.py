@@ -278,6 +278,7 @@ def to_markdown(results: dict[str, Any]) -> str:
             "| model | user CPU s | peer | ratio | peak MiB | peer | ratio | KL | peer |",
             "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
             *(peer_row(name, found) for name, found in beside.items()),
+            *(f"\n{name}: {found['peer']['note']}." for name, found in beside.items() if "note" in found["peer"]),
         ]
     lines += [
         "",
