@@ -57,7 +57,7 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
             mean_abs = stage.mean_abs() if stage.can_fold else None
             moments = stage.of_moments(copy_of)
             assert any(rows.shift is not None for rows in moments.held) == (target == "outputs")
-            found = auto.held_losses(stage, copy_of(moments), mean_abs)
+            found = auto.held_losses(stage, copy_of(moments), mean_abs, aimed=target == "outputs")
             assert set(found) == set(auto.METHODS if mean_abs is not None else ("gptq", "search"))
             hessian = moments.squares / moments.tokens
             if target == "weights":
@@ -91,7 +91,7 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
 def test_the_chosen_method_rounds_as_it_does_alone(
     method: str, components: ComponentMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None) -> dict[str, float]:
+    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
         return {name: float(name != method) for name in auto.METHODS}
 
     monkeypatch.setattr(auto, "held_losses", losses)
@@ -110,8 +110,8 @@ def test_the_chosen_method_rounds_as_it_does_alone(
 def test_the_least_loss_wins(components: ComponentMap, monkeypatch: pytest.MonkeyPatch) -> None:
     real, found = auto.held_losses, dict[str, dict[str, float]]()
 
-    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None) -> dict[str, float]:
-        tried = real(stage, moments, mean_abs)
+    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
+        tried = real(stage, moments, mean_abs, aimed=aimed)
         found.update({linear.name + ".weight": tried for linear in stage.linears.values()})
         return tried
 

@@ -29,20 +29,23 @@ METHODS = {
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage by one of METHODS; by the first where no sample is held out."""
-    mean_abs = stage.mean_abs() if stage.can_fold else None
-    losses = stage.of_moments(lambda moments: held_losses(stage, moments, mean_abs))
+    mean_abs, aimed = stage.mean_abs() if stage.can_fold else None, stage.is_aimed
+    losses = stage.of_moments(lambda moments: held_losses(stage, moments, mean_abs, aimed=aimed))
     method = min(losses, key=losses.__getitem__)
     stage.chosen(method)
     return METHODS[method](stage)
 
 
-def held_losses(stage: Stage, moments: Moments, mean_abs: Tensor | None) -> dict[str, float]:
-    """By method, summed over tokens and outputs; mean_abs (in,): E|x_j|, None where scales cannot be folded."""
+def held_losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
+    """By method, summed over tokens and outputs; mean_abs (in,): E|x_j|, None where scales cannot be folded.
+
+    aimed: whether GPTQ is to be told the original's outputs. One process runs this: nothing here may ask the others.
+    """
     methods = [method for method in METHODS if mean_abs is not None or method not in WITH_FOLDS]
     fit, judges = _apart(moments)
     if not judges or not fit.tokens:
         return dict.fromkeys(methods, 0.0)
-    return {method: _loss(stage.weights, _rounded(stage, method, fit, mean_abs), judges) for method in methods}
+    return {method: _loss(stage.weights, _rounded(stage, method, fit, mean_abs, aimed), judges) for method in methods}
 
 
 def _apart(moments: Moments) -> tuple[Moments, list[Rows]]:
@@ -58,7 +61,7 @@ def _apart(moments: Moments) -> tuple[Moments, list[Rows]]:
     return Moments(moments.squares, moments.cross, moments.tokens, shown), judges
 
 
-def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None) -> dict[str, Tensor]:
+def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, aimed: bool) -> dict[str, Tensor]:
     """What weights (out, in) become, as their inputs meet them."""
     options, weights, channel_scales = stage.options, stage.weights, None
     if method in WITH_FOLDS:
@@ -68,7 +71,7 @@ def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None) -
         weights = {name: weight * channel_scales for name, weight in weights.items()}
     if method in WITH_FEEDBACK:
         seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held).divided(channel_scales)
-        if stage.is_aimed:
+        if aimed:
             target = aim(weights, seen, options.gptq)
             codes = _by_feedback(stage, target.weights, target.factor)
         else:
