@@ -5,7 +5,8 @@ between blocks can be in memory or on disk. The codes are the same; the first th
 """
 
 import resource
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -18,6 +19,7 @@ from vlmquant.components import BlockInfo, ComponentMap, ParameterInfo
 from vlmquant.errors import DoesNotFitError
 from vlmquant.experts import Form
 from vlmquant.kernels.probe import GPU_TIMES, measured, seconds
+from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import CALIBRATED, Plan, with_parents
 from vlmquant.ranks import ROWS
 from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
@@ -37,6 +39,8 @@ SCRATCH_BYTES = 64 << 20
 """Of compiled loops, of the libraries' own buffers, of the writer, and what allocators do not give back."""
 SHARE = 0.9
 """Of the memory that is free, without a limit given: others need some, too."""
+GRADIENT_WIDTHS = 40
+"""Vectors as wide as the hidden state that a layer keeps for a token until its gradient is there."""
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 MATRIX = 768
 """Side of the matrices by which the speed of products is found."""
@@ -274,6 +278,25 @@ def available_device_bytes(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return int(SHARE * free) + torch.cuda.memory_reserved(device)
+
+
+def free_bytes(device: str) -> int:
+    """What is free on a GPU, or what this process may still take of the machine."""
+    on_gpu = torch.device(device).type == "cuda"
+    return int(torch.cuda.mem_get_info(device)[0]) if on_gpu else available_bytes()
+
+
+@contextmanager
+def told_of_gradients(what: str) -> Iterator[None]:
+    """DoesNotFitError where memory runs out in `what`, which needs gradients of the whole model."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_allocation_failure(error):
+            raise
+        raise DoesNotFitError(
+            f"{what}: memory ran out; it needs gradients of the whole model: give it shorter samples, or more memory"
+        ) from error
 
 
 def resident_bytes() -> int:

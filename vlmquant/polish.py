@@ -8,7 +8,6 @@ does harm, and the epoch; and where they lose nothing by it, the checkpoint stay
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 import vlmquant
 from vlmquant import budget, signals
-from vlmquant.budget import FLOAT_BYTES
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sampling import choose_samples
@@ -32,7 +30,6 @@ from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_r
 from vlmquant.export import carried_by, plan_of, recipe_of, units_of
 from vlmquant.grid import QuantizedWeight, expand_groups
 from vlmquant.kernels.probe import compute_dtype
-from vlmquant.limits import is_allocation_failure
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
 from vlmquant.progress import bar
 from vlmquant.recipe import CalibrationSpec, Scheme
@@ -50,8 +47,6 @@ OF_THE_RUN = ("command", "fingerprint", "work")
 """What a manifest says of the run that made a checkpoint, and of none that makes another of it."""
 LEAST_GAIN = 0.01
 """Relative: a checkpoint whose held-out KL falls by less stays as it was."""
-ACTIVATION_WIDTHS = 40
-"""Vectors as wide as the hidden state that a layer keeps for a token until its gradient is there."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +217,7 @@ def polish(
     needed = needed_bytes(coded.components, coded.schemes, tokens=max(row.tokens for row in rows))
     _refuse_large(needed, device)
     inputs = Inputs(coded.components)
-    with _told_of_memory():
+    with budget.told_of_gradients("polish"):
         teacher = _ask(base, encoder, rows, device)
         model = reading_part(load_model(path, dtype=torch.float32, device=device))
         tuner = _Tuner(model, coded, names, encoder, teacher, dtype=dtype, device=device, norms=options.norms)
@@ -300,36 +295,23 @@ def needed_bytes(components: ComponentMap, coded: Collection[str], *, tokens: in
     parameters = components.parameters
     width = getattr(components.config.get_text_config(), "hidden_size", 0)
     layers = sum(block.component == "language" for block in components.blocks)
-    weights = sum(FLOAT_BYTES * math.prod(one.shape) for one in parameters if one.name not in coded)
+    weights = sum(budget.FLOAT_BYTES * math.prod(one.shape) for one in parameters if one.name not in coded)
     codes = sum(math.prod(one.shape) for one in parameters if one.name in coded)
-    largest = max((FLOAT_BYTES * math.prod(one.shape) for one in parameters), default=0)
-    tuning = weights + codes + 2 * largest + FLOAT_BYTES * BATCH * tokens * width * ACTIVATION_WIDTHS * layers
-    original = sum(FLOAT_BYTES * math.prod(one.shape) for one in parameters)
+    largest = max((budget.FLOAT_BYTES * math.prod(one.shape) for one in parameters), default=0)
+    activations = budget.FLOAT_BYTES * BATCH * tokens * width * budget.GRADIENT_WIDTHS * layers
+    tuning = weights + codes + 2 * largest + activations
+    original = sum(budget.FLOAT_BYTES * math.prod(one.shape) for one in parameters)
     return max(tuning, original)
 
 
 def _refuse_large(needed: int, device: str) -> None:
     """DoesNotFitError before any work where gradients of the whole model cannot fit."""
-    on_gpu = torch.device(device).type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else budget.available_bytes()
+    free = budget.free_bytes(device)
     if needed > free:
         raise DoesNotFitError(
             f"polish needs about {needed / 2**30:.1f} GiB for gradients of the whole language model, and "
             f"{free / 2**30:.1f} are free; give it shorter samples, or more memory"
         )
-
-
-@contextmanager
-def _told_of_memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_allocation_failure(error):
-            raise
-        raise DoesNotFitError(
-            "polish: memory ran out; it needs gradients of the whole language model: give it shorter samples, or more "
-            "memory"
-        ) from error
 
 
 @torch.no_grad()

@@ -541,7 +541,7 @@ class Recipe(Data):
     effort: Effort = "default"
     """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about half the
     time and two thirds of the memory, and lose more. high: the finished checkpoint is polished (as `vlmquant polish`
-    does it, on the same samples), in about twice the time and with the memory for gradients of the whole model."""
+    does it, on the same samples), which takes more time, and memory for gradients of the whole model."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None

@@ -1589,7 +1589,8 @@ class BlockStream:
             inputs, walk = batch.inputs, _walk()
             walk.token_mask = inputs["attention_mask"].bool().to(self.device) if "attention_mask" in inputs else None
             walk.token_weights = self._weights_of(batch, self._token_weights.image_share)
-            walk.expert_weights = self._weights_of(batch, 1.0)
+            if self.components.experts:
+                walk.expert_weights = self._weights_of(batch, 1.0)
             walk.kinds_of_tokens = [
                 (value == kind).flatten().to(self.device)
                 for key, value in inputs.items()

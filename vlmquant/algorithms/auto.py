@@ -12,9 +12,8 @@ from torch import Tensor
 
 from vlmquant.algorithms import awq, gptq, search
 from vlmquant.algorithms.factor import Factor
-from vlmquant.algorithms.scales import search_scales
 from vlmquant.algorithms.target import aim, factor_of
-from vlmquant.grid import QuantizedWeight, quantize_nearest
+from vlmquant.grid import QuantizedWeight
 from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
 from vlmquant.stream import Moments, Rows, Stage, divided
 
@@ -81,7 +80,7 @@ def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, a
         codes = {
             name: awq.rounded(weight, hessian, grid, options.awq)
             if method == "awq"
-            else quantize_nearest(weight, *search_scales(weight, hessian.diagonal(), grid, search="weighted"), grid)
+            else search.quantize_weight(weight, hessian.diagonal(), grid)
             for name, weight in weights.items()
         }
     values = {name: weight.dequantize() for name, weight in codes.items()}

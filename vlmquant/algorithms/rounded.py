@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from vlmquant.algorithms.scales import search_scales
-from vlmquant.grid import QuantizedWeight, quantize_nearest
+from vlmquant.algorithms import rtn
+from vlmquant.grid import QuantizedWeight
 from vlmquant.stream import Rows, Stage
 
 EXPONENTS = (0.25, 0.5, 0.6, 0.75, 0.85)
@@ -62,8 +62,9 @@ def rounded_error(stage: Stage, channel_scales: Tensor | None, tokens: Rows, wan
         for rows in stage.parts(weight):
             scaled = rows if channel_scales is None else rows * channel_scales
             grid = stage.grid.fitted(scaled)
-            codes = quantize_nearest(scaled, *search_scales(scaled, None, grid, search="minmax"), grid)
-            error = (met @ codes.dequantize().T).sub_(wanted[local][:, first : first + len(rows)])
+            error = (met @ rtn.quantize_weight(scaled, grid).dequantize().T).sub_(
+                wanted[local][:, first : first + len(rows)]
+            )
             total += error.square_().sum(dtype=torch.float64).item()
             first += len(rows)
     return total

@@ -4,11 +4,13 @@ At 8 bits the min-max grid loses so little that the search only matters for chan
 the inputs costs, folds and biases make less (`rounded`).
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from vlmquant.algorithms import rounded
 from vlmquant.algorithms.scales import STEPS, search_scales
-from vlmquant.grid import QuantizedWeight, join_rows, quantize_nearest
+from vlmquant.grid import Grid, QuantizedWeight, join_rows, quantize_nearest
 from vlmquant.stream import Stage
 
 
@@ -20,10 +22,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
         mean_square = mean_square / channel_scales**2
-    grid = stage.grid.fitted(*weights.values())
-
-    def nearest(rows: Tensor) -> QuantizedWeight:
-        return quantize_nearest(rows, *search_scales(rows, mean_square, grid, search="weighted"), grid)
+    nearest = partial(quantize_weight, mean_square=mean_square, grid=stage.grid.fitted(*weights.values()))
 
     quantized = {
         name: join_rows(stage.by_rows(weight, nearest, work=STEPS * weight.numel())) for name, weight in weights.items()
@@ -31,3 +30,8 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     if rounds and options.correct_bias:
         rounded.correct_biases(stage, quantized, channel_scales)
     return quantized
+
+
+def quantize_weight(weight: Tensor, mean_square: Tensor, grid: Grid) -> QuantizedWeight:
+    """weight (out, in) and E[x_j^2] of its inputs (in,) -> nearest codes on the scales that lose least by them."""
+    return quantize_nearest(weight, *search_scales(weight, mean_square, grid, search="weighted"), grid)

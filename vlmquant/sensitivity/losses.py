@@ -21,7 +21,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,9 +31,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vlmquant import budget, signals
-from vlmquant.algorithms import gptq, rtn
+from vlmquant.algorithms import gptq, rtn, search
 from vlmquant.algorithms.factor import Factor
-from vlmquant.algorithms.scales import search_scales
 from vlmquant.algorithms.target import factor_of
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.processor import load_processor
@@ -45,9 +43,8 @@ from vlmquant.components import ComponentMap
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, SentinelError, shown
 from vlmquant.evaluation.passes import Row, answer_logits, measure_rows
-from vlmquant.grid import grid_of, quantize_nearest
+from vlmquant.grid import grid_of
 from vlmquant.kernels.reference import round_inputs
-from vlmquant.limits import is_allocation_failure
 from vlmquant.loading import give_back_freed_memory
 from vlmquant.planning import CALIBRATED_INPUTS, looks_at_inputs
 from vlmquant.progress import bar
@@ -58,8 +55,6 @@ from vlmquant.stream import assign
 
 SEED = 0
 """Of the signs that are drawn."""
-ACTIVATION_WIDTHS = 40
-"""Vectors as wide as the hidden state that a layer keeps for a token until its gradient is there."""
 CHANGE_DTYPE = torch.bfloat16
 """What the changes of weights are kept in: it moves a score by less than a thousandth."""
 ROUNDING_COPIES = 6
@@ -157,9 +152,9 @@ def measure(
         raise InputError(f"calibration set {shown(spec.set)}: no sample has an answer that a loss could be taken of")
     passes = _activation_bytes(components, rows)
     _refuse_too_large(_weight_bytes(components) + passes + max(map(_unit_bytes, units)), device, "the model and a unit")
-    with _told_of_memory():
+    with budget.told_of_gradients("sensitivity"):
         model = whole_model(components, torch.device(device))
-        room = _free(device) - passes
+        room = budget.free_bytes(device) - passes
         _refuse_too_large(max(map(_unit_bytes, units)), device, "a unit", room=room)
         found: dict[str, dict[str, float]] = {}
         rounds = list(_rounds(units, room))
@@ -202,14 +197,14 @@ def _refuse_calibrated(unit: Unit) -> None:
 
 
 def _weight_bytes(components: ComponentMap) -> int:
-    return sum(torch.float32.itemsize * math.prod(one.shape) for one in components.parameters)
+    return sum(budget.FLOAT_BYTES * math.prod(one.shape) for one in components.parameters)
 
 
 def _activation_bytes(components: ComponentMap, rows: Sequence[Row]) -> int:
     """What the passes of the longest sample keep until gradients are there."""
     width = getattr(components.config.get_text_config(), "hidden_size", 0)
     tokens, layers = max(row.tokens for row in rows), len(components.blocks)
-    return torch.float32.itemsize * tokens * width * ACTIVATION_WIDTHS * layers
+    return budget.FLOAT_BYTES * tokens * width * budget.GRADIENT_WIDTHS * layers
 
 
 def _unit_bytes(unit: Unit) -> int:
@@ -218,7 +213,7 @@ def _unit_bytes(unit: Unit) -> int:
     shapes = {line.name.removesuffix(".weight"): line.shape for line in unit.choices[0].lines}
     moments = sum(shapes[stage[0]][1] ** 2 for stage in unit.stages) if unit.method in WITH_FEEDBACK else 0
     changes = unit.weights * CHANGE_DTYPE.itemsize * len(unit.choices)
-    return torch.float32.itemsize * (moments + ROUNDING_COPIES * largest) + changes
+    return budget.FLOAT_BYTES * (moments + ROUNDING_COPIES * largest) + changes
 
 
 def _rounds(units: Sequence[Unit], room: int) -> Iterator[list[Unit]]:
@@ -233,31 +228,13 @@ def _rounds(units: Sequence[Unit], room: int) -> Iterator[list[Unit]]:
     yield some
 
 
-def _free(device: str) -> int:
-    on_gpu = torch.device(device).type == "cuda"
-    return torch.cuda.mem_get_info(device)[0] if on_gpu else budget.available_bytes()
-
-
 def _refuse_too_large(needed: int, device: str, what: str, *, room: int | None = None) -> None:
-    free = _free(device) if room is None else room
+    free = budget.free_bytes(device) if room is None else room
     if needed > free:
         raise DoesNotFitError(
             f"sensitivity needs about {needed / 2**30:.1f} GiB for {what}, in float32 with gradients, and "
             f"{max(free, 0) / 2**30:.1f} are free; give it shorter samples, or more memory"
         )
-
-
-@contextmanager
-def _told_of_memory() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_allocation_failure(error):
-            raise
-        raise DoesNotFitError(
-            "sensitivity: memory ran out; it needs gradients of the whole model: give it shorter samples, or more "
-            "memory"
-        ) from error
 
 
 def whole_model(components: ComponentMap, device: torch.device) -> Any:
@@ -420,8 +397,7 @@ def _rounded(weight: Tensor, grid: Any, spec: ComponentSpec, *, mean: Tensor | N
     if factor is not None:
         return gptq.quantize_weight(weight, factor, grid, spec.gptq)[0].dequantize()
     if mean is not None:
-        scales, zeros = search_scales(weight, mean, grid, search="weighted")
-        return quantize_nearest(weight, scales, zeros, grid).dequantize()
+        return search.quantize_weight(weight, mean, grid).dequantize()
     return rtn.quantize_weight(weight, grid, spec.rtn).dequantize()
 
 
