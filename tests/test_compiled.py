@@ -4,6 +4,7 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,31 @@ def test_where_it_is_switched_off_or_numba_is_broken_it_is_said(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "numba", None)
     assert "numba does not work here: ModuleNotFoundError" in str(compiled.unavailable())
     assert not compiled.available()
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_error_in_another_threads_rows_arrives_after_all_are_done() -> None:
+    def refuse(values: Any, out: Any) -> None:
+        for row in range(len(values)):
+            if values[row] > 0:
+                raise ValueError("no")
+            out[row] = 1
+
+    one = compiled.Loop(refuse, rows=2, fastmath=False)
+    for bad in (0, 20, 29):
+        values, out = torch.zeros(30), torch.zeros(30)
+        values[bad] = 1
+        with pytest.raises(ValueError, match="no"):
+            one(values, out)
+        assert out.count_nonzero() >= 20
+    check(loop())  # and helpers are there for others
+
+
+@pytest.mark.usefixtures("threads")
+def test_python_threads_call_at_the_same_time() -> None:
+    one = loop()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: check(one, 1000), range(40)))
 
 
 def test_gradients_do_not_stand_in_the_way() -> None:

@@ -9,7 +9,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -52,17 +51,18 @@ def available() -> bool:
 
 
 def compiled(
-    *, rows: int = 0, at_least: int = ROWS_AT_LEAST, fastmath: bool = False
+    *, rows: int = 0, at_least: int = ROWS_AT_LEAST, values_at_least: int = 1, fastmath: bool = False
 ) -> Callable[[Callable[..., Any]], "Loop"]:
     """A function over arrays, in the Python that numba takes, becomes a `Loop`.
 
     rows: so many of the first arguments have one row per row of the result, or are None; those may be cut along their
-    first axis. at_least: fewer rows than this are not worth another thread.
+    first axis. at_least: fewer rows than this are not worth another thread, nor are fewer values of the first argument
+    than values_at_least.
     fastmath: sums may be made in another order, and no value is infinite or NaN.
     """
 
     def loop(function: Callable[..., Any]) -> Loop:
-        return Loop(function, rows=rows, at_least=at_least, fastmath=fastmath)
+        return Loop(function, rows=rows, at_least=at_least, values_at_least=values_at_least, fastmath=fastmath)
 
     return loop
 
@@ -71,9 +71,16 @@ class Loop:
     """A compiled function. Called with tensors in CPU memory, which it sees as numpy arrays, and with plain values."""
 
     def __init__(
-        self, function: Callable[..., Any], *, rows: int, fastmath: bool, at_least: int = ROWS_AT_LEAST
+        self,
+        function: Callable[..., Any],
+        *,
+        rows: int,
+        fastmath: bool,
+        at_least: int = ROWS_AT_LEAST,
+        values_at_least: int = 1,
     ) -> None:
-        self._function, self._rows, self._at_least, self._fastmath = function, rows, at_least, fastmath
+        self._function, self._rows, self._fastmath = function, rows, fastmath
+        self._at_least, self._values_at_least = at_least, values_at_least
         self._machine: Any = None
         functools.update_wrapper(self, function)
 
@@ -83,7 +90,7 @@ class Loop:
         if not self._rows:
             return self._run(machine, values)
         count = len(values[0])
-        parts = max(1, min(torch.get_num_threads(), count // self._at_least))
+        parts = max(1, min(torch.get_num_threads(), count // self._at_least, values[0].size // self._values_at_least))
         if parts == 1:
             return self._run(machine, values)
         step = -(-count // parts)
@@ -92,10 +99,17 @@ class Loop:
             [*(None if value is None else value[cut] for value in values[: self._rows]), *values[self._rows :]]
             for cut in cuts
         ]
-        others = [_pool(parts).submit(self._run, machine, share) for share in shares[1:]]
-        self._run(machine, shares[0])
-        for other in others:
-            other.result()
+        helpers = [_helper() for _ in shares[1:]]
+        for helper, share in zip(helpers, shares[1:], strict=True):
+            helper.begin(functools.partial(self._run, machine, share))
+        try:
+            self._run(machine, shares[0])
+        finally:
+            errors = [helper.finish() for helper in helpers]
+            _free.extend(helpers)
+        for error in errors:
+            if error is not None:
+                raise error
         return None
 
     def _run(self, machine: Any, values: list[Any]) -> Any:
@@ -143,20 +157,63 @@ def _three() -> int:
 def _array(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    value = value.detach()
-    return value.view(AS_WORDS.get(value.dtype, value.dtype)).numpy()
+    if value.requires_grad:
+        value = value.detach()
+    words = AS_WORDS.get(value.dtype)
+    return (value if words is None else value.view(words)).numpy()
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="vlmquant-rows")
+class _Helper(threading.Thread):
+    """A thread that sleeps until it gets a share of rows. Two locks hand it over: a loop takes some ten microseconds,
+    and a pool's queue and futures would take longer."""
+
+    def __init__(self) -> None:
+        super().__init__(name="vlmquant-rows", daemon=True)
+        self._begun, self._done = threading.Lock(), threading.Lock()
+        self._begun.acquire()
+        self._done.acquire()
+        self._work: Callable[[], object] | None = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self._begun.acquire()
+            assert self._work is not None, "a helper wakes for work"
+            try:
+                self._work()
+            except BaseException as error:
+                self._error = error
+            self._work = None
+            self._done.release()
+
+    def begin(self, work: Callable[[], object]) -> None:
+        self._work = work
+        self._begun.release()
+
+    def finish(self) -> BaseException | None:
+        """Wait until the work is done: what it raised."""
+        self._done.acquire()
+        error, self._error = self._error, None
+        return error
+
+
+_free: list[_Helper] = []
+"""Helpers that sleep. Who takes one has it alone, whatever other threads do."""
+
+
+def _helper() -> _Helper:
+    try:
+        return _free.pop()
+    except IndexError:
+        return _Helper()
 
 
 def _after_fork() -> None:
     """A child has none of its parent's threads, and none that would open a lock."""
     global _compiling
     _compiling = threading.Lock()
-    _pool.cache_clear()
+    _free.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tests import grids
 from vlmquant.algorithms import rtn
 from vlmquant.grid import Grid, QuantizedWeight
-from vlmquant.kernels import LAYOUTS, bag4, choose, int4, int8, loops, probe, words
+from vlmquant.kernels import LAYOUTS, bag4, blocked, choose, int4, int8, loops, probe, words
 from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
 
@@ -91,7 +91,8 @@ def _every_way_has_its_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int4, "_beats_bags", lambda: True)
     monkeypatch.setattr(int4, "_op_tokens", lambda: 4)
     monkeypatch.setattr(bag4, "_bag_tokens", lambda: 4)
-    for layout in (int4, bag4, int8):
+    monkeypatch.setattr(int4, "_way", lambda: "blocks")
+    for layout in (bag4, int8):
         monkeypatch.setattr(layout, "_loops_win", lambda: True)
     monkeypatch.setattr(words, "_loops_win", lambda bits: True)
 
@@ -221,6 +222,7 @@ def test_products_are_in_float32_where_the_cpu_has_none_in_16_bits(
         torch, "mm", lambda one, other, *, out: multiplied.append(one.dtype) or real_mm(one, other, out=out)
     )
     monkeypatch.setattr(torch.nn.functional, "linear", record(torch.nn.functional.linear))
+    monkeypatch.setattr(blocked, "_product", record(blocked._product))
     monkeypatch.setattr(Tensor, "__matmul__", record(Tensor.__matmul__))
     bits = 8 if layout == "int8" else 4
     weight, inputs = packed(96, 128, bits, 128, True, torch.bfloat16), tokens(50, 128, torch.bfloat16)

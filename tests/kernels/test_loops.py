@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.kernels.test_layouts import packed, relative, tokens
 from vlmquant import compiled
-from vlmquant.kernels import bag4, choose, int4, int8, int8_onednn, loops, words
+from vlmquant.kernels import bag4, blocked, choose, int4, int8, int8_onednn, loops, words
 from vlmquant.kernels.form import Place, form_of
 from vlmquant.kernels.reference import activation_codes
 
@@ -117,14 +117,17 @@ def test_tables_of_bags_become_what_they_mean(symmetric: bool, bits: int, scale_
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("at_once", [1, 200 * 64 * 3, 1 << 20], ids=["a tile at a time", "three", "all"])
+@pytest.mark.parametrize("way", ["floats", "blocks"])
 def test_tiles_become_what_they_mean(
-    at_once: int, symmetric: bool, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    way: str, at_once: int, symmetric: bool, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In blocks where oneDNN has them, which float32 has not."""
     monkeypatch.setattr(loops, "EXPANDED_AT_ONCE", at_once)
+    monkeypatch.setattr(blocked, "AT_ONCE", at_once)
     monkeypatch.setattr(loops, "product_dtype", lambda inputs: inputs.dtype)
     weight = packed(1000, 192, bits, 96, symmetric, torch.bfloat16)
     identity = torch.eye(192, dtype=dtype)
-    found = int4._loop_matmul(identity, int4.hold(weight), form_of(weight))[:, :1000]
+    found = int4._loop_matmul(identity, int4.hold(weight), form_of(weight), way)[:, :1000]
     assert torch.equal(found.T, weight.dequantize(dtype))
 
 
@@ -169,7 +172,7 @@ def test_onednn_is_used_only_where_it_is_right_and_fast(broken: str, monkeypatch
 
 
 CALLS: dict[str, Callable[[], tuple]] = {
-    "tile_linear": lambda: (lambda held: (held["tiles"], held["table"], int4._tile_shape()[1], 8, False))(
+    "tile_linear": lambda: (lambda held: (held["tiles"], held["table"], int4._tile_shape()[1], 8, False, "blocks"))(
         int4.hold(packed(70, 256, 4, 128, False, torch.bfloat16))
     ),
     "bag_linear": lambda: (lambda held: (held["table"], held["scales"], held["zeros"], 8))(

@@ -7,13 +7,15 @@ A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and ea
 one column. Which two depends on the CPU's vector length, so `_tile_shape` asks torch, by packing row numbers.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from vlmquant.grid import Grid, QuantizedWeight, mid_code
 from vlmquant.kernels import bag4, loops
 from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of, rows_at_once
-from vlmquant.kernels.probe import measured, most_tokens, needs_gradient, product_dtype, seconds
+from vlmquant.kernels.probe import fastest, measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
 
 ROWS = 64
@@ -93,16 +95,18 @@ def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
 
 
 def _many_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
-    """By a compiled loop where that is faster."""
-    return (_loop_matmul if loops.usable(inputs) and _loops_win() else _tile_matmul)(inputs, held, form)
+    """By compiled loops where that is faster."""
+    way = _way() if loops.usable(inputs) else "torch"
+    return _tile_matmul(inputs, held, form) if way == "torch" else _loop_matmul(inputs, held, form, way)
 
 
-def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
+def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, way: str = "floats") -> Tensor:
+    """way: the weight as torch's product takes it (floats), or in the blocks of oneDNN's, if it has them (blocks)."""
     shape, groups = _tile_shape(), -(-form.shape[1] // form.grid.group_size)
     assert shape is not None, "a weight is held in tiles only where there are tiles"
     table = held["table"][:: len(held["table"]) // groups]
     outputs: Tensor = torch.ops.vlmquant.tile_linear(
-        inputs, held["tiles"], table, shape[1], mid_code(form.grid.bits), form.grid.symmetric
+        inputs, held["tiles"], table, shape[1], mid_code(form.grid.bits), form.grid.symmetric, way
     )
     return outputs
 
@@ -217,11 +221,13 @@ def _op_tokens() -> int:
 
 
 @measured
-def _loops_win() -> bool:
-    """Whether compiled loops make floats of tiles faster than torch."""
+def _way() -> str:
+    """What multiplies many tokens fastest: torch, or the loops in one of their ways."""
     weight, form = _probe_weight()
     held, inputs = hold(weight), _probe_inputs(PROBE_TOKENS[-1])
-    return loops.faster(_loop_matmul, _tile_matmul, inputs, held, form)
+    runs = {"torch": partial(_tile_matmul, inputs, held, form)}
+    runs |= {way: partial(_loop_matmul, inputs, held, form, way) for way in ("floats", "blocks")}
+    return fastest(runs)
 
 
 def _probe_weight() -> tuple[QuantizedWeight, Form]:

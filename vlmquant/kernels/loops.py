@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vlmquant import compiled as compiling
 from vlmquant.compiled import Loop, compiled
+from vlmquant.kernels import blocked
 from vlmquant.kernels.probe import fastest, measured, needs_gradient, product_dtype
 from vlmquant.kernels.reference import ACTIVATION_FLOOR, ACTIVATION_STEPS
 
@@ -26,6 +27,8 @@ EXPANDED_AT_ONCE = 1 << 21
 """Codes that become floats together."""
 OUTPUTS_AT_ONCE = 1 << 20
 """Sums of integer products that lie about before they become outputs."""
+VALUES_AT_LEAST = 1 << 17
+"""Of inputs or sums, for another thread: to wake one takes as long as fewer of them."""
 U, HALF, ONE, SHORT = np.uint64, np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
 """HALF, ONE and SHORT: what rounds the bits of a float32 to those of a bfloat16, ties to even."""
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -230,7 +233,7 @@ def _rows_to_codes(bfloat16: bool) -> Loop:
                 codes[t, c] = 0
             scales[t] = scale
 
-    return compiled(rows=3)(loop)
+    return compiled(rows=3, values_at_least=VALUES_AT_LEAST)(loop)
 
 
 @functools.cache
@@ -250,7 +253,7 @@ def _sums_to_outputs(biased: bool, bfloat16: bool) -> Loop:
                 else:
                     out[t, r] = value
 
-    return compiled(rows=3)(loop)
+    return compiled(rows=3, values_at_least=VALUES_AT_LEAST)(loop)
 
 
 # Products
@@ -285,18 +288,41 @@ def _at_once(columns: int, multiple: int = 1) -> int:
     return max(1, EXPANDED_AT_ONCE // (columns * multiple)) * multiple
 
 
-def _tile_linear(inputs: Tensor, tiles: Tensor, table: Tensor, run: int, mid: int, symmetric: bool) -> Tensor:
+def _tile_linear(inputs: Tensor, tiles: Tensor, table: Tensor, run: int, mid: int, symmetric: bool, way: str) -> Tensor:
     columns, width = tiles.shape[1], 2 * tiles.shape[2]
-    table = table.contiguous()
-    loop = _tiles_to_floats(run, symmetric, _dtype_for(inputs) == torch.bfloat16)
+    table, shape = table.contiguous(), (len(tiles) * width, columns)
     numbers = torch.arange(len(tiles))
+    if way == "blocks" and len(inputs) and _dtype_for(inputs) == torch.bfloat16:
+        outputs = _tiles_in_blocks(inputs, tiles, numbers, table, run, mid, symmetric)
+        if outputs is not None:
+            return outputs
+    loop = _tiles_to_floats(run, symmetric, _dtype_for(inputs) == torch.bfloat16)
 
     def expand(rows: slice, part: Tensor) -> None:
         some = slice(rows.start // width, rows.stop // width)
         loop(tiles[some], numbers[: some.stop - some.start], table, rows.start, np.float32(mid), part)
 
-    shape = (len(tiles) * width, columns)
     return _multiply(inputs, shape, _at_once(columns, width), expand, by_rows=False).to(inputs.dtype)
+
+
+def _tiles_in_blocks(
+    inputs: Tensor, tiles: Tensor, numbers: Tensor, table: Tensor, run: int, mid: int, symmetric: bool
+) -> Tensor | None:
+    from vlmquant.kernels.vectors import LANES, tiles_to_blocks
+
+    columns, half = tiles.shape[1], tiles.shape[2]
+    width, block = 2 * half, blocked.rows_of_block()
+    if block is None or width % block or run % LANES or block % LANES or columns // len(table) % 2:
+        return None
+    loop = tiles_to_blocks(half, run, block, symmetric)
+
+    def make(rows: slice, words: Any) -> None:
+        some = slice(rows.start // width, rows.stop // width)
+        count = some.stop - some.start
+        out = words.reshape(count, width // block, columns // 2, block)
+        loop(tiles[some], numbers[:count], out, table, rows.start, np.float32(mid))
+
+    return blocked.multiply(inputs, (len(tiles) * width, columns), width, make)
 
 
 def _bag_linear(inputs: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, mid: int) -> Tensor:
@@ -354,7 +380,7 @@ def _rounded_linear(
     bits = values.view(torch.int16 if bfloat16 else torch.int32)
     _rows_to_codes(bfloat16)(bits, rounded, input_scales, np.float32(input_scale or 0))
     finish = _sums_to_outputs(bias is not None, bfloat16)
-    added = scales.new_empty(0) if bias is None else bias.detach().float()
+    added = scales if bias is None else bias.detach().float()
     outputs = values.new_empty(len(values), rows)
     at_once = max(1, OUTPUTS_AT_ONCE // rows)
     for start in range(0, len(values), at_once):
@@ -371,9 +397,16 @@ def _integer_sums(rounded: Tensor, codes: Tensor) -> Tensor:
     return torch._int_mm(rounded, codes.T)
 
 
+@functools.cache
+def _one_and_zero() -> tuple[Tensor, Tensor]:
+    """A weight's scale and zero point where it has none. Nothing that the mode of the first call leaves on them."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.ones(1, dtype=torch.float32), torch.zeros(1, dtype=torch.int32)
+
+
 def onednn_sums(rounded: Tensor, packed: Tensor) -> Tensor:
     """rounded (tokens, in) int8 times a weight as oneDNN packed it -> (tokens, out) float32."""
-    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    one, zero = _one_and_zero()
     sums: Tensor = torch.ops.onednn.qlinear_pointwise(
         rounded, 1.0, 0, packed, one, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -389,7 +422,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., int]]] = {
     "tile_linear": (
-        "Tensor tiles, Tensor table, int run, int mid, bool symmetric",
+        "Tensor tiles, Tensor table, int run, int mid, bool symmetric, str way",
         _tile_linear,
         lambda tiles, *_: tiles.shape[0] * tiles.shape[2] * 2,
     ),
