@@ -19,8 +19,8 @@ from torch import Tensor
 
 from vlmquant.kernels.probe import measured
 
-AT_ONCE = 1 << 22
-"""Values that are made before they are multiplied."""
+AT_ONCE = 1 << 23
+"""Values that are made before they are multiplied: each hand-over from one to the other costs."""
 ROOMS = 8
 """Weights, of as many shapes, whose memory a thread keeps to make the next ones in."""
 MANY_TOKENS = 256
