@@ -1,22 +1,23 @@
 """Loss of recipes over several draws of the calibration samples, on the same held-out samples: what decides a default.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy/run.py MODEL --calibration SET --test SET --work DIR
-        [--recipes NAME_OR_FILE ...] [--draws 0 1 2] [--out FILE]
+        [--recipes NAME_OR_FILE ...] [--draws 0 1 2] [--polish SAMPLES] [--out FILE]
 
 Each recipe is quantized once for each draw (the seed of the choice of 128 samples: 96 captions, 16 vqa, 16 object), in
 a process of its own, and scored teacher-forced on 80 captions with two references each, 60 vqa and 60 object samples,
-in float32. Beside each stands its difference to the first recipe: KL by KL on the same samples, all draws together.
-What is done is kept in DIR and not done again. Writes benchmarks/results/accuracy.{json,md}.
+in float32. --polish: each is then also polished, on so many samples of the set, and scored again; its time is that of
+polishing alone. Beside each stands its difference to the first recipe: KL by KL on the same samples, all draws
+together. What is done is kept in DIR and not done again. Writes benchmarks/results/accuracy.{json,md}.
 """
 
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,33 @@ def quantize(model: Path, recipe: str, draw: int, *, calibration: Path, work: Pa
         str(calibration),
         "-o",
         str(work / "out"),
-        "--json",
     ]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = subprocess.run(
+    return run_and_measure(words, {"notes", "bits_per_weight"})
+
+
+def polish(model: Path, samples: int, *, calibration: Path, work: Path) -> dict[str, Any]:
+    """What lies in work/out polished, in its place."""
+    words = ["polish", str(work / "out"), "--reference", str(model), "--samples", str(samples)]
+    return run_and_measure([*words, "--calibration", str(calibration), "-o", str(work / "out")], {"notes"})
+
+
+def run_and_measure(words: list[str], kept: set[str]) -> dict[str, Any]:
+    """A command in a process of its own: what it says, of this, its user CPU seconds and its peak."""
+    done = subprocess.Popen(
         [sys.executable, "-m", "vlmquant", *words, "--json", "--force", "--device", "cpu"],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    said = json.loads(done.stdout)
+    assert done.stdout is not None
+    said = json.loads(done.stdout.read())
+    _, status, used = os.wait4(done.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)}: ended with {os.waitstatus_to_exitcode(status)}")
     return {
-        "user_cpu_seconds": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before, 1),
-        "peak_bytes": said["peak_bytes"],
-        "notes": said["notes"],
-        "bits_per_weight": said["bits_per_weight"],
+        **{name: said[name] for name in kept},
+        "user_cpu_seconds": round(used.ru_utime, 1),
+        "peak_bytes": used.ru_maxrss * 1024,
     }
 
 
@@ -85,16 +97,24 @@ def score(model: Path, candidate: Path, *, test: Path) -> dict[str, Any]:
     }
 
 
-def measure(arguments: argparse.Namespace, recipe: str, draw: int) -> dict[str, Any]:
-    kept = arguments.work / f"{Path(recipe).stem}-{draw}.json"
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        return found
-    made = quantize(arguments.model, recipe, draw, calibration=arguments.calibration, work=arguments.work)
-    made |= score(arguments.model, arguments.work / "out", test=arguments.test)
-    shutil.rmtree(arguments.work / "out")
-    kept.write_text(json.dumps(made))
-    return made
+def measure(arguments: argparse.Namespace, recipe: str, draw: int) -> dict[str, dict[str, Any]]:
+    """What a recipe loses, and what it loses polished, by name; from the files of what was done before."""
+    name, work = Path(recipe).stem, arguments.work
+    steps: dict[str, Callable[[], dict[str, Any]]] = {
+        name: lambda: quantize(arguments.model, recipe, draw, calibration=arguments.calibration, work=work)
+    }
+    if samples := arguments.polish:
+        steps[f"{name} polished on {samples}"] = lambda: polish(
+            arguments.model, samples, calibration=arguments.calibration, work=work
+        )
+    kept = {step: work / f"{step}-{draw}.json" for step in steps}
+    if not all(file.is_file() for file in kept.values()):
+        for step, make in steps.items():
+            made = make()
+            made |= score(arguments.model, work / "out", test=arguments.test)
+            kept[step].write_text(json.dumps(made))
+        shutil.rmtree(work / "out")
+    return {step: json.loads(file.read_text()) for step, file in kept.items()}
 
 
 def kl_of(samples: list[list[Any]], task: str | None = None) -> float:
@@ -169,15 +189,18 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--polish", type=int, default=0, metavar="SAMPLES")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {**provenance(), "draws": arguments.draws, "recipes": {}}
     first: list[dict[str, Any]] | None = None
     for recipe in arguments.recipes:
-        runs = [measure(arguments, recipe, draw) for draw in arguments.draws]
-        first = first or runs
-        results["recipes"][Path(recipe).stem] = summary(runs, first)
+        measured = [measure(arguments, recipe, draw) for draw in arguments.draws]
+        for name in measured[0]:
+            runs = [one[name] for one in measured]
+            first = first or runs
+            results["recipes"][name] = summary(runs, first)
         arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         arguments.out.with_suffix(".md").write_text(to_markdown(results))
     print(to_markdown(results))
