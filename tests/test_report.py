@@ -450,6 +450,8 @@ def test_changes_have_the_direction_of_what_changed() -> None:
     assert (few.text, few.note, few.plot) == ("0.0700", "n 3", "")  # three samples bound nothing
     assert change_text("max_bleu_drop", -0.5) == "0.50 points gained"
     assert nearness_text("max_perplexity_increase", 0.0208, 0.05) == "perplexity +2.08 % of at most 5 %"
+    assert nearness_text("max_exact_match_drop", -1.08, 5) == "exact match 1.08 points gained; allowed: 5 points worse"
+    assert nearness_text("max_perplexity_increase", -0.01, 0.05) == "perplexity -1.00 %; allowed: 5 % worse"
 
 
 @pytest.mark.parametrize("values", [[3.9e-5, 4.6e-5], [1e-5, 9e-5, 3e-4], [1e-6, 2.0]])

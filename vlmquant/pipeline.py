@@ -160,7 +160,7 @@ def quantize(
     memory_limit: bytes that the process may hold; DoesNotFitError before any work where it would need more. Without
     one, what the machine and its limits leave decides how the passes run (budget.WAYS).
     device_memory_limit: the same of a GPU's memory, where that is the device.
-    dtype: of the forward passes; None is float32, unless bfloat16 is measured to be far faster here.
+    dtype: of the forward passes; None is `calibration_dtype`.
     command: what card and manifest call the command that makes the same again, in another place.
     ranks: the processes that share the work (ranks.join), each of which calls this with the same arguments. The first
     writes; the same codes as one process makes, where their machines compute alike.

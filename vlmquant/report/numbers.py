@@ -157,8 +157,10 @@ def change_text(threshold: str, value: float | None) -> str:
 
 
 def nearness_text(threshold: str, point: float | None, margin: float, stratum: str | None = None) -> str:
-    """How near a loss came to its margin: `perplexity +2.08 % of at most 5 %`."""
+    """How near a loss came to its margin: `perplexity +2.08 % of at most 5 %`; what was gained is no part of it."""
     row = THRESHOLDS[threshold]
     subject = f"{row.subject} of {shown(stratum)}" if stratum is not None else row.subject
+    if point is not None and point < 0:
+        return f"{subject} {change_text(threshold, point)}; allowed: {margin_text(threshold, margin)} worse"
     measured = "not measured," if point is None else change_text(threshold, point).removesuffix(" nats/token") + " of"
     return f"{subject} {measured} at most {margin_text(threshold, margin)}"
