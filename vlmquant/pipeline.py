@@ -51,7 +51,7 @@ from vlmquant.families import Family, from_spec
 from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.gate import Gate, judge, recorded_gate
 from vlmquant.grid import QuantizedWeight, grid_of
-from vlmquant.kernels.probe import compute_dtype
+from vlmquant.kernels.probe import compute_dtype, has_bfloat16_tiles
 from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
@@ -372,12 +372,15 @@ def spend_budget(
 
 
 def calibration_dtype(device: torch.device | str) -> torch.dtype:
-    """float32 on every CPU, so that machines with and without 16-bit products calibrate alike, whatever a clock says.
+    """bfloat16 on a CPU with AMX, float32 on others: what a CPU is, whatever a clock says, so that it always calibrates
+    alike. On a GPU it is what is faster there.
 
-    On held-out samples bfloat16 loses the same, within the noise of a draw, and saves a fifth of the seconds on a CPU
-    with AMX (benchmarks/results/calibration_dtype.md). On a GPU it is what is faster there.
+    On held-out samples bfloat16 loses no more (benchmarks/accuracy/LOG.md, benchmarks/results/calibration_dtype.md), in
+    a third less time and memory.
     """
-    return torch.float32 if torch.device(device).type == "cpu" else compute_dtype(device)
+    if torch.device(device).type != "cpu":
+        return compute_dtype(device)
+    return torch.bfloat16 if has_bfloat16_tiles() else torch.float32
 
 
 def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> CalibrationSpec:

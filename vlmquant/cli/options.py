@@ -105,6 +105,14 @@ Dtype = Annotated[
         "--dtype", envvar="VLMQUANT_DTYPE", help="Compute dtype: auto (the faster here), float32 or bfloat16."
     ),
 ]
+PassesDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        envvar="VLMQUANT_DTYPE",
+        help="Of the calibration passes: auto (bfloat16 on a CPU with AMX, float32 on others), float32 or bfloat16.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

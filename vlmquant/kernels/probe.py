@@ -82,6 +82,12 @@ def compute_dtype(device: torch.device | str, *, least_gain: float = 1.0) -> tor
     return torch.bfloat16 if gain > least_gain else torch.float32
 
 
+def has_bfloat16_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 in tiles (AMX), several times as fast as float32; no clock is asked."""
+    found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("amx_tile") and found.get("amx_bf16"))
+
+
 def product_dtype(inputs: Tensor) -> torch.dtype:
     """What to multiply such inputs in: their own dtype, or float32 where the CPU has no fast product for that one."""
     return inputs.dtype if inputs.is_cuda or inputs.dtype.itemsize > 2 or _is_fast(inputs.dtype) else torch.float32
