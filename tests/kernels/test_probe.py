@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from vlmquant import pipeline
 from vlmquant.kernels import probe
 
 
@@ -38,3 +39,23 @@ def test_most_tokens_stops_where_the_other_is_faster() -> None:
     fast, other = costs({1: 0.0, 4: 0.0, 16: 0.01}), costs({1: 0.005, 4: 0.005, 16: 0.005})
     assert probe.most_tokens(fast, other, (1, 4, 16)) == 4
     assert probe.most_tokens(other, fast, (1, 4)) == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype"),
+    [
+        ({"amx_tile": True, "amx_bf16": True}, torch.bfloat16),
+        ({"amx_tile": True, "amx_bf16": False, "avx512_bf16": True}, torch.float32),  # no faster there than float32
+        ({}, torch.float32),
+        (None, torch.float32),  # torch's before 2.11 tell nothing
+    ],
+)
+def test_calibration_goes_by_what_the_cpu_is_and_by_no_clock(
+    found: dict[str, bool] | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "compute_dtype", lambda device: pytest.fail("a clock was asked"))
+    if found is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    assert pipeline.calibration_dtype("cpu") == dtype
