@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmquant.algorithms import target as room
 from vlmquant.algorithms.factor import factorize
 from vlmquant.algorithms.target import aim
 from vlmquant.recipe import GptqOptions
@@ -63,6 +64,18 @@ def test_target_is_the_least_squares_one_shrunk_as_held_out_tokens_say(tokens: i
     if tokens == 400:
         assert target.alpha > 0.5  # what the inputs tell of the shift is worth it
     assert 0 < target.alpha <= 1
+
+
+def test_evenly_drawn_rows_say_how_far_a_tall_weight_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, held = (drawn(n, columns=24, seed=seed, shift=0.3) for n, seed in ((60, 0), (20, 1)))
+    weight = torch.randn(1000, 24, generator=torch.Generator().manual_seed(5))
+    found = aim({"one": weight}, moments_of(*fit, [Rows(held[0], None, held[1])]), OPTIONS)
+    every_fourth, alpha = expected(weight[::4], fit, held, OPTIONS.damping)
+    assert found.alpha == pytest.approx(alpha, abs=1e-3)
+    torch.testing.assert_close(found.weights["one"][::4], every_fourth.float(), rtol=2e-3, atol=2e-3)
+    monkeypatch.setattr(room, "ROWS", 1000)
+    whole = aim({"one": weight}, moments_of(*fit, [Rows(held[0], None, held[1])]), OPTIONS)
+    assert found.alpha == pytest.approx(whole.alpha, rel=0.1)
 
 
 def test_a_shift_that_inputs_do_not_tell_is_dropped() -> None:

@@ -19,6 +19,10 @@ from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Moments, Rows
 
 
+ROWS = 256
+"""Rows of a weight, evenly drawn, that alpha is found by."""
+
+
 @dataclass(frozen=True)
 class Target:
     """What the linears of a stage are to be rounded from."""
@@ -40,7 +44,8 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
     if held and moments.tokens:
         factor = factor_of(squares.div_(moments.tokens), options)
         cross.div_(moments.tokens)
-        alpha = shrink(weights.values(), lambda weight: _correction(weight, cross, factor), held)
+        some = (weight[:: -(-len(weight) // ROWS)] for weight in weights.values())
+        alpha = shrink(some, lambda weight: _correction(weight, cross, factor), held)
         squares, cross = factor.hessian().mul_(moments.tokens), cross.mul_(moments.tokens)
     for rows in held:
         inputs = rows.scaled(rows.inputs)
