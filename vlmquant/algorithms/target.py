@@ -18,7 +18,6 @@ from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Moments, Rows
 
-
 ROWS = 256
 """Rows of a weight, evenly drawn, that alpha is found by."""
 
