@@ -13,7 +13,7 @@ from torch import Tensor
 from tests import zoo
 from tests.conftest import Run
 from tests.small_set import write_small_set
-from vlmquant import budget, stream
+from vlmquant import budget, pipeline, stream
 from vlmquant.budget import WAYS, Limits, Prediction, choose, predict, ways
 from vlmquant.checkpoint.manifest import read_manifest
 from vlmquant.components import resolve_components
@@ -207,7 +207,8 @@ def test_what_cannot_fit_is_refused_before_any_work(run: Run, tiny_llava: Path, 
     assert "--memory-limit: expected a size such as 24GB" in told
 
 
-def test_plan_says_whether_it_fits(run: Run, tiny_llava: Path, tmp_path: Path) -> None:
+def test_plan_says_whether_it_fits(run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "calibration_dtype", lambda device: torch.float32)  # so small, kilobytes decide
     samples = write_small_set(tmp_path / "set")
     options = ("-r", "mixed", "--calibration", samples, "--memory-limit")
     code, text, _ = run("plan", tiny_llava, *options, "8GiB", "--json")

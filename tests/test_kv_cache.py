@@ -70,14 +70,19 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_tensor(tiny_llava: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Quantized:
     """Weights of 4 bits and a cache with a scale for each layer; not to be written to."""
     return quantize(
-        tiny_llava, recipe(GPTQ, TENSOR), tmp_path_factory.mktemp("tensor") / "out", calibration=calibration
+        tiny_llava,
+        recipe(GPTQ, TENSOR),
+        tmp_path_factory.mktemp("tensor") / "out",
+        calibration=calibration,
+        dtype=torch.float32,
     )
 
 
 @pytest.fixture(scope="module")
 def by_head(tiny_llava: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Quantized:
     """Kept weights and a cache with a scale for each head; not to be written to."""
-    return quantize(tiny_llava, recipe(KEPT, HEAD), tmp_path_factory.mktemp("head") / "out", calibration=calibration)
+    out = tmp_path_factory.mktemp("head") / "out"
+    return quantize(tiny_llava, recipe(KEPT, HEAD), out, calibration=calibration, dtype=torch.float32)
 
 
 @pytest.fixture

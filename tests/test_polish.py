@@ -65,7 +65,8 @@ def test_divergence_is_kl_where_all_tokens_are_kept() -> None:
 def quantized(folder: Path, *, symmetric: str) -> Path:
     """The demo model in 3 bits, which loses enough to be tuned."""
     recipe = f"name: lossy\neffort: fast\ncomponents: {{language: {LOSSY.replace('SYM', symmetric)}}}\n"
-    quantize(MODEL, parse_recipe(recipe, name="lossy"), folder / "q", calibration=CALIBRATION, device="cpu")
+    chosen = parse_recipe(recipe, name="lossy")
+    quantize(MODEL, chosen, folder / "q", calibration=CALIBRATION, device="cpu", dtype=torch.float32)
     return folder / "q"
 
 
@@ -190,6 +191,7 @@ def test_scales_are_stored_as_they_were_judged() -> None:
 def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place, in the run's own plan; a run that was cut off before goes on with it, and one that was not does not."""
     monkeypatch.setattr(polish, "RATES", (2e-3,))
+    monkeypatch.setattr(pipeline, "calibration_dtype", lambda device: torch.float32)  # on every CPU the same codes
     text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
     recipe = parse_recipe(text + f"calibration: {{samples: {SAMPLES}}}\n", name="high")
     out = tmp_path / "out"
