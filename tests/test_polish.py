@@ -193,7 +193,7 @@ def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(polish, "RATES", (2e-3,))
     monkeypatch.setattr(pipeline, "calibration_dtype", lambda device: torch.float32)  # on every CPU the same codes
     text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
-    text = text.replace("method: gptq", "method: gptq, gptq: {target: weights}")  # which leaves more to gain
+    text = text.replace("bits: 3", "bits: 2")  # which leaves more to gain
     recipe = parse_recipe(text + f"calibration: {{samples: {SAMPLES}}}\n", name="high")
     out = tmp_path / "out"
     real = polish.polish
@@ -215,7 +215,7 @@ def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.
     tuned, said = tensors_of(out), read_manifest(out)
     assert any(not torch.equal(tuned[name], value) for name, value in rounded.items())
     assert said["polish"]["held_out_kl_after"] < said["polish"]["held_out_kl_before"]
-    for key in ("calibration", "errors", "fingerprint", "command", "work"):
+    for key in ("calibration", "alphas", "errors", "fingerprint", "command", "work"):
         assert said[key] == manifest[key], key
     monkeypatch.setattr(pipeline, "polish", cut_off)
     quantize(MODEL, recipe, out, calibration=CALIBRATION, device="cpu", resume=True)

@@ -75,10 +75,11 @@ def run_and_measure(words: list[str], kept: set[str]) -> dict[str, Any]:
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.stdout is not None
-    said = json.loads(done.stdout.read())
+    text = done.stdout.read()
     _, status, used = os.wait4(done.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(words)}: ended with {os.waitstatus_to_exitcode(status)}")
+    said = json.loads(text)
     return {
         **{name: said[name] for name in kept},
         "user_cpu_seconds": round(used.ru_utime, 1),

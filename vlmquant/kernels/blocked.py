@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vlmquant.kernels.form import rows_at_once
 from vlmquant.kernels.probe import measured
 
 AT_ONCE = 1 << 23
@@ -33,9 +34,9 @@ PROBE_SHAPE = (192, 64)
 class Room:
     """A weight of any values, and its memory as numpy sees it: (blocks, columns / 2, block) uint32."""
 
-    def __init__(self, rows: int, columns: int, block: int) -> None:
-        self.weight = _pack(torch.zeros(rows, columns, dtype=torch.bfloat16))
-        self.words = _memory(self.weight, np.uint32).reshape(-1, columns // 2, block)
+    def __init__(self, weight: Tensor, columns: int, block: int) -> None:
+        self.weight = weight
+        self.words = _memory(weight, np.uint32).reshape(-1, columns // 2, block)
 
 
 class _Rooms(threading.local):
@@ -53,8 +54,8 @@ def room(rows: int, columns: int) -> Room | None:
     kept, key = _rooms.kept, (rows, columns)
     if key not in kept:
         block = rows_of_block()
-        fits = block is not None and _lies_as_told(rows, columns, block)
-        kept[key] = Room(rows, columns, block) if block is not None and fits else None
+        weight = None if block is None else _packed_as_told(rows, columns, block)
+        kept[key] = None if block is None or weight is None else Room(weight, columns, block)
         while len(kept) > ROOMS:
             kept.popitem(last=False)
     kept.move_to_end(key)
@@ -69,7 +70,7 @@ def multiply(
     make(rows, words): some rows of the weight, a multiple of `multiple` of them, into the words of their blocks.
     """
     rows, columns = shape
-    at_once = min(max(1, AT_ONCE // (columns * multiple)) * multiple, rows)
+    at_once = min(rows_at_once(columns, AT_ONCE, multiple=multiple), rows)
     if room(at_once, columns) is None or (rows % at_once and room(rows % at_once, columns) is None):
         return None
     parts = []
@@ -86,21 +87,21 @@ def multiply(
 def rows_of_block() -> int | None:
     """None if oneDNN has no such blocks for bfloat16 here, or torch does not show them."""
     try:
-        return next((block for block in BLOCKS if _lies_as_told(*PROBE_SHAPE, block)), None)
+        return next((block for block in BLOCKS if _packed_as_told(*PROBE_SHAPE, block) is not None), None)
     except (AttributeError, NotImplementedError, RuntimeError):
         return None
 
 
-def _lies_as_told(rows: int, columns: int, block: int) -> bool:
-    """Whether a packed weight of this shape has such blocks, and nothing else."""
+def _packed_as_told(rows: int, columns: int, block: int) -> Tensor | None:
+    """A packed weight of this shape, of some numbers; None unless it has such blocks, and nothing else."""
     if rows % block or columns % 2:
-        return False
+        return None
     numbers = (torch.arange(rows * columns) * 40503 % 16381).to(torch.int16).view(rows, columns)  # finite as bfloat16
     packed = _pack(numbers.view(torch.bfloat16))
     if torch.ops.mkldnn._nbytes(packed) != 2 * rows * columns:
-        return False
+        return None
     expected = numbers.view(-1, block, columns // 2, 2).transpose(1, 2).reshape(-1)
-    return np.array_equal(_memory(packed, np.int16), expected.numpy())
+    return packed if np.array_equal(_memory(packed, np.int16), expected.numpy()) else None
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -49,6 +49,6 @@ def form_of(weight: QuantizedWeight, inputs: str = "none") -> Form:
     return Form(weight.shape, weight.grid, inputs, weight.input_scale)
 
 
-def rows_at_once(columns: int) -> int:
-    """Rows of a weight that become floats together."""
-    return max(1, VALUES_AT_ONCE // columns)
+def rows_at_once(columns: int, values: int = VALUES_AT_ONCE, *, multiple: int = 1) -> int:
+    """Rows of a weight that become floats together: so many that they have about as many values."""
+    return max(1, values // (columns * multiple)) * multiple

@@ -162,7 +162,7 @@ def _split(tiles: Tensor, *, run: int) -> Tensor:
 
 def _convert(codes: Tensor) -> Tensor:
     """codes (rows, columns) uint8 -> (rows, columns / 2) bytes, tile after tile; int32 some rows at a time."""
-    at_once = max(1, rows_at_once(codes.shape[1]) // ROWS) * ROWS
+    at_once = rows_at_once(codes.shape[1], multiple=ROWS)
     parts = [
         torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes[start : start + at_once].to(torch.int32), 1)
         for start in range(0, len(codes), at_once)

@@ -20,6 +20,7 @@ from torch import Tensor
 from vlmquant import compiled as compiling
 from vlmquant.compiled import Loop, compiled
 from vlmquant.kernels import blocked
+from vlmquant.kernels.form import rows_at_once
 from vlmquant.kernels.probe import fastest, measured, needs_gradient, product_dtype
 from vlmquant.kernels.reference import ACTIVATION_FLOOR, ACTIVATION_STEPS
 
@@ -260,15 +261,20 @@ def _sums_to_outputs(biased: bool, bfloat16: bool) -> Loop:
 
 
 def _multiply(
-    inputs: Tensor, shape: tuple[int, int], at_once: int, expand: Callable[[slice, Tensor], None], *, by_rows: bool
+    inputs: Tensor,
+    shape: tuple[int, int],
+    expand: Callable[[slice, Tensor], None],
+    *,
+    by_rows: bool,
+    multiple: int = 1,
 ) -> Tensor:
-    """inputs (tokens, in) times a weight of `shape` (out, in), `at_once` rows of it at a time -> (tokens, out).
+    """inputs (tokens, in) times a weight of `shape` (out, in), some rows of it at a time -> (tokens, out).
 
     expand(rows, part): some rows as floats into a part (some, in) or, if not `by_rows`, (in, some); bfloat16 where
     that is the inputs' own and fast, else float32.
     """
     dtype, (rows, columns) = _dtype_for(inputs), shape
-    values = inputs.to(dtype)
+    at_once, values = rows_at_once(columns, EXPANDED_AT_ONCE, multiple=multiple), inputs.to(dtype)
     outputs, room = values.new_empty(len(values), rows), values.new_empty(min(at_once, rows) * columns)
     for start in range(0, rows, at_once):
         some = slice(start, min(start + at_once, rows))
@@ -281,11 +287,6 @@ def _multiply(
 
 def _dtype_for(inputs: Tensor) -> torch.dtype:
     return torch.bfloat16 if product_dtype(inputs) == torch.bfloat16 else torch.float32
-
-
-def _at_once(columns: int, multiple: int = 1) -> int:
-    """Rows that become floats together."""
-    return max(1, EXPANDED_AT_ONCE // (columns * multiple)) * multiple
 
 
 def _tile_linear(inputs: Tensor, tiles: Tensor, table: Tensor, run: int, mid: int, symmetric: bool, way: str) -> Tensor:
@@ -302,7 +303,7 @@ def _tile_linear(inputs: Tensor, tiles: Tensor, table: Tensor, run: int, mid: in
         some = slice(rows.start // width, rows.stop // width)
         loop(tiles[some], numbers[: some.stop - some.start], table, rows.start, np.float32(mid), part)
 
-    return _multiply(inputs, shape, _at_once(columns, width), expand, by_rows=False).to(inputs.dtype)
+    return _multiply(inputs, shape, expand, by_rows=False, multiple=width).to(inputs.dtype)
 
 
 def _tiles_in_blocks(
@@ -340,7 +341,7 @@ def _bag_linear(inputs: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | N
     def expand(some: slice, part: Tensor) -> None:
         loop(table, group, part, some.start // 2, *halves)
 
-    return _multiply(inputs, (rows, columns), _at_once(columns, 2), expand, by_rows=False).to(inputs.dtype)
+    return _multiply(inputs, (rows, columns), expand, by_rows=False, multiple=2).to(inputs.dtype)
 
 
 def _words_linear(
@@ -356,7 +357,7 @@ def _words_linear(
         subtracted = torch.full((len(part), 1), mid, dtype=torch.uint8) if zeros is None else zeros[some]
         loop(words[some], scales[some].float(), subtracted, part, group_size)
 
-    return _multiply(inputs, (rows, columns), _at_once(columns), expand, by_rows=True).to(inputs.dtype)
+    return _multiply(inputs, (rows, columns), expand, by_rows=True).to(inputs.dtype)
 
 
 def _int8_linear(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -366,7 +367,7 @@ def _int8_linear(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     def expand(some: slice, part: Tensor) -> None:
         loop(codes[some], scales[some], part)
 
-    return _multiply(inputs, (rows, columns), _at_once(columns), expand, by_rows=True).to(inputs.dtype)
+    return _multiply(inputs, (rows, columns), expand, by_rows=True).to(inputs.dtype)
 
 
 def _rounded_linear(
