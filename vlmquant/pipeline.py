@@ -375,8 +375,8 @@ def calibration_dtype(device: torch.device | str) -> torch.dtype:
     """bfloat16 on a CPU with AMX, float32 on others: what a CPU is, whatever a clock says, so that it always calibrates
     alike. On a GPU it is what is faster there.
 
-    On held-out samples bfloat16 loses no more (benchmarks/accuracy/LOG.md, benchmarks/results/calibration_dtype.md), in
-    a third less time and memory.
+    On held-out samples bfloat16 loses no more, in less time and memory (benchmarks/accuracy/LOG.md,
+    benchmarks/results/calibration_dtype.md).
     """
     if torch.device(device).type != "cpu":
         return compute_dtype(device)

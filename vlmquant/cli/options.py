@@ -44,7 +44,7 @@ EffortOption = Annotated[
     str | None,
     typer.Option(
         "--effort",
-        help="fast: half the time and more loss; default; high: and polished, in more time; else the recipe's.",
+        help="fast: less time and more loss; default; high: and polished, in more time; else the recipe's.",
     ),
 ]
 ScoresFile = Annotated[
