@@ -539,8 +539,8 @@ class Recipe(Data):
     """Chooses the scheme of every linear of the components that are quantized, by what each loses. Null: as they are
     named."""
     effort: Effort = "default"
-    """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about two thirds
-    of the time and three quarters of the memory, and lose more. high: the finished checkpoint is polished (as
+    """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about two
+    thirds of the time and three quarters of the memory, and lose more. high: the finished checkpoint is polished (as
     `vlmquant polish` does it, on the same samples), which takes more time, and memory for gradients of the whole
     model."""
     fallback: Fallback = Fallback()
