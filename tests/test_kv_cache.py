@@ -33,7 +33,6 @@ from vlmquant.export import export
 from vlmquant.formats.compressed_tensors import METHOD, parse_cache, parse_config
 from vlmquant.grid import rounded_up
 from vlmquant.loading import load_model
-from vlmquant.pipeline import quantize
 from vlmquant.planning import make_plan
 from vlmquant.recipe import Recipe, parse_recipe
 
@@ -44,6 +43,11 @@ TENSOR, HEAD = "fp8", "{dtype: fp8, strategy: head}"
 GPTQ = "{language: {scheme: w4a16, method: gptq}}"
 KEPT = "{}"
 FP8_CONFIG = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+
+
+def quantize(*arguments: Any, **options: Any) -> pipeline.Quantized:
+    """In float32, as the models here are scored: on a CPU with AMX passes would run in bfloat16."""
+    return pipeline.quantize(*arguments, dtype=torch.float32, **options)
 
 
 def recipe(components: str, cache: str) -> Recipe:
@@ -74,7 +78,6 @@ def by_tensor(tiny_llava: Path, calibration: Path, tmp_path_factory: pytest.Temp
         recipe(GPTQ, TENSOR),
         tmp_path_factory.mktemp("tensor") / "out",
         calibration=calibration,
-        dtype=torch.float32,
     )
 
 
@@ -82,7 +85,7 @@ def by_tensor(tiny_llava: Path, calibration: Path, tmp_path_factory: pytest.Temp
 def by_head(tiny_llava: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Quantized:
     """Kept weights and a cache with a scale for each head; not to be written to."""
     out = tmp_path_factory.mktemp("head") / "out"
-    return quantize(tiny_llava, recipe(KEPT, HEAD), out, calibration=calibration, dtype=torch.float32)
+    return quantize(tiny_llava, recipe(KEPT, HEAD), out, calibration=calibration)
 
 
 @pytest.fixture
@@ -219,7 +222,7 @@ def test_weights_do_not_change_with_the_cache(
     by_tensor: pipeline.Quantized, tiny_llava: Path, calibration: Path, tmp_path: Path
 ) -> None:
     without = parse_recipe(f"version: 1\nname: test\ncomponents: {GPTQ}\n", name="test.yaml")
-    done = quantize(tiny_llava, without, tmp_path / "plain", calibration=calibration, dtype=torch.float32)
+    done = quantize(tiny_llava, without, tmp_path / "plain", calibration=calibration)
     plain = tensors_of(done.path)
     cache = tensors_of(by_tensor.path)
     assert {name for name in cache if name not in plain} == {
