@@ -23,6 +23,7 @@ ROOMS = [
     "gate",
     "report",
     "sensitivity",
+    "gradients",
     "evaluation",
     "algorithms",
     "budget",

@@ -18,7 +18,7 @@ from torch import nn
 
 from tests import zoo, zoo_check
 from tests.conftest import Run
-from vlmquant import demo
+from vlmquant import demo, gradients
 from vlmquant.checkpoint import Inputs, read_manifest, verify_checkpoint
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, RecipeError, UsageError
@@ -121,7 +121,7 @@ def test_signs_have_the_covariance_of_a_drawn_answer() -> None:
     total = torch.zeros(3, 5, 5, dtype=torch.float64)
     count = 4000
     for seed in range(count):
-        drawn = losses.draw(logits, seed=seed).double()
+        drawn = gradients.draw(logits, seed=seed).double()
         total += drawn[:, :, None] * drawn[:, None, :] / count
     chances = logits.double().softmax(-1)
     expected = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]
@@ -142,7 +142,7 @@ def test_a_probe_sums_what_float64_does(activations: str) -> None:
         for call in range(2):
             inputs = torch.randn(1, 5, 6, generator=random)
             output = linear(inputs)
-            drawn = losses.draw(output.detach()[0], seed=sample * 2 + call)[None]
+            drawn = gradients.draw(output.detach()[0], seed=sample * 2 + call)[None]
             output.backward(drawn)
             moved = round_inputs(inputs, activations).double() @ (linear.weight + change.float()).double().T
             moved -= inputs.double() @ linear.weight.double().T
@@ -367,7 +367,7 @@ def test_experts_of_a_layer_are_one_unit_and_are_heard(tmp_path: Path) -> None:
     for unit in found:
         assert {plan.line(f"{name}.weight").scheme_label for name in unit.linears} == {chosen[unit.name].label}
 
-    model, batch = losses.whole_model(components, torch.device("cpu")), zoo_check.calibration("qwen3_vl_moe")[0]()
+    model, batch = gradients.whole_model(components, torch.device("cpu")), zoo_check.calibration("qwen3_vl_moe")[0]()
     modules = [model.get_submodule(name) for name in experts[0].linears]
     probes = [losses._Probe(one, {"w": losses._Change((one.weight / 64).bfloat16(), "none")}) for one in modules]
     for probe in probes:

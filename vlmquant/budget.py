@@ -63,6 +63,8 @@ class Passes:
 
 CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
 """What configs call the number of experts that a token is routed to."""
+OF_WHOLE_MODEL = ("gradients", "polish")
+"""Phases that hold the whole model and what its gradients take."""
 WAYS = (Passes(), Passes(rerun=True), Passes(rerun=True, spill=True))
 """In order of preference: the fastest first."""
 ON_HOST = ("process", "scratch", "codes of the block", "weights being read")
@@ -247,8 +249,14 @@ def _refused(
     return DoesNotFitError(
         f"quantize needs {phases[phase] / 2**30:.2f} GiB of {memory} at the least, in the {phase} ({told} GiB), "
         f"and may take {limit / 2**30:.2f}; give it more ({option}), fewer or shorter calibration samples, "
-        f"{'--effort fast, ' if least.chains > 1 else ''}or a recipe that does not calibrate there"
+        f"{_less_effort(least, phase)}or a recipe that does not calibrate there"
     )
+
+
+def _less_effort(least: Prediction, phase: str) -> str:
+    if phase in OF_WHOLE_MODEL:
+        return "--effort default (and no gptq.loss: answers in the recipe), "
+    return "--effort fast, " if least.chains > 1 else ""
 
 
 def address_space() -> int | None:

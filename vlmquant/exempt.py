@@ -51,7 +51,9 @@ def find_exempt(
     scored = [info.name for info in components.blocks if info.component in times]
     if not any(line.component in times and line.method in SEARCHED for line in plan.lines):
         return {}
-    alone = replace(plan, lines=tuple(replace(line, needs_original=False) for line in plan.lines), cache=None)
+    alone = replace(
+        plan, lines=tuple(replace(line, needs_original=False, needs_gradients=False) for line in plan.lines), cache=None
+    )
     stream = BlockStream(
         components,
         alone,

@@ -17,9 +17,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vlmquant
-from vlmquant import budget, compiled, kvcache, signals
+from vlmquant import budget, compiled, gradients, kvcache, signals
 from vlmquant.algorithms import ALGORITHMS, rtn
 from vlmquant.budget import Limits, Passes, Prediction
 from vlmquant.calibration.encode import Batch, BatchMaker, BatchReport, make_batches
@@ -223,9 +224,9 @@ def quantize(
         notes += _without_images(used, components, plan, set_name=chosen.set)
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device), ranks=ranks)
         gc.collect()  # what the rehearsal held lies in circles
-    tokens = _polished_tokens(recipe, plan, batches)
+    whole = _whole_model_bytes(recipe, components, plan, batches, dtype)
     planned = _plan_work(
-        components, plan, footprint, dtype, torch.device(device), tokens, memory_limit, device_memory_limit, ranks
+        components, plan, footprint, dtype, torch.device(device), whole, memory_limit, device_memory_limit, ranks
     )
     notes += [planned.passes.label] if planned.passes.rerun else []
     exempt = _exempt(components, plan, recipe, batches, dtype, torch.device(device), planned.passes, ranks)
@@ -242,8 +243,15 @@ def quantize(
             if recipe.output.format == "bitsandbytes":
                 ranks.first(lambda: bitsandbytes.write_bitsandbytes(components, plan, recipe, writer.partial))
             else:
+                moments = _find_output_moments(writer, batches, dtype, torch.device(device), ranks)
                 done = quantize_blocks(
-                    writer, batches, dtype=dtype, device=torch.device(device), passes=planned.passes, ranks=ranks
+                    writer,
+                    batches,
+                    dtype=dtype,
+                    device=torch.device(device),
+                    passes=planned.passes,
+                    ranks=ranks,
+                    output_moments=moments,
                 )
                 errors, notes = done.errors, [*notes, *done.notes, *_target_note(done.alphas)]
                 if done.alphas:
@@ -262,7 +270,7 @@ def quantize(
     except AlreadyFinishedError:
         finished = ranks.first(lambda: read_manifest(writer.out))
         errors, notes = finished["errors"], [*finished["notes"], "an earlier run had finished this checkpoint"]
-    if tokens:
+    if "polish" in whole:
         notes += ranks.first(lambda: _polish(Path(out), components.model_dir, chosen.set, device))
     return Quantized(
         path=Path(out),
@@ -389,11 +397,37 @@ def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> Calibrati
     return spec if calibration is None else spec.model_copy(update={"set": str(calibration)})
 
 
-def _polished_tokens(recipe: Recipe, plan: Plan, batches: Sequence[BatchMaker]) -> int:
-    """Of the longest sample, where the checkpoint is to be polished; else 0."""
-    if recipe.effort != "high" or not any(is_tunable(line.scheme, line.component) for line in plan.lines):
-        return 0
-    return max((maker.longest for maker in batches), default=0)
+def _whole_model_bytes(
+    recipe: Recipe, components: ComponentMap, plan: Plan, batches: Sequence[BatchMaker], dtype: torch.dtype
+) -> dict[str, int]:
+    """Memory for gradients of the whole model, by the phases that take them, beside what the process holds before."""
+    longest, found = max((maker.longest for maker in batches), default=0), dict[str, int]()
+    if not longest:
+        return found
+    if shapes := [line.shape for line in plan.lines if line.needs_gradients]:
+        found["gradients"] = gradients.needed_bytes(components, shapes, longest, dtype)
+    if recipe.effort == "high" and any(is_tunable(line.scheme, line.component) for line in plan.lines):
+        coded = {line.name for line in plan.lines if line.action == "quantize"}
+        found["polish"] = needed_bytes(components, coded, tokens=longest)
+    return found
+
+
+def _find_output_moments(
+    writer: CheckpointWriter, batches: Sequence[BatchMaker], dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> dict[str, Tensor]:
+    """Of the linears that need it and are still to be quantized; the first process has them."""
+    plan, blocks = writer.plan, writer.components.blocks
+    names = [
+        linear.name
+        for block in blocks
+        if ranks.leads and block.name not in writer.finished
+        for linear in block.linears
+        if plan.line(f"{linear.name}.weight").needs_gradients
+    ]
+    if not names:
+        return {}
+    folder = _spill_folder(writer, ranks)
+    return gradients.output_moments(writer.components, names, batches, dtype=dtype, device=device, folder=folder)
 
 
 def _polish(out: Path, model_dir: Path, calibration: str, device: str) -> tuple[str, ...]:
@@ -434,24 +468,28 @@ def plan_work(
         )
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
         gc.collect()
-    return _predictions(components, plan, footprint, dtype, device, _polished_tokens(recipe, plan, batches))
+    whole = _whole_model_bytes(recipe, components, plan, batches, dtype)
+    return _predictions(components, plan, footprint, dtype, device, whole)
 
 
 def _predictions(
-    components: ComponentMap, plan: Plan, footprint: Footprint, dtype: torch.dtype, device: torch.device, tokens: int
+    components: ComponentMap,
+    plan: Plan,
+    footprint: Footprint,
+    dtype: torch.dtype,
+    device: torch.device,
+    whole: Mapping[str, int],
 ) -> list[Prediction]:
-    """tokens: of the longest sample, where the checkpoint is polished."""
+    """whole: see _whole_model_bytes."""
     compiled.available()  # numba is loaded at its first use
     base = budget.resident_bytes()
     ways = budget.ways(device) if footprint.components else budget.WAYS[:1]
     found = [
         budget.predict(components, plan, footprint, base=base, dtype=dtype, passes=way, device=device) for way in ways
     ]
-    if not tokens:
-        return found
-    coded = {line.name for line in plan.lines if line.action == "quantize"}
-    needed = needed_bytes(components, coded, tokens=tokens)
-    return [one.with_phase("polish", {"process": base, "gradients": needed}) for one in found]
+    for phase, needed in whole.items():
+        found = [one.with_phase(phase, {"process": base, "gradients": needed}) for one in found]
+    return found
 
 
 def _plan_work(
@@ -460,14 +498,14 @@ def _plan_work(
     footprint: Footprint,
     dtype: torch.dtype,
     device: torch.device,
-    tokens: int,
+    whole: Mapping[str, int],
     memory_limit: int | None,
     device_memory_limit: int | None,
     ranks: Ranks,
 ) -> Prediction:
     """How the passes are to run: the fastest way that fits, for each of the processes. The smallest of those within
     the limits given is tried where none fits into what there is."""
-    tried = _predictions(components, plan, footprint, dtype, device, tokens)
+    tried = _predictions(components, plan, footprint, dtype, device, whole)
     held, left = budget.resident_bytes(), budget.address_space()
     host = held + budget.available_bytes() // ranks.here
     if memory_limit is not None:
@@ -515,6 +553,7 @@ def quantize_blocks(
     device: torch.device,
     passes: Passes | None = None,
     ranks: Ranks = ALONE,
+    output_moments: Mapping[str, Tensor] | None = None,
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
@@ -524,7 +563,9 @@ def quantize_blocks(
     """
     size = ranks.first(lambda: batch_size(writer))
     try:
-        return _quantize_blocks(writer, batches, size, dtype=dtype, device=device, passes=passes, ranks=ranks)
+        return _quantize_blocks(
+            writer, batches, size, dtype=dtype, device=device, passes=passes, ranks=ranks, output_moments=output_moments
+        )
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_allocation_failure(error):
             raise
@@ -537,7 +578,9 @@ def quantize_blocks(
     gc.collect()  # the passes that were given up hold their activations in circles
     stderr.print(note, soft_wrap=True, markup=False)
     try:
-        return _quantize_blocks(writer, batches, 1, dtype=dtype, device=device, passes=passes, note=note)
+        return _quantize_blocks(
+            writer, batches, 1, dtype=dtype, device=device, passes=passes, note=note, output_moments=output_moments
+        )
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_allocation_failure(error):
             raise
@@ -566,6 +609,7 @@ def _quantize_blocks(
     passes: Passes | None = None,
     ranks: Ranks = ALONE,
     note: str | None = None,
+    output_moments: Mapping[str, Tensor] | None = None,
 ) -> BlockResult:
     """note: why this size, from here on."""
     components, plan, recipe = writer.components, writer.plan, writer.recipe
@@ -588,6 +632,7 @@ def _quantize_blocks(
         rerun=passes is not None and passes.rerun,
         spill=_spill_folder(writer, ranks) if passes is not None and passes.spill else None,
         ranks=ranks,
+        output_moments=output_moments,
     )
     errors: dict[str, float] = {}
     notes = list(outside.notes)

@@ -20,6 +20,7 @@ from vlmquant.packing import packed_columns
 from vlmquant.recipe import (
     BITSANDBYTES_SCHEMES,
     KEEP,
+    LOSSES,
     SEARCHED,
     SHORT_SCHEMES,
     TARGETS,
@@ -54,6 +55,8 @@ HALF = torch.bfloat16
 """What 16 bits are for a model that has no 16-bit dtype of its own."""
 CALIBRATED = WITH_FEEDBACK | WITH_FOLDS | SEARCHED
 """Methods that look at a layer's inputs."""
+WITH_GRADIENTS = WITH_FEEDBACK - {"auto"}
+"""Methods that can be told what outputs do to the answers."""
 DATA_FREE = "rtn"
 """The method for weights outside the blocks: no calibration inputs are collected there."""
 CALIBRATED_INPUTS = {"nvfp4": "nvfp4a16", "static-int8": "w8a8-dynamic", "static-fp8": "fp8-dynamic"}
@@ -77,6 +80,8 @@ class PlanLine:
     """The dtype in which a kept tensor is written."""
     needs_original: bool = False
     """Whether its codes are found from what the original model gives it, beside what the quantized one does."""
+    needs_gradients: bool = False
+    """Whether its codes are found from what its outputs do to the answers, by gradients of the whole model."""
 
     @property
     def scheme_label(self) -> str:
@@ -713,6 +718,7 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         parameter.nbytes,
         stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
         needs_original=choice.method in WITH_FEEDBACK and _aims_at_outputs(parameter, components, recipe),
+        needs_gradients=choice.method in WITH_GRADIENTS and _answers_decide(parameter, components, recipe),
     )
 
 
@@ -724,7 +730,18 @@ def _aims_at_outputs(parameter: ParameterInfo, components: ComponentMap, recipe:
     """
     asked = getattr(recipe.components, parameter.component).gptq.target
     target = asked or ("weights" if components.experts else TARGETS[recipe.effort])
-    return target == "outputs" and not any(parameter.name.startswith(f"{home}.") for home in components.experts)
+    return target == "outputs" and not _is_of_expert(parameter, components)
+
+
+def _answers_decide(parameter: ParameterInfo, components: ComponentMap, recipe: Recipe) -> bool:
+    """Whether GPTQ is to be told what the outputs of a linear do to the answers. Not of experts: most of them see too
+    few answer tokens to say so."""
+    loss = getattr(recipe.components, parameter.component).gptq.loss or LOSSES[recipe.effort]
+    return loss == "answers" and not _is_of_expert(parameter, components)
+
+
+def _is_of_expert(parameter: ParameterInfo, components: ComponentMap) -> bool:
+    return any(parameter.name.startswith(f"{home}.") for home in components.experts)
 
 
 def _why_kept(parameter: ParameterInfo, recipe: Recipe) -> str:

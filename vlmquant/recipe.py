@@ -237,6 +237,14 @@ class GptqOptions(Data):
     gives it, what the original's layer does (QEP, arXiv:2504.09629), as far as samples held out say that it helps.
     Null: as the recipe's effort says, and weights in a mixture of experts, of which a second pass would aim attention
     alone."""
+    loss: Literal["layer", "answers"] | None = None
+    """What rounding keeps small: the error of each layer's outputs, all alike; or, to second order, what it does to the
+    answers: outputs count, and make up for each other, as their gradients say (YAQA, arXiv:2505.22988). That takes
+    gradients of the whole model, and memory for them, before the first layer is rounded; experts of a mixture, most of
+    which few answers reach, are rounded as for layer. Null: as the recipe's effort says."""
+    output_damping: Annotated[Number, Field(gt=0, le=1000)] = 1.0
+    """Where answers decide: ridge added to the second moments of gradients, as a fraction of their diagonal's mean. The
+    higher it is, the more alike do all outputs count, and the less does it matter which samples were looked at."""
 
 
 class AwqOptions(Data):
@@ -476,6 +484,8 @@ class FamilySpec(Data):
 Effort = Literal["fast", "default", "high"]
 TARGETS: dict[Effort, Literal["weights", "outputs"]] = {"fast": "weights", "default": "outputs", "high": "outputs"}
 """What GPTQ aims at, by effort: the outputs of the original take a second pass through the layers, and lose less."""
+LOSSES: dict[Effort, Literal["layer", "answers"]] = {"fast": "layer", "default": "layer", "high": "answers"}
+"""What GPTQ keeps small, by effort: answers take gradients of the whole model."""
 
 
 UNITS = {"B": 1} | {

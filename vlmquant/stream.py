@@ -16,7 +16,7 @@ is put together in the order of all batches.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -447,6 +447,17 @@ class Stage:
         mean = _mirror_upper(total).div_(tokens or 1)
         self._refuse_bad_inputs(mean.diagonal(), tokens)
         return mean
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether the plan has its codes found from what its outputs do to the answers."""
+        return self._line.needs_gradients
+
+    def of_output_moments(self, local: str, make: Callable[[Tensor], T]) -> T:
+        """What an algorithm makes of E[g g^T], float32 (out, out) on the CPU, in memory of its own; g is the gradient
+        of the answers by what a linear puts out. Made by the first process, for all."""
+        name = self.linears[local].name
+        return self.ranks.first(lambda: make(self.block.stream.output_moments[name].clone()))
 
     @property
     def is_aimed(self) -> bool:
@@ -1403,6 +1414,7 @@ class BlockStream:
     codes stand for; and no embedding once it is done with. The same codes.
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
     ranks: the processes that share the work. Each has a stream of all batches, and runs its own of them.
+    output_moments: by linear, E[g g^T] of gradients by its outputs, where the plan needs it; the first process has it.
     """
 
     def __init__(
@@ -1421,8 +1433,10 @@ class BlockStream:
         rerun: bool = False,
         spill: Path | None = None,
         ranks: Ranks = ALONE,
+        output_moments: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.components, self.plan, self.specs = components, plan, specs
+        self.output_moments = output_moments or {}
         self.ranks = ranks
         self.rerun, self._spill = rerun, spill
         self.dtype, self.device = dtype, device

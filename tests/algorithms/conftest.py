@@ -35,6 +35,7 @@ class FakeStage:
     is_aimed: bool = False
     biased: bool = False
     shifts: dict[str, Tensor] = field(default_factory=dict)
+    output_moments: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -52,6 +53,13 @@ class FakeStage:
 
     def of_hessian(self, make: Callable[[Tensor], Any]) -> Any:
         return make(self.hessian().clone())
+
+    @property
+    def weighs_outputs(self) -> bool:
+        return bool(self.output_moments)
+
+    def of_output_moments(self, local: str, make: Callable[[Tensor], Any]) -> Any:
+        return make(self.output_moments[local].clone())
 
     def by_rows(self, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
         return [make(weight)]

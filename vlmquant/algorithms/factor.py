@@ -4,7 +4,7 @@ H is symmetric, so one matrix holds both: below its diagonal comes M^T, above it
 needed where float32 does.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,16 @@ class Factor:
         found /= self.pivots
         found = torch.linalg.solve_triangular(self.matrix.T, found, upper=True, left=False, unitriangular=True)
         return found[:, self.order.argsort()]
+
+    def to(self, device: torch.device | str) -> "Factor":
+        """The same, on another device."""
+        return replace(
+            self,
+            order=self.order.to(device),
+            matrix=self.matrix.to(device),
+            mean_square=self.mean_square.to(device),
+            pivots=self.pivots.to(device),
+        )
 
     def hessian(self) -> Tensor:
         """H as it was given, undamped, in the memory of the factor, which is used up."""

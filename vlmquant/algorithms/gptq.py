@@ -8,12 +8,14 @@ permutation is stored.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from vlmquant.algorithms import loops
-from vlmquant.algorithms.factor import Factor
+from vlmquant.algorithms.coupled import COLUMN_BLOCK, round_both
+from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
@@ -21,8 +23,6 @@ from vlmquant.kernels.cuda import rounding
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Stage, divided
 
-COLUMN_BLOCK = 128
-"""Columns rounded between two matrix products that carry the feedback of all earlier ones. The kernel takes no more."""
 ENERGY_ROWS = 256
 """What a loss is divided by, tr(W H W^T), is taken from at most so many rows, evenly drawn: all of a 7B model's take as
 long as their rounding."""
@@ -59,8 +59,11 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
     def rounded(wanted: Tensor) -> tuple[QuantizedWeight, Tensor]:
         return quantize_weight(wanted.float(), factor, grid, options)
 
-    for name, wanted in weights.items():  # their rows are independent, and in float32 one is enough at a time
-        parts = stage.by_rows(wanted, rounded, work=len(wanted) * wanted.shape[1] ** 2)
+    for name, wanted in weights.items():  # in float32 one is enough at a time
+        if stage.weighs_outputs:
+            parts = [stage.of_output_moments(name, partial(_rounded_for_answers, wanted, factor, grid, options))]
+        else:
+            parts = stage.by_rows(wanted, rounded, work=len(wanted) * wanted.shape[1] ** 2)
         quantized[name] = join_rows([weight for weight, _ in parts])
         some = wanted[:: -(-len(wanted) // ENERGY_ROWS)]
         whole = factor.energy(some.float()).double().mean().item() * len(wanted)
@@ -83,6 +86,21 @@ def quantize_weight(weight: Tensor, factor: Factor, grid: Grid, options: GptqOpt
     )
     codes, lost = round_columns(weight, scales, zeros, factor, grid)
     return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid), lost
+
+
+def _rounded_for_answers(
+    weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions, moments: Tensor
+) -> tuple[QuantizedWeight, Tensor]:
+    """quantize_weight by the second moments G (out, out) of gradients, whose memory is used up."""
+    device = weight.device
+    weight, factor = weight.float().cpu(), factor.to("cpu")
+    outputs = factorize(moments, options.output_damping, activation_order=True)
+    scales, zeros = search_scales(
+        weight, factor.mean_square, grid, search=options.scale_search, signed=options.signed_scales
+    )
+    codes, lost = round_both(weight, scales, zeros, factor, outputs, grid)
+    kept = None if zeros is None else zeros.to(device, torch.uint8)
+    return QuantizedWeight(codes.to(device), scales.to(device), kept, grid), lost
 
 
 def _loop(weight: Tensor, grid: Grid) -> Callable[..., None]:

@@ -89,11 +89,16 @@ def round_block(
     zeros: Tensor | None,
     group_of: Tensor,
     grid: Grid,
+    pull: Tensor | None = None,
+    coupling: Tensor | None = None,
 ) -> None:
-    """What kernels.cuda.rounding.by_torch does, row by row."""
+    """What kernels.cuda.rounding.by_torch does, row by row; with pull and coupling what coupled.by_torch does."""
+    assert coupling is None or len(coupling) <= TILE
     tiles = torch.arange(0, wanted.shape[1], TILE)
     _, integers, low, high = bounds(grid)
-    _round_tiles(tiles, wanted, target, values, errors, feedback, scales, zeros, group_of, integers, low, high)
+    _round_tiles(
+        tiles, wanted, target, values, errors, feedback, scales, zeros, group_of, integers, low, high, pull, coupling
+    )
 
 
 @compiled(rows=1, fastmath=True)
@@ -110,6 +115,8 @@ def _round_tiles(
     integers: Any,
     low: Any,
     high: Any,
+    pull: Any,
+    coupling: Any,
 ) -> None:
     """tiles (tiles,) int64: where each begins, of the rows that stay in the caches together."""
     for first in tiles:
@@ -123,8 +130,13 @@ def _round_tiles(
             scale = scales[group_of[i], first : first + TILE]
             if zeros is not None:
                 zero = zeros[group_of[i], first : first + TILE]
+            if coupling is not None:
+                pulled = pull[i]
             for row in range(len(value)):
-                ratio = value[row] * (np.float32(1) / scale[row])
+                start = value[row]
+                if coupling is not None:
+                    start += pulled[row]
+                ratio = start * (np.float32(1) / scale[row])
                 if integers is not None:
                     if zeros is not None:
                         whole = min(max(np.rint(ratio), low - zero[row]), high - zero[row])
@@ -139,3 +151,6 @@ def _round_tiles(
                 value_of[row] = whole
                 error[row] = goal[row] - whole * scale[row]
                 value[row] -= whole * scale[row]
+                if coupling is not None:
+                    for later in range(row + 1, len(value)):
+                        pulled[later] += coupling[row, later] * value[row]

@@ -239,6 +239,11 @@ class CheckpointWriter:
         """The records of what is done so far."""
         return [unit.record for unit in self._journal.units.values()]
 
+    @property
+    def finished(self) -> frozenset[str]:
+        """The blocks that are done so far."""
+        return frozenset(self._journal.units)
+
     def restored(
         self, block: str | None
     ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], dict[str, Any]] | None:

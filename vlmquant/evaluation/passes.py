@@ -111,10 +111,18 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
 def answer_logits(model: Any, encoder: Encoder, rows: Sequence[Row]) -> list[Tensor]:
     """The logits that predict each row's answer tokens (answer tokens, vocabulary), by one right-padded pass whose
     gradients can be asked for."""
-    batch = collate([encoder.encode(row.sample, row.answer) for row in rows], "right")
-    keep = batch.answer_mask.roll(-1, dims=1).to(model.device)
-    logits = _logits(model, batch, keep)
-    return list(torch.split(logits, batch.answer_mask.sum(1).tolist()))
+    batch = with_answers(encoder, rows)
+    return list(torch.split(logits_of_answers(model, batch), batch.answer_mask.sum(1).tolist()))
+
+
+def with_answers(encoder: Encoder, rows: Sequence[Row]) -> Batch:
+    """Rows as one right-padded batch."""
+    return collate([encoder.encode(row.sample, row.answer) for row in rows], "right")
+
+
+def logits_of_answers(model: Any, batch: Batch) -> Tensor:
+    """The logits that predict a batch's answer tokens, row after row: (answer tokens, vocabulary)."""
+    return _logits(model, batch, batch.answer_mask.roll(-1, dims=1).to(model.device))
 
 
 def _logits(model: Any, batch: Batch, keep: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ token at once. Of a linear it gives g_t at each token t, whose input is x_t; wit
 
     S = 1/2 sum over samples and rows o of (sum_i G_oi dW_oi)^2 / answer tokens
 
-is nats a token. Drawing answers instead gives the same on average, but much of it comes from tokens that are drawn once
-in a hundred times. Rows are taken to err independently of each other (their rounding is), tokens are not: against
+is nats a token. Rows are taken to err independently of each other (their rounding is), tokens are not: against
 sum_t sum_o (g_to (dW x_t)_o)^2 it costs no more and keeps what tokens have in common. dW is that of the recipe's method
 on the original's inputs; a rounding of inputs counts as a change too. Every other sample is rounded by and the others
 judge: on its own samples GPTQ loses less than on others, and the fewer the bits the more so.
@@ -19,7 +18,6 @@ Losses of units are added: what one error does to another is left out.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vlmquant import budget, signals
+from vlmquant import budget, gradients, signals
 from vlmquant.algorithms import gptq, rtn, search
 from vlmquant.algorithms.factor import Factor
 from vlmquant.algorithms.target import factor_of
@@ -51,7 +49,6 @@ from vlmquant.progress import bar
 from vlmquant.reading import read_json
 from vlmquant.recipe import KEEP, WITH_FEEDBACK, CalibrationSpec, ComponentSpec, Data, Recipe, Scheme
 from vlmquant.sensitivity.units import Unit
-from vlmquant.stream import assign
 
 SEED = 0
 """Of the signs that are drawn."""
@@ -150,10 +147,14 @@ def measure(
     rows = [row for row in rows if row.tokens <= spec.max_tokens and row.answer_tokens]
     if not rows:
         raise InputError(f"calibration set {shown(spec.set)}: no sample has an answer that a loss could be taken of")
-    passes = _activation_bytes(components, rows)
-    _refuse_too_large(_weight_bytes(components) + passes + max(map(_unit_bytes, units)), device, "the model and a unit")
+    passes = gradients.activation_bytes(components, max(row.tokens for row in rows), torch.float32)
+    _refuse_too_large(
+        gradients.weight_bytes(components, torch.float32) + passes + max(map(_unit_bytes, units)),
+        device,
+        "the model and a unit",
+    )
     with budget.told_of_gradients("sensitivity"):
-        model = whole_model(components, torch.device(device))
+        model = gradients.whole_model(components, torch.device(device))
         room = budget.free_bytes(device) - passes
         _refuse_too_large(max(map(_unit_bytes, units)), device, "a unit", room=room)
         found: dict[str, dict[str, float]] = {}
@@ -196,17 +197,6 @@ def _refuse_calibrated(unit: Unit) -> None:
 # --- memory ---
 
 
-def _weight_bytes(components: ComponentMap) -> int:
-    return sum(budget.FLOAT_BYTES * math.prod(one.shape) for one in components.parameters)
-
-
-def _activation_bytes(components: ComponentMap, rows: Sequence[Row]) -> int:
-    """What the passes of the longest sample keep until gradients are there."""
-    width = getattr(components.config.get_text_config(), "hidden_size", 0)
-    tokens, layers = max(row.tokens for row in rows), len(components.blocks)
-    return budget.FLOAT_BYTES * tokens * width * budget.GRADIENT_WIDTHS * layers
-
-
 def _unit_bytes(unit: Unit) -> int:
     """Second moments, the changes by all choices, and what rounding makes on the way."""
     largest = max(line.weights for line in unit.choices[0].lines)
@@ -235,23 +225,6 @@ def _refuse_too_large(needed: int, device: str, what: str, *, room: int | None =
             f"sensitivity needs about {needed / 2**30:.1f} GiB for {what}, in float32 with gradients, and "
             f"{max(free, 0) / 2**30:.1f} are free; give it shorter samples, or more memory"
         )
-
-
-def whole_model(components: ComponentMap, device: torch.device) -> Any:
-    """The part of a model that reads images and text, in float32, experts taken apart, without gradients of weights."""
-    model, runs = components.skeleton(torch.float32), components.family.runs
-    tied = {names[0]: names[1:] for names in components.tied}
-    with bar("load", total=len(components.parameters)) as progress:
-        for one in components.parameters:
-            signals.check()
-            if one.loaded and (not runs or one.name.startswith(f"{runs}.")):
-                value = components.read(one.name)
-                value = value.to(device, torch.float32 if value.is_floating_point() else None)
-                for name in (one.name, *tied.get(one.name, ())):
-                    assign(model, name, value)
-            progress.step()
-    components.materialize_buffers(model)
-    return model.get_submodule(runs).to(device)
 
 
 # --- one round: second moments, changes, gradients ---
@@ -449,22 +422,10 @@ def _run_gradients(
         for row in rows:
             signals.check()
             (logits,) = answer_logits(model, encoder, [row])
-            drawn = draw(logits.detach(), seed=SEED + row.key)
+            drawn = gradients.draw(logits.detach(), seed=SEED + row.key)
             logits.backward(drawn.to(logits.dtype))  # type: ignore[no-untyped-call]
             for probe in probes:
                 probe.end_sample()
             progress.step(f"gradients{told}")
     for handle in handles:
         handle.remove()
-
-
-def draw(logits: Tensor, *, seed: int) -> Tensor:
-    """A vector v for each row of logits (tokens, vocabulary), of the same shape, with E[v v^T] = diag(p) - p p^T.
-
-    v = sqrt(p) s - p (sqrt(p) . s), with random signs s.
-    """
-    random = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, logits.shape, generator=random, dtype=torch.int8).mul_(2).sub_(1).to(logits.device)
-    chances = logits.float().softmax(-1)
-    roots = chances.sqrt() * signs
-    return roots - chances * roots.sum(-1, keepdim=True)

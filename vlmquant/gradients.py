@@ -1,0 +1,164 @@
+"""What the outputs of linears do to the answers: gradients through the whole original model.
+
+KL(original || changed) of the answers is 1/2 d^T F d to second order, d being the change of the weights and F the
+Fisher information: J^T (diag(p) - p p^T) J at each answer token, with J the logits' derivative and p what the original
+says there. A random vector v with E[v v^T] = diag(p) - p p^T goes backward from every answer token at once. Drawing
+answers instead gives the same on average, but much of it comes from tokens that are drawn once in a hundred times.
+
+With g_t the gradient at what a linear puts out for token t, G = sum of g_t g_t^T over tokens, a share of the answer
+tokens, says how its outputs count, and how they make up for each other: F is taken for G and E[x x^T] multiplied, as in
+K-FAC (arXiv:1503.05671) and YAQA (arXiv:2505.22988).
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmquant import budget, signals
+from vlmquant.calibration.encode import Batch, BatchMaker
+from vlmquant.components import ComponentMap
+from vlmquant.errors import InputError
+from vlmquant.evaluation.passes import logits_of_answers
+from vlmquant.loading import give_back_freed_memory
+from vlmquant.progress import bar
+from vlmquant.scratch import mapped_copy
+from vlmquant.stream import assign
+
+SEED = 0
+"""Of the signs that are drawn."""
+BATCH = 4
+"""Samples of a pass."""
+PROBES = 4
+"""Vectors that go backward from each answer token: every one takes as long as a pass, and makes what is found of few
+samples less a matter of chance."""
+
+
+def whole_model(components: ComponentMap, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The part of a model that reads images and text, experts taken apart, without gradients of weights."""
+    model, runs = components.skeleton(dtype), components.family.runs
+    tied = {names[0]: names[1:] for names in components.tied}
+    with bar("load", total=len(components.parameters)) as progress:
+        for one in components.parameters:
+            signals.check()
+            if one.loaded and (not runs or one.name.startswith(f"{runs}.")):
+                value = components.read(one.name)
+                value = value.to(device, dtype if value.is_floating_point() else None)
+                for name in (one.name, *tied.get(one.name, ())):
+                    assign(model, name, value)
+            progress.step()
+    components.materialize_buffers(model)
+    return model.get_submodule(runs).to(device)
+
+
+def weight_bytes(components: ComponentMap, dtype: torch.dtype) -> int:
+    return sum(dtype.itemsize * math.prod(one.shape) for one in components.parameters)
+
+
+def activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype) -> int:
+    """What passes keep of so many tokens until gradients are there."""
+    width = getattr(components.config.get_text_config(), "hidden_size", 0)
+    return dtype.itemsize * tokens * width * budget.GRADIENT_WIDTHS * len(components.blocks)
+
+
+def draw(logits: Tensor, *, seed: int) -> Tensor:
+    """A vector v for each row of logits (tokens, vocabulary), of the same shape, with E[v v^T] = diag(p) - p p^T.
+
+    v = sqrt(p) s - p (sqrt(p) . s), with random signs s.
+    """
+    random = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, logits.shape, generator=random, dtype=torch.int8).mul_(2).sub_(1).to(logits.device)
+    chances = logits.float().softmax(-1)
+    roots = chances.sqrt() * signs
+    return roots - chances * roots.sum(-1, keepdim=True)
+
+
+# --- second moments of gradients ---
+
+
+def needed_bytes(components: ComponentMap, shapes: Collection[tuple[int, ...]], tokens: int, dtype: torch.dtype) -> int:
+    """Memory for `output_moments` of weights (out, in), from passes whose longest sample has so many tokens, beside
+    what the process holds before."""
+    moments = sum(budget.FLOAT_BYTES * rows**2 for rows, *_ in shapes)
+    return weight_bytes(components, dtype) + activation_bytes(components, BATCH * tokens, dtype) + moments
+
+
+def output_moments(
+    components: ComponentMap,
+    names: Collection[str],
+    batches: Sequence[BatchMaker],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+) -> dict[str, Tensor]:
+    """G of each linear of these names, float32 (out, out) on the CPU, in files of the folder that have no names.
+
+    dtype: of the passes. Raises InputError where no sample has an answer, and DoesNotFitError where memory runs out.
+    """
+    with budget.told_of_gradients("quantize"):
+        model, runs = whole_model(components, device, dtype), components.family.runs
+        moments = {
+            name: _Moment(model.get_submodule(name.removeprefix(f"{runs}.") if runs else name), folder)
+            for name in names
+        }
+        tokens = 0
+        pieces = [piece for make in batches for piece in make.split(BATCH)]
+        with bar("quantize", total=len(pieces)) as progress:
+            for number, make in enumerate(pieces):
+                signals.check()
+                batch = make()
+                for one in moments.values():
+                    one.begin(batch)
+                logits = logits_of_answers(model, batch)
+                for probe in range(PROBES if len(logits) else 0):
+                    drawn = draw(logits.detach(), seed=SEED + PROBES * number + probe)
+                    torch.autograd.backward(logits, drawn.to(logits.dtype), retain_graph=probe + 1 < PROBES)
+                tokens += PROBES * len(logits)
+                progress.step("gradients")
+        for one in moments.values():
+            one.end(tokens)
+        del model
+        give_back_freed_memory()
+    if not tokens:
+        raise InputError(
+            "calibration: no sample has an answer, so nothing says what layers do to answers; give a set with answers, "
+            "or components.language.gptq.loss: layer"
+        )
+    return {name: one.total for name, one in moments.items()}
+
+
+class _Moment:
+    """Adds up g g^T of what a linear puts out."""
+
+    def __init__(self, module: nn.Module, folder: Path) -> None:
+        rows = int(module.out_features)  # type: ignore[arg-type]
+        self.total = mapped_copy(torch.zeros(rows, rows), folder)
+        self._seen: Tensor | None = None
+        self._handle = module.register_forward_hook(self._heard)
+
+    def begin(self, batch: Batch) -> None:
+        """What an image's tokens do to the answers is a ten-thousandth of what others do, and they are most."""
+        real = batch.inputs.get("attention_mask")
+        image = batch.image_mask
+        self._seen = None if real is None or image is None or real.shape != image.shape else real.bool() & ~image
+
+    def _heard(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.register_hook(partial(self._add, self._seen))  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _add(self, seen: Tensor | None, gradient: Tensor) -> None:
+        counts = seen is not None and seen.shape == gradient.shape[:-1]
+        rows = gradient[seen.to(gradient.device)] if seen is not None and counts else gradient.flatten(0, -2)
+        rows = rows.to(self.total.device, torch.float32)
+        self.total.addmm_(rows.T, rows)
+
+    def end(self, tokens: int) -> None:
+        self._handle.remove()
+        self.total /= max(tokens, 1)
