@@ -102,18 +102,17 @@ def output_moments(
     """
     with budget.told_of_gradients("quantize"):
         model, runs = whole_model(components, device, dtype), components.family.runs
+        followed, tokens = _Tokens(model), 0
         moments = {
-            name: _Moment(model.get_submodule(name.removeprefix(f"{runs}.") if runs else name), folder)
+            name: _Moment(model.get_submodule(name.removeprefix(f"{runs}.") if runs else name), followed, folder)
             for name in names
         }
-        tokens = 0
         pieces = [piece for make in batches for piece in make.split(BATCH)]
         with bar("quantize", total=len(pieces)) as progress:
             for number, make in enumerate(pieces):
                 signals.check()
                 batch = make()
-                for one in moments.values():
-                    one.begin(batch)
+                followed.begin(batch)
                 logits = logits_of_answers(model, batch)
                 for probe in range(PROBES if len(logits) else 0):
                     drawn = draw(logits.detach(), seed=SEED + PROBES * number + probe)
@@ -132,30 +131,70 @@ def output_moments(
     return {name: one.total for name, one in moments.items()}
 
 
+class _Tokens:
+    """Which tokens gradients are followed through: all but those of images.
+
+    What an image's tokens do to the answers is a ten-thousandth of what others do, and they are most. They come before
+    the text that is asked of them, so that nothing of its gradients goes through them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mask: Tensor | None = None
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.forward = partial(self._linear, module)  # type: ignore[method-assign]
+
+    def begin(self, batch: Batch) -> None:
+        real, image = batch.inputs.get("attention_mask"), batch.image_mask
+        known = real is not None and image is not None and real.shape == image.shape
+        self.mask = real.bool() & ~image if known and real is not None and image is not None else None
+
+    def of(self, shape: tuple[int, ...]) -> Tensor | None:
+        """The mask for vectors (*shape, width), None where they are not those of a batch's tokens."""
+        return self.mask if self.mask is not None and self.mask.shape == shape else None
+
+    def _linear(self, module: nn.Linear, inputs: Tensor) -> Tensor:
+        mask = self.of(tuple(inputs.shape[:-1]))
+        if mask is None:
+            return nn.functional.linear(inputs, module.weight, module.bias)
+        output: Tensor = _Product.apply(inputs, module.weight, module.bias, mask)  # type: ignore[no-untyped-call]
+        return output
+
+
+class _Product(torch.autograd.Function):
+    """A linear layer whose inputs get a gradient at some tokens alone."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor) -> Tensor:
+        ctx.weight, ctx.mask = weight, mask.to(inputs.device)
+        return nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        found = gradient.new_zeros(*gradient.shape[:-1], ctx.weight.shape[1])
+        found[ctx.mask] = gradient[ctx.mask] @ ctx.weight
+        return found, None, None, None
+
+
 class _Moment:
     """Adds up g g^T of what a linear puts out."""
 
-    def __init__(self, module: nn.Module, folder: Path) -> None:
+    def __init__(self, module: nn.Module, tokens: _Tokens, folder: Path) -> None:
         rows = int(module.out_features)  # type: ignore[arg-type]
         self.total = mapped_copy(torch.zeros(rows, rows), folder)
-        self._seen: Tensor | None = None
+        self._tokens = tokens
         self._handle = module.register_forward_hook(self._heard)
-
-    def begin(self, batch: Batch) -> None:
-        """What an image's tokens do to the answers is a ten-thousandth of what others do, and they are most."""
-        real = batch.inputs.get("attention_mask")
-        image = batch.image_mask
-        self._seen = None if real is None or image is None or real.shape != image.shape else real.bool() & ~image
 
     def _heard(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_()
-        output.register_hook(partial(self._add, self._seen))  # type: ignore[no-untyped-call]
+        mask = self._tokens.of(tuple(output.shape[:-1]))
+        output.register_hook(partial(self._add, mask))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def _add(self, seen: Tensor | None, gradient: Tensor) -> None:
-        counts = seen is not None and seen.shape == gradient.shape[:-1]
-        rows = gradient[seen.to(gradient.device)] if seen is not None and counts else gradient.flatten(0, -2)
+    def _add(self, mask: Tensor | None, gradient: Tensor) -> None:
+        rows = gradient.flatten(0, -2) if mask is None else gradient[mask.to(gradient.device)]
         rows = rows.to(self.total.device, torch.float32)
         self.total.addmm_(rows.T, rows)
 

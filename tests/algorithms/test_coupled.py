@@ -50,7 +50,7 @@ def test_rows_and_columns_by_hand() -> None:
 
 
 def greedy(weight: Tensor, scales: Tensor, zeros: Tensor | None, factor: Any, outputs: Any, grid: Grid) -> Tensor:
-    """Element after element in float64: each where tr(G E H E^T) is least, all later ones being free to make up for it."""
+    """Element after element in float64: each where tr(G E H E^T) is least, as all later ones may make up for it."""
     rows, columns = weight.shape
     triangle = [
         (one.matrix.double().tril(-1) + torch.eye(len(one.order), dtype=torch.float64)).T for one in (factor, outputs)

@@ -1,0 +1,224 @@
+"""What outputs do to the answers: against a stock model's own gradients; and codes that are made by it, end to end."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from tests.small_set import write_small_set
+from tests.written import written
+from vlmquant import gradients, pipeline
+from vlmquant.calibration.encode import BatchMaker, make_batches
+from vlmquant.calibration.processor import load_processor
+from vlmquant.calibration.sets import load_set
+from vlmquant.components import resolve_components
+from vlmquant.errors import DoesNotFitError, InputError
+from vlmquant.pipeline import plan_model, quantize
+from vlmquant.recipe import Recipe, parse_recipe
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+LANGUAGE = "model.language_model.layers.{}"
+
+
+def recipe(options: str = "loss: answers", *, effort: str = "default", method: str = "gptq") -> Recipe:
+    text = f"components: {{language: {{scheme: w4a16-g64, method: {method}, gptq: {{{options}}}}}}}"
+    return parse_recipe(f"name: t\neffort: {effort}\n{text}\n", name="t")
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_set(tmp_path_factory.mktemp("calibration") / "set", pairs=10)
+
+
+@pytest.fixture(scope="module")
+def batches(tiny_llava: Path, calibration: Path) -> list[BatchMaker]:
+    samples = load_set(calibration).samples
+    made, _ = make_batches(samples, load_processor(tiny_llava), max_tokens=512, batch_size=16)
+    return list(made)
+
+
+def gradients_by_hand(model: Any, linear: str, pieces: list[BatchMaker], *, cut: bool) -> list[tuple[Tensor, Tensor]]:
+    """The gradients of a linear by what adding a little to its outputs does, and which are of tokens of text: for each
+    vector that goes backward. cut: where none goes through a linear at a token of an image."""
+    module, added, masks = model.get_submodule(linear), list[Tensor](), list[Tensor]()
+
+    def add(module: Any, args: Any, output: Tensor) -> Tensor:
+        added.append(torch.zeros_like(output).requires_grad_())
+        return output + added[-1]
+
+    def without_images(module: Any, inputs: tuple[Tensor], outputs: Any) -> tuple[Tensor]:
+        if inputs[0] is None:
+            return inputs
+        fits = inputs[0].shape[:-1] == masks[-1].shape
+        return (inputs[0] * masks[-1][..., None] if fits else inputs[0],)
+
+    handles = [module.register_forward_hook(add)]
+    handles += [
+        one.register_full_backward_hook(without_images) for one in model.modules() if cut and type(one) is nn.Linear
+    ]
+    rows = []
+    for number, make in enumerate(pieces):
+        batch = make()
+        added.clear()
+        real = batch.inputs["attention_mask"].bool()
+        masks.append(real if batch.image_mask is None else real & ~batch.image_mask)
+        logits = model(**batch.inputs, use_cache=False).logits
+        picked = logits[:, :-1][batch.answer_mask[:, 1:]]
+        for probe in range(gradients.PROBES):
+            drawn = gradients.draw(picked.detach(), seed=gradients.PROBES * number + probe)
+            (found,) = torch.autograd.grad(picked, added, drawn, retain_graph=True)
+            rows.append((found / len(picked) ** 0.5, masks[-1]))
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
+def test_moments_are_those_of_a_stock_model_s_gradients(
+    tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path
+) -> None:
+    components = resolve_components(tiny_llava)
+    names = [f"{LANGUAGE.format(0)}.{local}" for local in ("self_attn.k_proj", "mlp.up_proj")]
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval().requires_grad_(False)
+    for one in (piece for make in batches for piece in make.split(gradients.BATCH)):
+        found = gradients.output_moments(components, names, [one], dtype=torch.float32, device=CPU, folder=tmp_path)
+        assert found.keys() == set(names)
+        for name in names:
+            rows = [rows[mask].double() for rows, mask in gradients_by_hand(model, name, [one], cut=True)]
+            wanted = sum(part.T @ part for part in rows) / gradients.PROBES
+            torch.testing.assert_close(found[name].double(), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+    assert list(tmp_path.iterdir()) == []  # the files have no names
+
+
+def test_no_gradient_of_the_text_behind_an_image_goes_through_it(tiny_llava: Path, batches: list[BatchMaker]) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval().requires_grad_(False)
+    seen = 0
+    for make in [piece for one in batches for piece in one.split(2)]:
+        image = make().image_mask
+        if image is None or not image.any(1).all():
+            continue
+        seen += 1
+        for name in ("self_attn.k_proj", "mlp.up_proj"):
+            linear = f"{LANGUAGE.format(0)}.{name}"
+            cut, whole = (gradients_by_hand(model, linear, [make], cut=cut) for cut in (True, False))
+            behind = torch.arange(image.shape[1]) > (image * torch.arange(image.shape[1])).amax(1, keepdim=True)
+            for (ours, _), (theirs, _) in zip(cut, whole, strict=True):
+                torch.testing.assert_close(ours[behind], theirs[behind], rtol=1e-4, atol=1e-7)
+                assert not torch.equal(ours[image], theirs[image])
+    assert seen > 2
+
+
+def test_another_dtype_and_a_vision_encoder(tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path) -> None:
+    components = resolve_components(tiny_llava)
+    names = [
+        next(one.name for one in components.linears if one.component == part) for part in ("vision_encoder", "language")
+    ]
+    exact, rough = (
+        gradients.output_moments(components, names, batches, dtype=dtype, device=CPU, folder=tmp_path)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    for name in names:
+        assert exact[name].dtype == rough[name].dtype == torch.float32
+        assert exact[name].abs().max() > 0
+        assert (exact[name] - rough[name]).norm() < 0.3 * exact[name].norm()
+
+
+def test_without_answers_nothing_is_known(tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path) -> None:
+    silent = [
+        BatchMaker(one.encoder, [(sample, None) for sample, _ in one.pairs], one.pad_side, one.longest)
+        for one in batches
+    ]
+    components = resolve_components(tiny_llava)
+    name = f"{LANGUAGE.format(0)}.mlp.up_proj"
+    with pytest.raises(InputError, match="no sample has an answer"):
+        gradients.output_moments(components, [name], silent, dtype=torch.float32, device=CPU, folder=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
+def test_codes_are_made_by_them(method: str, tiny_llava: Path, calibration: Path, tmp_path: Path) -> None:
+    done = [
+        quantize(
+            tiny_llava,
+            recipe(options, method=method),
+            tmp_path / f"{number}",
+            calibration=calibration,
+            dtype=torch.float32,
+        )
+        for number, options in enumerate(
+            ("loss: answers", "loss: answers", "loss: layer", "loss: answers, output_damping: 1000")
+        )
+    ]
+    files = [written(one.path)["model.safetensors"] for one in done]
+    assert files[0] == files[1] != files[2]
+    # The layer's own errors grow, as it is not they that are kept small; the less, the more alike outputs count.
+    lost = [sum(one.errors.values()) for one in done]
+    assert lost[0] > lost[3] > 0.98 * lost[2]
+    assert lost[3] < 1.05 * lost[2]
+    assert "gradients" in done[0].planned.phases
+    assert "gradients" not in done[2].planned.phases
+
+
+def test_an_interrupted_run_asks_for_what_is_left(
+    tiny_llava: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = quantize(tiny_llava, recipe(), tmp_path / "whole", calibration=calibration)
+    gptq, asked = pipeline.ALGORITHMS["gptq"], list[list[str]]()
+
+    def stops(stage: Any) -> Any:
+        if stage.block.info.name.endswith("language_model.layers.1"):
+            raise KeyboardInterrupt
+        return gptq(stage)
+
+    find = gradients.output_moments
+
+    def watched(components: Any, names: Any, batches: Any, **more: Any) -> Any:
+        asked.append(sorted({name.split(".")[3] for name in names}))
+        return find(components, names, batches, **more)
+
+    monkeypatch.setattr(gradients, "output_moments", watched)
+    with monkeypatch.context() as patch:
+        patch.setitem(pipeline.ALGORITHMS, "gptq", stops)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny_llava, recipe(), tmp_path / "out", calibration=calibration)
+    quantize(tiny_llava, recipe(), tmp_path / "out", calibration=calibration, resume=True)
+    assert asked == [["0", "1"], ["1"]]
+    assert written(tmp_path / "out") == written(whole.path)
+
+
+def test_it_is_refused_before_any_work_where_it_does_not_fit(
+    tiny_llava: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "needed_bytes", lambda *known: 1 << 40)
+    with pytest.raises(DoesNotFitError, match=r"in the gradients .*gradients 1024\.00.*--effort default"):
+        quantize(tiny_llava, recipe(), tmp_path / "out", calibration=calibration, memory_limit=1 << 34)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_that_of_weights_activations_and_moments(tiny_llava: Path) -> None:
+    """By hand: all weights once, 40 vectors for a token and block of four samples, a matrix for each linear."""
+    components = resolve_components(tiny_llava)
+    numbers = sum(one.nbytes // one.dtype.itemsize for one in components.parameters)
+    width, blocks = components.config.get_text_config().hidden_size, len(components.blocks)
+    found = gradients.needed_bytes(components, [(96, 64), (32, 64)], 50, torch.bfloat16)
+    assert found == 2 * numbers + 2 * 4 * 50 * width * 40 * blocks + 4 * (96**2 + 32**2)
+
+
+@pytest.mark.parametrize(
+    ("effort", "options", "wanted"),
+    [
+        ("default", "", False),
+        ("fast", "", False),
+        ("high", "", True),
+        ("high", "loss: layer", False),
+        ("fast", "loss: answers", True),
+    ],
+)
+def test_effort_decides_what_the_recipe_leaves_open(effort: str, options: str, wanted: bool, tiny_llava: Path) -> None:
+    for method in ("gptq", "awq+gptq", "auto", "rtn"):
+        _, plan = plan_model(tiny_llava, recipe(options, effort=effort, method=method))
+        told = {line.needs_gradients for line in plan.lines if line.action == "quantize"}
+        assert told == {wanted and "gptq" in method}, method
+        assert not any(line.needs_gradients for line in plan.lines if line.action == "keep")
