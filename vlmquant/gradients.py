@@ -102,7 +102,8 @@ def output_moments(
     """
     with budget.told_of_gradients("quantize"):
         model, runs = whole_model(components, device, dtype), components.family.runs
-        followed, tokens = _Tokens(model), 0
+        parts = {linear.component for linear in components.linears if linear.name in set(names)}
+        followed, tokens = _Tokens(model, text_alone=parts == {"language"}), 0
         moments = {
             name: _Moment(model.get_submodule(name.removeprefix(f"{runs}.") if runs else name), followed, folder)
             for name in names
@@ -132,22 +133,24 @@ def output_moments(
 
 
 class _Tokens:
-    """Which tokens gradients are followed through: all but those of images.
+    """Which tokens gradients are followed through: all, or of text alone, for linears that come behind images.
 
     What an image's tokens do to the answers is a ten-thousandth of what others do, and they are most. They come before
     the text that is asked of them, so that nothing of its gradients goes through them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, text_alone: bool) -> None:
         self.mask: Tensor | None = None
-        for module in model.modules():
+        self._text_alone = text_alone
+        for module in model.modules() if text_alone else ():
             if type(module) is nn.Linear:
                 module.forward = partial(self._linear, module)  # type: ignore[method-assign]
 
     def begin(self, batch: Batch) -> None:
         real, image = batch.inputs.get("attention_mask"), batch.image_mask
-        known = real is not None and image is not None and real.shape == image.shape
-        self.mask = real.bool() & ~image if known and real is not None and image is not None else None
+        self.mask = None
+        if self._text_alone and real is not None and image is not None and real.shape == image.shape:
+            self.mask = real.bool() & ~image
 
     def of(self, shape: tuple[int, ...]) -> Tensor | None:
         """The mask for vectors (*shape, width), None where they are not those of a batch's tokens."""
