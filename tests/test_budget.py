@@ -279,3 +279,26 @@ def test_experts_see_the_tokens_that_are_routed_to_them(tmp_path: Path) -> None:
     passes = [predict(components, plan, footprint, base=0, dtype=torch.float32, passes=way) for way in WAYS]
     for what in ("inside the passes", "weights of the block", "a stage"):
         assert len({way.parts["language"][what] for way in passes}) == 1
+
+
+def test_what_outputs_do_to_the_answers_is_counted(tiny_llava: Path) -> None:
+    """Beside the same stage: what rows have moved, and G (out, out); on disk, G of all linears."""
+    text = "name: t\ncomponents: {language: {scheme: w4a16, method: gptq, gptq: {target: weights, loss: LOSS}}}\n"
+    footprint = Footprint({"language": Place(rows=1000, width=256, nbytes=1_024_000, largest_rows=100)}, 5_000)
+    found = []
+    for loss in ("layer", "answers"):
+        components, plan = plan_model(tiny_llava, parse_recipe(text.replace("LOSS", loss), name="t"))
+        found.append(predict(components, plan, footprint, base=0, dtype=torch.float32, passes=WAYS[1]))
+    plain, coupled = found
+    # All rows fit at once in either: 384 outputs of 256 inputs, or 256 of 384.
+    sizes = {(384, 256): (768, 256), (256, 384): (256, 384)}
+    for one, more in ((plain, 0), (coupled, 1)):
+        assert one.parts["language"]["a stage"] == max(
+            whole * inputs * 2 + 4 * inputs**2 + 14 * rows * inputs + more * 4 * (rows**2 + rows * inputs)
+            for (rows, inputs), (whole, _) in sizes.items()
+        )
+    outputs = [line.shape[0] for line in plan.lines if line.needs_gradients]
+    assert coupled.disk_bytes - plain.disk_bytes == sum(4 * rows**2 for rows in outputs)
+    assert coupled.seconds is not None
+    assert plain.seconds is not None
+    assert coupled.seconds > plain.seconds

@@ -47,6 +47,10 @@ kv_cache: {dtype: fp8}
 components:
   language: {scheme: w4a16, method: auto}
 """,
+    "answers": """
+components:
+  language: {scheme: w4a16, method: gptq, gptq: {loss: answers}}
+""",
     "awq-static": """
 components:
   vision_encoder: {scheme: w8a8-static, method: search}

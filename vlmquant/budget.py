@@ -204,6 +204,7 @@ def predict(
         parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
         if elsewhere:
             there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
+    moments = sum(FLOAT_BYTES * line.shape[0] ** 2 for line in plan.lines if line.needs_gradients)
     timed = not elsewhere or torch.cuda.is_available()
     speed = _products_per_second(dtype, device or torch.device("cpu")) if timed else None
     longest = None if speed is None else products / speed
@@ -211,7 +212,7 @@ def predict(
     return Prediction(
         passes,
         _sums(parts) or {"weights": base + SCRATCH_BYTES + (0 if elsewhere else outside)},
-        plan.bytes_after + (2 * chains * spilled if passes.spill else 0),
+        plan.bytes_after + (2 * chains * spilled if passes.spill else 0) + moments,
         None if longest is None else (round(longest, 1), round(SLOWEST * longest + plan.bytes_before / 50e6, 1)),
         parts,
         (_sums(there) or {"weights": outside}) if elsewhere else {},
@@ -322,6 +323,8 @@ class _Stage:
     """That pass through it."""
     aimed: bool = False
     """Whether it is told what the original model gives it."""
+    coupled: bool = False
+    """Whether its rows are rounded one after the other, by what they do to the answers."""
 
     @property
     def compares(self) -> bool:
@@ -342,7 +345,15 @@ def _stages(components: ComponentMap, plan: Plan, block: BlockInfo, tokens: int)
             form = next((form for home, form in mixtures if first.name.startswith(home)), None)
             seen = float(tokens) if form is None else _expert_tokens(components, form, tokens)
             found.append(
-                _Stage(line.method or "rtn", sum(rows), max(rows), first.in_features, seen, line.needs_original)
+                _Stage(
+                    line.method or "rtn",
+                    sum(rows),
+                    max(rows),
+                    first.in_features,
+                    seen,
+                    line.needs_original,
+                    line.needs_gradients,
+                )
             )
     return found
 
@@ -395,6 +406,9 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     and what a search makes of them; of the largest linear its codes, in parts and joined."""
     largest = stage.most_rows * stage.columns
     part = largest if row_elements is None else min(largest, max(row_elements, ROWS * stage.columns))
+    if stage.coupled:  # all rows at once, what they have lost, and what its outputs do to the answers
+        plain = _rounding_bytes(replace(stage, coupled=False), None)
+        return plain + FLOAT_BYTES * (stage.most_rows**2 + largest)
     if stage.compares:  # the other second moments, what is held out, and weights with their corrections
         held = min(stage.tokens / HELD_EVERY, HELD_TOKENS)
         beside = (3 if stage.method == "auto" else 1) * FLOAT_BYTES * stage.columns**2
@@ -421,6 +435,10 @@ def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun:
             total += 0.62 * stage.tokens * stage.columns**2
         if stage.method in WITH_FEEDBACK:
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
+        if stage.coupled:  # another factor, and feedback from row to row; forth and back through the original
+            total += stage.most_rows**2 * (stage.most_rows / 3 + stage.columns) + 2 * float(tokens) * weights / len(
+                stages
+            )
         if stage.compares:  # more second moments; another factor; twice what solves by it, and weights times them
             total += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2
     return total

@@ -26,7 +26,7 @@ from vlmquant.errors import InputError
 from vlmquant.evaluation.passes import logits_of_answers
 from vlmquant.loading import give_back_freed_memory
 from vlmquant.progress import bar
-from vlmquant.scratch import mapped_copy
+from vlmquant.scratch import leave_memory, mapped_copy
 from vlmquant.stream import assign
 
 SEED = 0
@@ -204,3 +204,4 @@ class _Moment:
     def end(self, tokens: int) -> None:
         self._handle.remove()
         self.total /= max(tokens, 1)
+        leave_memory(self.total)

@@ -550,9 +550,9 @@ class Recipe(Data):
     named."""
     effort: Effort = "default"
     """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about two
-    thirds of the time and three quarters of the memory, and lose more. high: the finished checkpoint is polished (as
-    `vlmquant polish` does it, on the same samples), which takes more time, and memory for gradients of the whole
-    model."""
+    thirds of the time and three quarters of the memory, and lose more. high: they are rounded by what they do to the
+    answers (gptq.loss: answers), and the finished checkpoint is polished (as `vlmquant polish` does it, on the same
+    samples), which takes several times as long, and memory for gradients of the whole model."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None

@@ -64,12 +64,13 @@ def mapped_copy(value: "Tensor", folder: Path) -> "Tensor":
         os.posix_fallocate(file.fileno(), 0, value.nbytes)  # or a full disk is a SIGBUS
         copy = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=value.numel(), dtype=value.dtype)
     copy.copy_(value.flatten())
-    _leave_memory(copy.data_ptr(), value.nbytes)
+    leave_memory(copy)
     return copy.view(value.shape)
 
 
-def _leave_memory(address: int, size: int) -> None:
-    """Take pages of a shared mapping out of this process; what they hold stays in the file."""
+def leave_memory(copy: "Tensor") -> None:
+    """Take the pages of a `mapped_copy` out of this process; what they hold stays in the file."""
+    address, size = copy.data_ptr(), copy.nbytes
     start = address - address % mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), ctypes.c_int(mmap.MADV_DONTNEED))

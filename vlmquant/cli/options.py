@@ -44,7 +44,7 @@ EffortOption = Annotated[
     str | None,
     typer.Option(
         "--effort",
-        help="fast: less time and more loss; default; high: and polished, in more time; else the recipe's.",
+        help="fast: less time and more loss; default; high: least loss, in several times the time; else the recipe's.",
     ),
 ]
 ScoresFile = Annotated[
