@@ -7,7 +7,8 @@ Each recipe is quantized once for each draw (the seed of the choice of 128 sampl
 a process of its own, and scored teacher-forced on 80 captions with two references each, 60 vqa and 60 object samples,
 in float32. --polish: each is then also polished, on so many samples of the set, and scored again; its time is that of
 polishing alone. Beside each stands its difference to the first recipe: KL by KL on the same samples, all draws
-together. What is done is kept in DIR and not done again. Writes benchmarks/results/accuracy.{json,md}.
+together. What is done is kept in DIR and not done again; all checkpoints are scored at once, in the end. Writes
+benchmarks/results/accuracy.{json,md}.
 """
 
 import argparse
@@ -41,29 +42,19 @@ RECIPES = tuple(
 """What was the default, and what is at both efforts."""
 
 
-def quantize(model: Path, recipe: str, draw: int, *, calibration: Path, work: Path) -> dict[str, Any]:
-    """Seconds of user CPU and the peak of memory; the checkpoint lies in work/out."""
+def quantize(model: Path, recipe: str, draw: int, out: Path, *, calibration: Path) -> dict[str, Any]:
+    """Seconds of user CPU and the peak of memory."""
     wanted = load_recipe(recipe)
     spec = wanted.calibration.model_copy(update={"seed": draw, "samples": 128, "strata": CALIBRATION_STRATA})
-    file = work / "recipe.yaml"
+    file = out.with_suffix(".yaml")
     file.write_text(json.dumps(wanted.model_copy(update={"calibration": spec}).model_dump(mode="json")))
-    words = [
-        "quantize",
-        str(model),
-        "-r",
-        str(file),
-        "--calibration",
-        str(calibration),
-        "-o",
-        str(work / "out"),
-    ]
+    words = ["quantize", str(model), "-r", str(file), "--calibration", str(calibration), "-o", str(out)]
     return run_and_measure(words, {"notes", "bits_per_weight"})
 
 
-def polish(model: Path, samples: int, *, calibration: Path, work: Path) -> dict[str, Any]:
-    """What lies in work/out polished, in its place."""
-    words = ["polish", str(work / "out"), "--reference", str(model), "--samples", str(samples)]
-    return run_and_measure([*words, "--calibration", str(calibration), "-o", str(work / "out")], {"notes"})
+def polish(model: Path, checkpoint: Path, samples: int, out: Path, *, calibration: Path) -> dict[str, Any]:
+    words = ["polish", str(checkpoint), "--reference", str(model), "--samples", str(samples)]
+    return run_and_measure([*words, "--calibration", str(calibration), "-o", str(out)], {"notes"})
 
 
 def run_and_measure(words: list[str], kept: set[str]) -> dict[str, Any]:
@@ -87,35 +78,55 @@ def run_and_measure(words: list[str], kept: set[str]) -> dict[str, Any]:
     }
 
 
-def score(model: Path, candidate: Path, *, test: Path) -> dict[str, Any]:
-    """By sample, and by task: nats, flips and tokens."""
+def score(model: Path, candidates: list[Path], *, test: Path) -> list[dict[str, Any]]:
+    """Of each, by sample, and by task: nats, flips and tokens."""
     settings = Settings(generate=False, dtype="float32", threads=1)
-    report = evaluate(model, [candidate], test, strata=parse_counts(TEST_STRATA), settings=settings)
-    (run,) = report.candidates
-    return {
-        "samples": [[one.task, one.kl, one.tokens, one.flips, one.nll, list(one.images)] for one in run.samples],
-        "reference_nll": sum(one.nll for one in report.reference.samples),
-    }
+    report = evaluate(model, candidates, test, strata=parse_counts(TEST_STRATA), settings=settings)
+    reference = sum(one.nll for one in report.reference.samples)
+    return [
+        {
+            "samples": [[one.task, one.kl, one.tokens, one.flips, one.nll, list(one.images)] for one in run.samples],
+            "reference_nll": reference,
+        }
+        for run in report.candidates
+    ]
 
 
-def measure(arguments: argparse.Namespace, recipe: str, draw: int) -> dict[str, dict[str, Any]]:
-    """What a recipe loses, and what it loses polished, by name; from the files of what was done before."""
+def make(arguments: argparse.Namespace, recipe: str, draw: int) -> list[str]:
+    """The checkpoints of a recipe, by name: as it writes it, and polished."""
     name, work = Path(recipe).stem, arguments.work
-    steps: dict[str, Callable[[], dict[str, Any]]] = {
-        name: lambda: quantize(arguments.model, recipe, draw, calibration=arguments.calibration, work=work)
+    steps: dict[str, Callable[[Path], dict[str, Any]]] = {
+        name: lambda out: quantize(arguments.model, recipe, draw, out, calibration=arguments.calibration)
     }
     if samples := arguments.polish:
-        steps[f"{name} polished on {samples}"] = lambda: polish(
-            arguments.model, samples, calibration=arguments.calibration, work=work
+        first = work / f"{name}-{draw}"
+        steps[f"{name} polished on {samples}"] = lambda out: polish(
+            arguments.model, first, samples, out, calibration=arguments.calibration
         )
-    kept = {step: work / f"{step}-{draw}.json" for step in steps}
-    if not all(file.is_file() for file in kept.values()):
-        for step, make in steps.items():
-            made = make()
-            made |= score(arguments.model, work / "out", test=arguments.test)
-            kept[step].write_text(json.dumps(made))
-        shutil.rmtree(work / "out")
-    return {step: json.loads(file.read_text()) for step, file in kept.items()}
+    for step, what in steps.items():
+        out = work / f"{step}-{draw}"
+        made = out.with_name(f"{out.name}.made.json")
+        if not made.is_file():
+            made.write_text(json.dumps(what(out)))
+    return list(steps)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """By name, what was made of each draw and what it loses; all that is new is scored together."""
+    work, steps = arguments.work, dict[str, None]()
+    for recipe in arguments.recipes:
+        for draw in arguments.draws:
+            steps |= dict.fromkeys(make(arguments, recipe, draw))
+    found = {step: [work / f"{step}-{draw}" for draw in arguments.draws] for step in steps}
+    new = [out for outs in found.values() for out in outs if not _scored(out).is_file()]
+    for out, scored in zip(new, score(arguments.model, new, test=arguments.test) if new else [], strict=True):
+        _scored(out).write_text(json.dumps(json.loads(out.with_name(f"{out.name}.made.json").read_text()) | scored))
+        shutil.rmtree(out)
+    return {step: [json.loads(_scored(out).read_text()) for out in outs] for step, outs in found.items()}
+
+
+def _scored(out: Path) -> Path:
+    return out.with_name(f"{out.name}.json")
 
 
 def kl_of(samples: list[list[Any]], task: str | None = None) -> float:
@@ -194,16 +205,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {**provenance(), "draws": arguments.draws, "recipes": {}}
-    first: list[dict[str, Any]] | None = None
-    for recipe in arguments.recipes:
-        measured = [measure(arguments, recipe, draw) for draw in arguments.draws]
-        for name in measured[0]:
-            runs = [one[name] for one in measured]
-            first = first or runs
-            results["recipes"][name] = summary(runs, first)
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(to_markdown(results))
+    measured = measure(arguments)
+    first = next(iter(measured.values()))
+    results = {
+        **provenance(),
+        "draws": arguments.draws,
+        "recipes": {name: summary(runs, first) for name, runs in measured.items()},
+    }
+    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text(to_markdown(results))
     print(to_markdown(results))
 
 
