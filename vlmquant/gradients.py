@@ -25,6 +25,7 @@ from vlmquant.components import ComponentMap
 from vlmquant.errors import InputError
 from vlmquant.evaluation.passes import logits_of_answers
 from vlmquant.loading import give_back_freed_memory
+from vlmquant.planning import PlanLine
 from vlmquant.progress import bar
 from vlmquant.scratch import leave_memory, mapped_copy
 from vlmquant.stream import assign
@@ -33,6 +34,8 @@ SEED = 0
 """Of the signs that are drawn."""
 BATCH = 4
 """Samples of a pass."""
+WIDTHS = 30
+"""Vectors as wide as the hidden state that a layer keeps for a token, where no weight gets a gradient."""
 PROBES = 4
 """Vectors that go backward from each answer token: every one takes as long as a pass, and makes what is found of few
 samples less a matter of chance."""
@@ -61,8 +64,12 @@ def weight_bytes(components: ComponentMap, dtype: torch.dtype) -> int:
 
 def activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype) -> int:
     """What passes keep of so many tokens until gradients are there."""
+    return _activation_bytes(components, tokens, dtype, widths=budget.GRADIENT_WIDTHS, blocks=len(components.blocks))
+
+
+def _activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype, *, widths: int, blocks: int) -> int:
     width = getattr(components.config.get_text_config(), "hidden_size", 0)
-    return dtype.itemsize * tokens * width * budget.GRADIENT_WIDTHS * len(components.blocks)
+    return dtype.itemsize * tokens * width * widths * blocks
 
 
 def draw(logits: Tensor, *, seed: int) -> Tensor:
@@ -80,11 +87,14 @@ def draw(logits: Tensor, *, seed: int) -> Tensor:
 # --- second moments of gradients ---
 
 
-def needed_bytes(components: ComponentMap, shapes: Collection[tuple[int, ...]], tokens: int, dtype: torch.dtype) -> int:
-    """Memory for `output_moments` of weights (out, in), from passes whose longest sample has so many tokens, beside
-    what the process holds before."""
-    moments = sum(budget.FLOAT_BYTES * rows**2 for rows, *_ in shapes)
-    return weight_bytes(components, dtype) + activation_bytes(components, BATCH * tokens, dtype) + moments
+def needed_bytes(components: ComponentMap, lines: Sequence[PlanLine], tokens: int, dtype: torch.dtype) -> int:
+    """Memory for `output_moments` of the linears of these lines, from passes whose longest sample has so many tokens,
+    beside what the process holds before."""
+    moments = sum(budget.FLOAT_BYTES * line.shape[0] ** 2 for line in lines)
+    language = {line.component for line in lines} == {"language"}
+    behind = [block for block in components.blocks if block.component == "language" or not language]
+    passes = _activation_bytes(components, BATCH * tokens, dtype, widths=WIDTHS, blocks=len(behind))
+    return weight_bytes(components, dtype) + passes + moments
 
 
 def output_moments(

@@ -404,8 +404,8 @@ def _whole_model_bytes(
     longest, found = max((maker.longest for maker in batches), default=0), dict[str, int]()
     if not longest:
         return found
-    if shapes := [line.shape for line in plan.lines if line.needs_gradients]:
-        found["gradients"] = gradients.needed_bytes(components, shapes, longest, dtype)
+    if lines := [line for line in plan.lines if line.needs_gradients]:
+        found["gradients"] = gradients.needed_bytes(components, lines, longest, dtype)
     if recipe.effort == "high" and any(is_tunable(line.scheme, line.component) for line in plan.lines):
         coded = {line.name for line in plan.lines if line.action == "quantize"}
         found["polish"] = needed_bytes(components, coded, tokens=longest)
