@@ -2,13 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy/run.py MODEL --calibration SET --test SET --work DIR
         [--recipes NAME_OR_FILE ...] [--draws 0 1 2] [--polish SAMPLES] [--out FILE]
+        [--strata TASK=N,...] [--test-strata TASK=N,...]
 
-Each recipe is quantized once for each draw (the seed of the choice of 128 samples: 96 captions, 16 vqa, 16 object), in
-a process of its own, and scored teacher-forced on 80 captions with two references each, 60 vqa and 60 object samples,
-in float32. --polish: each is then also polished, on so many samples of the set, and scored again; its time is that of
-polishing alone. Beside each stands its difference to the first recipe: KL by KL on the same samples, all draws
-together. What is done is kept in DIR and not done again; all checkpoints are scored at once, in the end. Writes
-benchmarks/results/accuracy.{json,md}.
+Each recipe is quantized once for each draw (the seed of the choice of samples), in a process of its own, and scored
+teacher-forced in float32. Where no strata are given: by 96 captions, 16 vqa and 16 object samples, on 80 captions with
+two references each, 60 vqa and 60 object samples. --polish: each is then also polished, on so many samples of the set,
+and scored again; its time is that of polishing alone. Beside each stands its difference to the first recipe: KL by KL
+on the same samples, all draws together. What is done is kept in DIR and not done again; all checkpoints are scored at
+once, in the end. Writes benchmarks/results/accuracy.{json,md}.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate
 from vlmquant.recipe import load_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
-CALIBRATION_STRATA = {"caption": 96, "vqa": 16, "object": 16}
+CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
 TEST_STRATA = "caption=80,vqa=60,object=60"
 RECIPES = tuple(
     str(Path(__file__).parent / "recipes" / f"{name}.yaml")
@@ -42,10 +43,11 @@ RECIPES = tuple(
 """What was the default, and what is at both efforts."""
 
 
-def quantize(model: Path, recipe: str, draw: int, out: Path, *, calibration: Path) -> dict[str, Any]:
+def quantize(model: Path, recipe: str, draw: int, out: Path, *, calibration: Path, strata: str) -> dict[str, Any]:
     """Seconds of user CPU and the peak of memory."""
-    wanted = load_recipe(recipe)
-    spec = wanted.calibration.model_copy(update={"seed": draw, "samples": 128, "strata": CALIBRATION_STRATA})
+    wanted, counts = load_recipe(recipe), parse_counts(strata)
+    chosen = {"seed": draw, "samples": sum(counts.values()), "strata": counts}
+    spec = wanted.calibration.model_copy(update=chosen)
     file = out.with_suffix(".yaml")
     file.write_text(json.dumps(wanted.model_copy(update={"calibration": spec}).model_dump(mode="json")))
     words = ["quantize", str(model), "-r", str(file), "--calibration", str(calibration), "-o", str(out)]
@@ -78,10 +80,10 @@ def run_and_measure(words: list[str], kept: set[str]) -> dict[str, Any]:
     }
 
 
-def score(model: Path, candidates: list[Path], *, test: Path) -> list[dict[str, Any]]:
+def score(model: Path, candidates: list[Path], *, test: Path, strata: str) -> list[dict[str, Any]]:
     """Of each, by sample, and by task: nats, flips and tokens."""
     settings = Settings(generate=False, dtype="float32", threads=1)
-    report = evaluate(model, candidates, test, strata=parse_counts(TEST_STRATA), settings=settings)
+    report = evaluate(model, candidates, test, strata=parse_counts(strata), settings=settings)
     reference = sum(one.nll for one in report.reference.samples)
     return [
         {
@@ -96,7 +98,9 @@ def make(arguments: argparse.Namespace, recipe: str, draw: int) -> list[str]:
     """The checkpoints of a recipe, by name: as it writes it, and polished."""
     name, work = Path(recipe).stem, arguments.work
     steps: dict[str, Callable[[Path], dict[str, Any]]] = {
-        name: lambda out: quantize(arguments.model, recipe, draw, out, calibration=arguments.calibration)
+        name: lambda out: quantize(
+            arguments.model, recipe, draw, out, calibration=arguments.calibration, strata=arguments.strata
+        )
     }
     if samples := arguments.polish:
         first = work / f"{name}-{draw}"
@@ -119,7 +123,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
             steps |= dict.fromkeys(make(arguments, recipe, draw))
     found = {step: [work / f"{step}-{draw}" for draw in arguments.draws] for step in steps}
     new = [out for outs in found.values() for out in outs if not _scored(out).is_file()]
-    for out, scored in zip(new, score(arguments.model, new, test=arguments.test) if new else [], strict=True):
+    scores = score(arguments.model, new, test=arguments.test, strata=arguments.test_strata) if new else []
+    for out, scored in zip(new, scores, strict=True):
         _scored(out).write_text(json.dumps(json.loads(out.with_name(f"{out.name}.made.json").read_text()) | scored))
         shutil.rmtree(out)
     return {step: [json.loads(_scored(out).read_text()) for out in outs] for step, outs in found.items()}
@@ -202,6 +207,8 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--polish", type=int, default=0, metavar="SAMPLES")
+    parser.add_argument("--strata", default=CALIBRATION_STRATA)
+    parser.add_argument("--test-strata", default=TEST_STRATA)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
