@@ -20,7 +20,7 @@ from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
 from vlmquant.polish import Options, ScaledLinear, _Teacher
-from vlmquant.recipe import Scheme, parse_recipe
+from vlmquant.recipe import CalibrationSpec, Scheme, parse_recipe
 
 DEMO = Path(demo.__file__).parent
 MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
@@ -73,6 +73,34 @@ def quantized(folder: Path, *, symmetric: str) -> Path:
 @pytest.fixture(scope="module")
 def lossy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(tmp_path_factory.mktemp("lossy"), symmetric="true")
+
+
+def test_more_samples_are_of_the_tasks_that_the_recipe_chose(
+    lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[CalibrationSpec]()
+
+    def choose(sample_set: Any, spec: CalibrationSpec) -> Any:
+        asked.append(spec)
+        raise InputError("enough")
+
+    monkeypatch.setattr(polish, "choose_samples", choose)
+    content = json.loads((lossy / "vlmquant.json").read_text())
+    for strata, samples, expected in (
+        ({"caption": 96, "vqa": 16, "chart": 16}, 448, {"caption": 336, "vqa": 56, "chart": 56}),
+        ({"caption": 2, "vqa": 1}, 20, {"caption": 13, "vqa": 7}),
+        (None, 40, None),
+    ):
+        monkeypatch.setattr(polish, "read_manifest", lambda path, strata=strata: with_strata(content, strata))
+        with pytest.raises(InputError, match="enough"):
+            polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, samples=samples, device="cpu")
+        assert asked[-1].strata == expected
+        assert asked[-1].samples == samples
+
+
+def with_strata(manifest: dict[str, Any], strata: dict[str, int] | None) -> dict[str, Any]:
+    recipe = manifest["recipe"]
+    return manifest | {"recipe": recipe | {"calibration": recipe["calibration"] | {"strata": strata}}}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import vlmquant
 from vlmquant import budget, signals
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.processor import load_processor
-from vlmquant.calibration.sampling import choose_samples
+from vlmquant.calibration.sampling import choose_samples, shares
 from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import CheckpointWriter, Inputs, check_output, read_manifest
 from vlmquant.checkpoint.coded import Coded, open_coded
@@ -195,9 +195,9 @@ def polish(
     """Write to the directory `out` the checkpoint with tuned scales; `original` is the model that it was made of.
 
     With force, `out` may be the checkpoint itself, which is then replaced.
-    calibration, samples: the set and how many of it; None as the checkpoint's recipe has them. Raises UsageError,
-    PlanError where there is nothing to be tuned, InputError, and DoesNotFitError where gradients of the whole model
-    need more memory than there is.
+    calibration, samples: the set and how many of it, of each task the share that the checkpoint's recipe has; None as
+    it has them. Raises UsageError, PlanError where there is nothing to be tuned, InputError, and DoesNotFitError where
+    gradients of the whole model need more memory than there is.
     """
     options = options or Options()
     path, base = locate_model(checkpoint), locate_model(original)
@@ -210,8 +210,10 @@ def polish(
     device = find_device(device)
     dtype = compute_dtype(torch.device(device))
     asked: dict[str, Any] = {} if calibration is None else {"set": str(calibration)}
-    asked |= {} if samples is None else {"samples": samples, "strata": None}
     spec = recipe.calibration.model_copy(update=asked)
+    if samples is not None:
+        mixed = None if spec.strata is None else shares(spec.strata, samples)
+        spec = spec.model_copy(update={"samples": samples, "strata": mixed})
     encoder, rows = _rows(path, spec)
     fit, held = _split(rows)
     needed = needed_bytes(coded.components, coded.schemes, tokens=max(row.tokens for row in rows))

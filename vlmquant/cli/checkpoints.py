@@ -43,7 +43,10 @@ def polish(
         str | None, typer.Option("--calibration", "-c", help="Set to tune on; that of the recipe if none is given.")
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", min=16, help="How many of it; as the recipe says if not given.")
+        int | None,
+        typer.Option(
+            "--samples", min=16, help="How many of it, in the recipe's mix of tasks; as the recipe says if not given."
+        ),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Times that every sample is seen.")] = 1,
     rate: Annotated[
