@@ -1,5 +1,6 @@
 """What outputs do to the answers: against a stock model's own gradients; and codes that are made by it, end to end."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from tests import zoo, zoo_check
 from tests.small_set import write_small_set
 from tests.written import written
 from vlmquant import gradients, pipeline
@@ -124,6 +126,32 @@ def test_another_dtype_and_a_vision_encoder(tiny_llava: Path, batches: list[Batc
         assert exact[name].dtype == rough[name].dtype == torch.float32
         assert exact[name].abs().max() > 0
         assert (exact[name] - rough[name]).norm() < 0.3 * exact[name].norm()
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl_moe", "gemma4@moe", "mllama", "florence2", "deepseek_ocr2"])
+def test_models_of_many_kinds_tell_it(kind: str, tmp_path: Path) -> None:
+    """Each linear of the language model but for experts', by samples of one batch; decoders that look across, too."""
+    components, plan = plan_model(zoo.build(kind, tmp_path / "model"), recipe())
+    lines = [line for line in plan.lines if line.needs_gradients]
+    assert {line.component for line in lines} == {"language"}
+    assert not any(".experts." in line.name for line in lines)
+    batch = zoo_check.calibration(kind)[0]()
+    ids = batch.inputs["decoder_input_ids" if "decoder_input_ids" in batch.inputs else "input_ids"]
+    answers = torch.zeros(ids.shape, dtype=torch.bool)
+    answers[:, -3:] = True
+
+    class Maker:
+        def split(self, size: int) -> list[Any]:
+            return [lambda: replace(batch, answer_mask=answers)]
+
+    names = [line.name.removesuffix(".weight") for line in lines]
+    found = gradients.output_moments(components, names, [Maker()], dtype=torch.float32, device=CPU, folder=tmp_path)  # type: ignore[list-item]
+    assert found.keys() == set(names)
+    for line in lines:
+        moments = found[line.name.removesuffix(".weight")]
+        assert moments.shape == (line.shape[0], line.shape[0])
+        assert torch.linalg.eigvalsh(moments.double()).min() > -1e-5 * moments.abs().max()
+        assert moments.diagonal().max() > 0
 
 
 def test_without_answers_nothing_is_known(tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path) -> None:
