@@ -272,7 +272,9 @@ def make_config(kind: str, *, tie: bool = False) -> Any:
 
 def make_model(kind: str, *, seed: int = 0, tie: bool = False, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model in memory: matrices keep the size of their inputs, and no gain, bias or gate has its neutral value."""
-    model = AutoModelForImageTextToText.from_config(make_config(kind, tie=tie)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # a class embedding keeps what it begins with
+        model = AutoModelForImageTextToText.from_config(make_config(kind, tie=tie)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
