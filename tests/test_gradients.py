@@ -22,12 +22,16 @@ from vlmquant.pipeline import plan_model, quantize
 from vlmquant.recipe import Recipe, parse_recipe
 
 CPU = torch.device("cpu")
+IN_FLOAT32: Any = {"dtype": torch.float32, "device": CPU}
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 LANGUAGE = "model.language_model.layers.{}"
 
 
-def recipe(options: str = "loss: answers", *, effort: str = "default", method: str = "gptq") -> Recipe:
-    text = f"components: {{language: {{scheme: w4a16-g64, method: {method}, gptq: {{{options}}}}}}}"
+def recipe(
+    options: str = "loss: answers", *, effort: str = "default", method: str = "gptq", vision: str = "fp16"
+) -> Recipe:
+    language = f"{{scheme: w4a16-g64, method: {method}, gptq: {{{options}}}}}"
+    text = f"components: {{vision_encoder: {vision}, language: {language}}}"
     return parse_recipe(f"name: t\neffort: {effort}\n{text}\n", name="t")
 
 
@@ -86,7 +90,9 @@ def test_moments_are_those_of_a_stock_model_s_gradients(
     names = [f"{LANGUAGE.format(0)}.{local}" for local in ("self_attn.k_proj", "mlp.up_proj")]
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval().requires_grad_(False)
     for one in (piece for make in batches for piece in make.split(gradients.BATCH)):
-        found = gradients.output_moments(components, names, [one], dtype=torch.float32, device=CPU, folder=tmp_path)
+        found = gradients.output_moments(
+            components, names, [one], text_alone=True, dtype=torch.float32, device=CPU, folder=tmp_path
+        )
         assert found.keys() == set(names)
         for name in names:
             rows = [rows[mask].double() for rows, mask in gradients_by_hand(model, name, [one], cut=True)]
@@ -119,7 +125,7 @@ def test_another_dtype_and_a_vision_encoder(tiny_llava: Path, batches: list[Batc
         next(one.name for one in components.linears if one.component == part) for part in ("vision_encoder", "language")
     ]
     exact, rough = (
-        gradients.output_moments(components, names, batches, dtype=dtype, device=CPU, folder=tmp_path)
+        gradients.output_moments(components, names, batches, text_alone=False, dtype=dtype, device=CPU, folder=tmp_path)
         for dtype in (torch.float32, torch.bfloat16)
     )
     for name in names:
@@ -145,7 +151,9 @@ def test_models_of_many_kinds_tell_it(kind: str, tmp_path: Path) -> None:
             return [lambda: replace(batch, answer_mask=answers)]
 
     names = [line.name.removesuffix(".weight") for line in lines]
-    found = gradients.output_moments(components, names, [Maker()], dtype=torch.float32, device=CPU, folder=tmp_path)  # type: ignore[list-item]
+    found = gradients.output_moments(
+        components, names, [Maker()], text_alone=True, dtype=torch.float32, device=CPU, folder=tmp_path
+    )  # type: ignore[list-item]
     assert found.keys() == set(names)
     for line in lines:
         moments = found[line.name.removesuffix(".weight")]
@@ -162,7 +170,9 @@ def test_without_answers_nothing_is_known(tiny_llava: Path, batches: list[BatchM
     components = resolve_components(tiny_llava)
     name = f"{LANGUAGE.format(0)}.mlp.up_proj"
     with pytest.raises(InputError, match="no sample has an answer"):
-        gradients.output_moments(components, [name], silent, dtype=torch.float32, device=CPU, folder=tmp_path)
+        gradients.output_moments(
+            components, [name], silent, text_alone=True, dtype=torch.float32, device=CPU, folder=tmp_path
+        )
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq+gptq"])
@@ -189,10 +199,13 @@ def test_codes_are_made_by_them(method: str, tiny_llava: Path, calibration: Path
     assert "gradients" not in done[2].planned.phases
 
 
+@pytest.mark.parametrize("vision", ["fp16", "{scheme: w4a16-g64, method: gptq, gptq: {loss: answers}}"])
 def test_an_interrupted_run_asks_for_what_is_left(
-    tiny_llava: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vision: str, tiny_llava: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = quantize(tiny_llava, recipe(), tmp_path / "whole", calibration=calibration)
+    """Of gradients that go through the same tokens as before, also where nothing of the vision encoder is left."""
+    wanted = recipe(vision=vision)
+    whole = quantize(tiny_llava, wanted, tmp_path / "whole", calibration=calibration)
     gptq, asked = pipeline.ALGORITHMS["gptq"], list[list[str]]()
 
     def stops(stage: Any) -> Any:
@@ -203,15 +216,15 @@ def test_an_interrupted_run_asks_for_what_is_left(
     find = gradients.output_moments
 
     def watched(components: Any, names: Any, batches: Any, **more: Any) -> Any:
-        asked.append(sorted({name.split(".")[3] for name in names}))
+        asked.append(sorted({name.split("layers.")[1][0] for name in names if "language_model" in name}))
         return find(components, names, batches, **more)
 
     monkeypatch.setattr(gradients, "output_moments", watched)
     with monkeypatch.context() as patch:
         patch.setitem(pipeline.ALGORITHMS, "gptq", stops)
         with pytest.raises(KeyboardInterrupt):
-            quantize(tiny_llava, recipe(), tmp_path / "out", calibration=calibration)
-    quantize(tiny_llava, recipe(), tmp_path / "out", calibration=calibration, resume=True)
+            quantize(tiny_llava, wanted, tmp_path / "out", calibration=calibration)
+    quantize(tiny_llava, wanted, tmp_path / "out", calibration=calibration, resume=True)
     assert asked == [["0", "1"], ["1"]]
     assert written(tmp_path / "out") == written(whole.path)
 

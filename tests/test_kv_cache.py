@@ -222,8 +222,7 @@ def test_weights_do_not_change_with_the_cache(
     by_tensor: pipeline.Quantized, tiny_llava: Path, calibration: Path, tmp_path: Path
 ) -> None:
     without = parse_recipe(f"version: 1\nname: test\ncomponents: {GPTQ}\n", name="test.yaml")
-    done = quantize(tiny_llava, without, tmp_path / "plain", calibration=calibration)
-    plain = tensors_of(done.path)
+    plain = tensors_of(quantize(tiny_llava, without, tmp_path / "plain", calibration=calibration).path)
     cache = tensors_of(by_tensor.path)
     assert {name for name in cache if name not in plain} == {
         f"{LAYER.format(layer)}.{leaf}" for layer in (0, 1) for leaf in ("k_scale", "v_scale")

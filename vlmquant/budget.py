@@ -20,7 +20,7 @@ from vlmquant.errors import DoesNotFitError
 from vlmquant.experts import Form
 from vlmquant.kernels.probe import GPU_TIMES, measured, seconds
 from vlmquant.limits import is_allocation_failure
-from vlmquant.planning import CALIBRATED, Plan, with_parents
+from vlmquant.planning import CALIBRATED, Plan, PlanLine, with_parents
 from vlmquant.ranks import ROWS
 from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
 from vlmquant.stream import HELD_EVERY, HELD_TOKENS, ROW_ELEMENTS, TOKENS_PER_INPUT, Footprint, has_experts
@@ -204,7 +204,7 @@ def predict(
         parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
         if elsewhere:
             there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
-    moments = sum(FLOAT_BYTES * line.shape[0] ** 2 for line in plan.lines if line.needs_gradients)
+    moments = moment_bytes([line for line in plan.lines if line.needs_gradients])
     timed = not elsewhere or torch.cuda.is_available()
     speed = _products_per_second(dtype, device or torch.device("cpu")) if timed else None
     longest = None if speed is None else products / speed
@@ -219,6 +219,11 @@ def predict(
         there,
         chains,
     )
+
+
+def moment_bytes(lines: Iterable[PlanLine]) -> int:
+    """Of the second moments (out, out) of gradients."""
+    return sum(FLOAT_BYTES * line.shape[0] ** 2 for line in lines)
 
 
 def _sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:

@@ -58,16 +58,19 @@ def whole_model(components: ComponentMap, device: torch.device, dtype: torch.dty
     return model.get_submodule(runs).to(device)
 
 
+def module_of(model: nn.Module, components: ComponentMap, name: str) -> nn.Module:
+    """A module of `whole_model` by its name in the model."""
+    runs = components.family.runs
+    return model.get_submodule(name.removeprefix(f"{runs}.") if runs else name)
+
+
 def weight_bytes(components: ComponentMap, dtype: torch.dtype) -> int:
     return sum(dtype.itemsize * math.prod(one.shape) for one in components.parameters)
 
 
-def activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype) -> int:
-    """What passes keep of so many tokens until gradients are there."""
-    return _activation_bytes(components, tokens, dtype, widths=budget.GRADIENT_WIDTHS, blocks=len(components.blocks))
-
-
-def _activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype, *, widths: int, blocks: int) -> int:
+def activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype, *, widths: int, blocks: int) -> int:
+    """What passes keep of so many tokens until gradients are there: so many vectors as wide as the hidden state in each
+    of so many blocks."""
     width = getattr(components.config.get_text_config(), "hidden_size", 0)
     return dtype.itemsize * tokens * width * widths * blocks
 
@@ -90,11 +93,15 @@ def draw(logits: Tensor, *, seed: int) -> Tensor:
 def needed_bytes(components: ComponentMap, lines: Sequence[PlanLine], tokens: int, dtype: torch.dtype) -> int:
     """Memory for `output_moments` of the linears of these lines, from passes whose longest sample has so many tokens,
     beside what the process holds before."""
-    moments = sum(budget.FLOAT_BYTES * line.shape[0] ** 2 for line in lines)
-    language = {line.component for line in lines} == {"language"}
-    behind = [block for block in components.blocks if block.component == "language" or not language]
-    passes = _activation_bytes(components, BATCH * tokens, dtype, widths=WIDTHS, blocks=len(behind))
-    return weight_bytes(components, dtype) + passes + moments
+    text = need_text_alone(lines)
+    behind = [block for block in components.blocks if block.component == "language" or not text]
+    passes = activation_bytes(components, BATCH * tokens, dtype, widths=WIDTHS, blocks=len(behind))
+    return weight_bytes(components, dtype) + passes + budget.moment_bytes(lines)
+
+
+def need_text_alone(lines: Sequence[PlanLine]) -> bool:
+    """Whether gradients need not go through images: all linears that are asked for come behind them."""
+    return {line.component for line in lines} == {"language"}
 
 
 def output_moments(
@@ -102,22 +109,20 @@ def output_moments(
     names: Collection[str],
     batches: Sequence[BatchMaker],
     *,
+    text_alone: bool,
     dtype: torch.dtype,
     device: torch.device,
     folder: Path,
 ) -> dict[str, Tensor]:
     """G of each linear of these names, float32 (out, out) on the CPU, in files of the folder that have no names.
 
-    dtype: of the passes. Raises InputError where no sample has an answer, and DoesNotFitError where memory runs out.
+    text_alone: see need_text_alone; of the whole plan, so that a resumed run finds what the first would have. dtype: of
+    the passes. Raises InputError where no sample has an answer, and DoesNotFitError where memory runs out.
     """
     with budget.told_of_gradients("quantize"):
-        model, runs = whole_model(components, device, dtype), components.family.runs
-        parts = {linear.component for linear in components.linears if linear.name in set(names)}
-        followed, tokens = _Tokens(model, text_alone=parts == {"language"}), 0
-        moments = {
-            name: _Moment(model.get_submodule(name.removeprefix(f"{runs}.") if runs else name), followed, folder)
-            for name in names
-        }
+        model = whole_model(components, device, dtype)
+        followed, tokens = _Tokens(model, text_alone=text_alone), 0
+        moments = {name: _Moment(module_of(model, components, name), followed, folder) for name in names}
         pieces = [piece for make in batches for piece in make.split(BATCH)]
         with bar("quantize", total=len(pieces)) as progress:
             for number, make in enumerate(pieces):

@@ -426,8 +426,15 @@ def _find_output_moments(
     ]
     if not names:
         return {}
-    folder = _spill_folder(writer, ranks)
-    return gradients.output_moments(writer.components, names, batches, dtype=dtype, device=device, folder=folder)
+    return gradients.output_moments(
+        writer.components,
+        names,
+        batches,
+        text_alone=gradients.need_text_alone([line for line in plan.lines if line.needs_gradients]),
+        dtype=dtype,
+        device=device,
+        folder=_spill_folder(writer, ranks),
+    )
 
 
 def _polish(out: Path, model_dir: Path, calibration: str, device: str) -> tuple[str, ...]:

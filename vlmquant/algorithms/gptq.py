@@ -8,6 +8,7 @@ permutation is stored.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -76,15 +77,20 @@ def dead_inputs(mean_square: Tensor) -> Tensor:
     return mean_square <= DEAD_FRACTION * mean_square.max()
 
 
-def quantize_weight(weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions) -> tuple[QuantizedWeight, Tensor]:
+def quantize_weight(
+    weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions, *, outputs: Factor | None = None
+) -> tuple[QuantizedWeight, Tensor]:
     """weight (out, in) float32 -> codes with error feedback on a grid that was searched before rounding.
 
-    And for each row e of their error e H e^T, float64 (out,).
+    And for each row e of their error e H e^T, float64 (out,). outputs: of G, where rows feed each other: see `coupled`.
     """
     scales, zeros = search_scales(
         weight, factor.mean_square, grid, search=options.scale_search, signed=options.signed_scales
     )
-    codes, lost = round_columns(weight, scales, zeros, factor, grid)
+    if outputs is None:
+        codes, lost = round_columns(weight, scales, zeros, factor, grid)
+    else:
+        codes, lost = round_both(weight, scales, zeros, factor, outputs, grid)
     return QuantizedWeight(codes, scales, None if zeros is None else zeros.to(torch.uint8), grid), lost
 
 
@@ -92,15 +98,11 @@ def _rounded_for_answers(
     weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions, moments: Tensor
 ) -> tuple[QuantizedWeight, Tensor]:
     """quantize_weight by the second moments G (out, out) of gradients, whose memory is used up."""
-    device = weight.device
-    weight, factor = weight.float().cpu(), factor.to("cpu")
     outputs = factorize(moments, options.output_damping, activation_order=True)
-    scales, zeros = search_scales(
-        weight, factor.mean_square, grid, search=options.scale_search, signed=options.signed_scales
-    )
-    codes, lost = round_both(weight, scales, zeros, factor, outputs, grid)
-    kept = None if zeros is None else zeros.to(device, torch.uint8)
-    return QuantizedWeight(codes.to(device), scales.to(device), kept, grid), lost
+    found, lost = quantize_weight(weight.float().cpu(), factor.to("cpu"), grid, options, outputs=outputs)
+    device, zeros = weight.device, found.zeros
+    zeros = None if zeros is None else zeros.to(device)
+    return replace(found, codes=found.codes.to(device), scales=found.scales.to(device), zeros=zeros), lost
 
 
 def _loop(weight: Tensor, grid: Grid) -> Callable[..., None]:

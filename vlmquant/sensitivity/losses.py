@@ -147,7 +147,10 @@ def measure(
     rows = [row for row in rows if row.tokens <= spec.max_tokens and row.answer_tokens]
     if not rows:
         raise InputError(f"calibration set {shown(spec.set)}: no sample has an answer that a loss could be taken of")
-    passes = gradients.activation_bytes(components, max(row.tokens for row in rows), torch.float32)
+    longest, blocks = max(row.tokens for row in rows), len(components.blocks)
+    passes = gradients.activation_bytes(
+        components, longest, torch.float32, widths=budget.GRADIENT_WIDTHS, blocks=blocks
+    )
     _refuse_too_large(
         gradients.weight_bytes(components, torch.float32) + passes + max(map(_unit_bytes, units)),
         device,
@@ -240,12 +243,8 @@ def _measure_some(
     told: str,
 ) -> dict[str, dict[str, float]]:
     """Unit -> scheme -> loss."""
-    specs, runs = dict(recipe.specs()), components.family.runs
-    modules = {
-        name: model.get_submodule(name.removeprefix(f"{runs}.") if runs else name)
-        for unit in units
-        for name in unit.linears
-    }
+    specs = dict(recipe.specs())
+    modules = {name: gradients.module_of(model, components, name) for unit in units for name in unit.linears}
     rounded_by, judges = apart(rows)
     moments = _collect(model, units, modules, encoder, rounded_by, told)
     probes: dict[str, _Probe] = {}
