@@ -1,6 +1,7 @@
 """What outputs do to the answers: against a stock model's own gradients; and codes that are made by it, end to end."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 from tests import zoo, zoo_check
 from tests.small_set import write_small_set
 from tests.written import written
-from vlmquant import gradients, pipeline
+from vlmquant import gradients, pipeline, stream
 from vlmquant.calibration.encode import BatchMaker, make_batches
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sets import load_set
@@ -83,21 +84,34 @@ def gradients_by_hand(model: Any, linear: str, pieces: list[BatchMaker], *, cut:
     return rows
 
 
+@pytest.mark.parametrize("text_alone", [True, False])
 def test_moments_are_those_of_a_stock_model_s_gradients(
-    tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path
+    text_alone: bool, tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All in one piece, and in squares along the diagonal."""
     components = resolve_components(tiny_llava)
-    names = [f"{LANGUAGE.format(0)}.{local}" for local in ("self_attn.k_proj", "mlp.up_proj")]
+    names = [f"{LANGUAGE.format(0)}.{local}" for local in ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")]
     model = AutoModelForImageTextToText.from_pretrained(tiny_llava, dtype=torch.float32).eval().requires_grad_(False)
     for one in (piece for make in batches for piece in make.split(gradients.BATCH)):
-        found = gradients.output_moments(
-            components, names, [one], text_alone=True, dtype=torch.float32, device=CPU, folder=tmp_path
+        run = partial(
+            gradients.output_moments, components, names, [one], text_alone=text_alone, folder=tmp_path, **IN_FLOAT32
         )
-        assert found.keys() == set(names)
+        whole = run()
+        with monkeypatch.context() as patch:
+            patch.setattr(stream, "ROWS_TOGETHER", 100)
+            parts = run()
+        assert whole.keys() == parts.keys() == set(names)
         for name in names:
-            rows = [rows[mask].double() for rows, mask in gradients_by_hand(model, name, [one], cut=True)]
+            made = gradients_by_hand(model, name, [one], cut=text_alone)
+            rows = [(rows[mask] if text_alone else rows.flatten(0, -2)).double() for rows, mask in made]
             wanted = sum(part.T @ part for part in rows) / gradients.PROBES
-            torch.testing.assert_close(found[name].double(), wanted, rtol=1e-3, atol=1e-5 * float(wanted.abs().max()))
+            close: Any = {"rtol": 1e-3, "atol": 1e-5 * float(wanted.abs().max())}
+            (square,) = whole[name]
+            torch.testing.assert_close(square.double(), wanted, **close)
+            assert [len(part) for part in parts[name]] == [128] * (len(wanted) // 128)
+            for number, part in enumerate(parts[name]):
+                place = slice(128 * number, 128 * (number + 1))
+                torch.testing.assert_close(part.double(), wanted[place, place], **close)
     assert list(tmp_path.iterdir()) == []  # the files have no names
 
 
@@ -129,9 +143,10 @@ def test_another_dtype_and_a_vision_encoder(tiny_llava: Path, batches: list[Batc
         for dtype in (torch.float32, torch.bfloat16)
     )
     for name in names:
-        assert exact[name].dtype == rough[name].dtype == torch.float32
-        assert exact[name].abs().max() > 0
-        assert (exact[name] - rough[name]).norm() < 0.3 * exact[name].norm()
+        (one,), (other,) = exact[name], rough[name]
+        assert one.dtype == other.dtype == torch.float32
+        assert one.abs().max() > 0
+        assert (one - other).norm() < 0.3 * one.norm()
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl_moe", "gemma4@moe", "mllama", "florence2", "deepseek_ocr2"])
@@ -156,7 +171,7 @@ def test_models_of_many_kinds_tell_it(kind: str, tmp_path: Path) -> None:
     )  # type: ignore[list-item]
     assert found.keys() == set(names)
     for line in lines:
-        moments = found[line.name.removesuffix(".weight")]
+        (moments,) = found[line.name.removesuffix(".weight")]
         assert moments.shape == (line.shape[0], line.shape[0])
         assert torch.linalg.eigvalsh(moments.double()).min() > -1e-5 * moments.abs().max()
         assert moments.diagonal().max() > 0

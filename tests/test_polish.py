@@ -17,6 +17,7 @@ from vlmquant import cli, demo, pipeline, polish
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.checkpoint.coded import open_coded
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError
+from vlmquant.gradients import TokensFollowed
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
 from vlmquant.polish import Options, ScaledLinear, _Teacher
@@ -25,15 +26,22 @@ from vlmquant.recipe import CalibrationSpec, Scheme, parse_recipe
 DEMO = Path(demo.__file__).parent
 MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
 SAMPLES = 96
+ALL = TokensFollowed(text_alone=False)
 LOSSY = "{scheme: {bits: 3, group_size: 32, symmetric: SYM}, method: gptq}"
 
 
+@pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("columns", "size"), [(64, 32), (80, 32), (48, None)])
-def test_product_and_gradients_are_autograds(columns: int, size: int | None, symmetric: bool) -> None:
+def test_product_and_gradients_are_autograds(columns: int, size: int | None, symmetric: bool, some: bool) -> None:
+    """some: where gradients go through some of the tokens."""
     weight = grids.random(Scheme(bits=4, group_size=size, symmetric=symmetric), 24, columns, seed=columns)
-    bias = torch.randn(24, generator=torch.Generator().manual_seed(1))
-    layer = ScaledLinear(weight, bias, dtype=torch.float32, device="cpu")
+    bias, followed = torch.randn(24, generator=torch.Generator().manual_seed(1)), ALL
+    mask = torch.tensor([[False, True, False, True, True], [True, False, False, False, True]]) | (not some)
+    if some:
+        followed = TokensFollowed(text_alone=True)
+        followed.mask = mask
+    layer = ScaledLinear(weight, bias, followed, dtype=torch.float32, device="cpu")
     factor = 0.1 * torch.randn(weight.scales.shape, generator=torch.Generator().manual_seed(2))
     layer.log_factor.data.copy_(factor)
     inputs = torch.randn(2, 5, columns, generator=torch.Generator().manual_seed(3)).requires_grad_()
@@ -43,7 +51,7 @@ def test_product_and_gradients_are_autograds(columns: int, size: int | None, sym
     exact, x = factor.double().requires_grad_(), inputs.detach().double().requires_grad_()
     spread = exact.exp().repeat_interleave(size or columns, dim=1)[:, :columns]
     expected = x @ (weight.dequantize().double() * spread).T + bias
-    expected.square().sum().backward()  # type: ignore[no-untyped-call]
+    torch.where(mask[..., None], expected, 0).square().sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
     assert layer.log_factor.grad is not None
     assert inputs.grad is not None
@@ -208,7 +216,7 @@ def test_the_command_says_what_it_did(lossy: Path, tmp_path: Path, monkeypatch: 
 
 def test_scales_are_stored_as_they_were_judged() -> None:
     weight = grids.random(Scheme(bits=4, group_size=32), 8, 64)
-    layer = ScaledLinear(weight, None, dtype=torch.float32, device="cpu")
+    layer = ScaledLinear(weight, None, ALL, dtype=torch.float32, device="cpu")
     assert torch.equal(layer.rounded().scales, weight.scales)
     layer.log_factor.data += 0.01
     rounded = layer.rounded()

@@ -23,7 +23,15 @@ from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import CALIBRATED, Plan, PlanLine, with_parents
 from vlmquant.ranks import ROWS
 from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
-from vlmquant.stream import HELD_EVERY, HELD_TOKENS, ROW_ELEMENTS, TOKENS_PER_INPUT, Footprint, has_experts
+from vlmquant.stream import (
+    HELD_EVERY,
+    HELD_TOKENS,
+    ROW_ELEMENTS,
+    TOKENS_PER_INPUT,
+    Footprint,
+    has_experts,
+    rows_together,
+)
 
 FLOAT_BYTES = 4
 """Of a float32, in which codes are chosen."""
@@ -222,8 +230,8 @@ def predict(
 
 
 def moment_bytes(lines: Iterable[PlanLine]) -> int:
-    """Of the second moments (out, out) of gradients."""
-    return sum(FLOAT_BYTES * line.shape[0] ** 2 for line in lines)
+    """Of the second moments of gradients."""
+    return sum(FLOAT_BYTES * rows**2 for line in lines for rows in rows_together(line.shape[0]))
 
 
 def _sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -413,7 +421,7 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     part = largest if row_elements is None else min(largest, max(row_elements, ROWS * stage.columns))
     if stage.coupled:  # all rows at once, what they have lost, and what its outputs do to the answers
         plain = _rounding_bytes(replace(stage, coupled=False), None)
-        return plain + FLOAT_BYTES * (stage.most_rows**2 + largest)
+        return plain + FLOAT_BYTES * (max(rows_together(stage.most_rows)) ** 2 + largest)
     if stage.compares:  # the other second moments, what is held out, and weights with their corrections
         held = min(stage.tokens / HELD_EVERY, HELD_TOKENS)
         beside = (3 if stage.method == "auto" else 1) * FLOAT_BYTES * stage.columns**2
@@ -441,9 +449,9 @@ def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun:
         if stage.method in WITH_FEEDBACK:
             total += stage.columns**3 / 3 + stage.rows * stage.columns**2
         if stage.coupled:  # another factor, and feedback from row to row; forth and back through the original
-            total += stage.most_rows**2 * (stage.most_rows / 3 + stage.columns) + 2 * float(tokens) * weights / len(
-                stages
-            )
+            together = max(rows_together(stage.most_rows))
+            total += stage.most_rows * together * (together / 3 + stage.columns)
+            total += 2 * float(tokens) * weights / len(stages)
         if stage.compares:  # more second moments; another factor; twice what solves by it, and weights times them
             total += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2
     return total

@@ -7,17 +7,21 @@ answers instead gives the same on average, but much of it comes from tokens that
 
 With g_t the gradient at what a linear puts out for token t, G = sum of g_t g_t^T over tokens, a share of the answer
 tokens, says how its outputs count, and how they make up for each other: F is taken for G and E[x x^T] multiplied, as in
-K-FAC (arXiv:1503.05671) and YAQA (arXiv:2505.22988).
+K-FAC (arXiv:1503.05671) and YAQA (arXiv:2505.22988). Of G, squares along the diagonal are taken.
 """
 
+import inspect
 import math
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 
 from vlmquant import budget, signals
 from vlmquant.calibration.encode import Batch, BatchMaker
@@ -28,7 +32,7 @@ from vlmquant.loading import give_back_freed_memory
 from vlmquant.planning import PlanLine
 from vlmquant.progress import bar
 from vlmquant.scratch import leave_memory, mapped_copy
-from vlmquant.stream import assign
+from vlmquant.stream import assign, mirror_upper, rows_together, upper_slices
 
 SEED = 0
 """Of the signs that are drawn."""
@@ -113,26 +117,29 @@ def output_moments(
     dtype: torch.dtype,
     device: torch.device,
     folder: Path,
-) -> dict[str, Tensor]:
-    """G of each linear of these names, float32 (out, out) on the CPU, in files of the folder that have no names.
+) -> dict[str, list[Tensor]]:
+    """G of each linear of these names, float32 on the CPU, in files of the folder that have no names: the squares along
+    its diagonal, of stream.rows_together.
 
     text_alone: see need_text_alone; of the whole plan, so that a resumed run finds what the first would have. dtype: of
     the passes. Raises InputError where no sample has an answer, and DoesNotFitError where memory runs out.
     """
     with budget.told_of_gradients("quantize"):
         model = whole_model(components, device, dtype)
-        followed, tokens = _Tokens(model, text_alone=text_alone), 0
+        followed, tokens = TokensFollowed(text_alone=text_alone), 0
         moments = {name: _Moment(module_of(model, components, name), followed, folder) for name in names}
         pieces = [piece for make in batches for piece in make.split(BATCH)]
         with bar("quantize", total=len(pieces)) as progress:
             for number, make in enumerate(pieces):
                 signals.check()
                 batch = make()
-                followed.begin(batch)
-                logits = logits_of_answers(model, batch)
+                with followed.in_pass(batch):
+                    logits = logits_of_answers(model, batch)
                 for probe in range(PROBES if len(logits) else 0):
                     drawn = draw(logits.detach(), seed=SEED + PROBES * number + probe)
                     torch.autograd.backward(logits, drawn.to(logits.dtype), retain_graph=probe + 1 < PROBES)
+                for one in moments.values():
+                    one.add()
                 tokens += PROBES * len(logits)
                 progress.step("gradients")
         for one in moments.values():
@@ -144,38 +151,88 @@ def output_moments(
             "calibration: no sample has an answer, so nothing says what layers do to answers; give a set with answers, "
             "or components.language.gptq.loss: layer"
         )
-    return {name: one.total for name, one in moments.items()}
+    return {name: one.squares for name, one in moments.items()}
 
 
-class _Tokens:
+class TokensFollowed(TorchFunctionMode):
     """Which tokens gradients are followed through: all, or of text alone, for linears that come behind images.
 
     What an image's tokens do to the answers is a ten-thousandth of what others do, and they are most. They come before
-    the text that is asked of them, so that nothing of its gradients goes through them.
+    the text that is asked of them, so that nothing of its gradients goes through them. As a context, around a forward
+    pass, it sees to that in linears and in attention.
     """
 
-    def __init__(self, model: nn.Module, *, text_alone: bool) -> None:
+    def __init__(self, *, text_alone: bool) -> None:
+        super().__init__()
         self.mask: Tensor | None = None
         self._text_alone = text_alone
-        for module in model.modules() if text_alone else ():
-            if type(module) is nn.Linear:
-                module.forward = partial(self._linear, module)  # type: ignore[method-assign]
+        self._kept = ExitStack()
 
-    def begin(self, batch: Batch) -> None:
+    def __enter__(self) -> "TokensFollowed":
+        if self.mask is not None:
+            self._kept.enter_context(saved_tensors_hooks(self._pack, self._unpack))
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        self._kept.close()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _pack(self, kept: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Of vectors that a pass keeps for its gradients, those of the tokens followed."""
+        mask = self.of(tuple(kept.shape[:-1]))
+        if mask is None or not kept.is_floating_point():
+            return kept
+        mask = mask.to(kept.device)
+        return kept[mask], mask
+
+    @staticmethod
+    def _unpack(packed: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """With ones for the others, which no derivative goes to infinity at."""
+        if isinstance(packed, Tensor):
+            return packed
+        rows, mask = packed
+        whole = rows.new_ones(*mask.shape, rows.shape[-1])
+        whole[mask] = rows
+        return whole
+
+    def in_pass(self, batch: Batch) -> "TokensFollowed":
+        """The context for a pass of this batch; what goes backward may do so after it."""
         real, image = batch.inputs.get("attention_mask"), batch.image_mask
         self.mask = None
         if self._text_alone and real is not None and image is not None and real.shape == image.shape:
             self.mask = real.bool() & ~image
+        return self
 
     def of(self, shape: tuple[int, ...]) -> Tensor | None:
         """The mask for vectors (*shape, width), None where they are not those of a batch's tokens."""
         return self.mask if self.mask is not None and self.mask.shape == shape else None
 
-    def _linear(self, module: nn.Linear, inputs: Tensor) -> Tensor:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.mask is not None and torch.is_grad_enabled():
+            if function is nn.functional.linear:
+                return self._linear(*args, **kwargs)
+            if function is nn.functional.scaled_dot_product_attention:
+                return self._attention(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _linear(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         mask = self.of(tuple(inputs.shape[:-1]))
+        if mask is None or weight.requires_grad:
+            return nn.functional.linear(inputs, weight, bias)
+        output: Tensor = _Product.apply(inputs, weight, bias, mask)  # type: ignore[no-untyped-call]
+        return output
+
+    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        known = inspect.signature(_attend).bind(query, key, value, *args, **kwargs)
+        known.apply_defaults()
+        plain = query.ndim == key.ndim == value.ndim == 4 and not known.arguments["dropout_p"]
+        mask = self.of((len(query), query.shape[-2])) if plain and query.shape[-2] == key.shape[-2] else None
         if mask is None:
-            return nn.functional.linear(inputs, module.weight, module.bias)
-        output: Tensor = _Product.apply(inputs, module.weight, module.bias, mask)  # type: ignore[no-untyped-call]
+            return nn.functional.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+        output: Tensor = _Attention.apply(mask, *known.arguments.values())  # type: ignore[no-untyped-call]
         return output
 
 
@@ -195,28 +252,93 @@ class _Product(torch.autograd.Function):
         return found, None, None, None
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+class _Attention(torch.autograd.Function):
+    """Attention whose outputs give a gradient at some tokens alone: a sample's few rows of the scores are made anew."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        ctx.mask, ctx.options = mask.to(query.device), options
+        ctx.save_for_backward(query, key, value)
+        return _attend(query, key, value, *options)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        bias, _, causal, scale, _ = ctx.options
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        heads, shared = query.shape[1], query.shape[1] // key.shape[1]
+        found = [torch.zeros_like(one) for one in (query, key, value)]
+        for sample, rows in enumerate(ctx.mask):
+            picked, keys, values, gradient = (
+                one[sample].float() for one in (query[:, :, rows], key, value, gradients[0][:, :, rows])
+            )
+            keys, values = (one.repeat_interleave(shared, 0) for one in (keys, values))
+            scores = picked @ keys.mT * scale
+            if causal:
+                scores.masked_fill_(~torch.ones(len(rows), len(rows), dtype=torch.bool).tril()[rows], -math.inf)
+            if bias is not None:
+                some = bias.expand(len(query), heads, len(rows), len(rows))[sample][:, rows]
+                scores = scores.masked_fill(~some, -math.inf) if some.dtype == torch.bool else scores + some
+            weights = scores.softmax(-1).nan_to_num()
+            of_weights = gradient @ values.mT
+            of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * scale
+            found[0][sample, :, rows] = (of_scores @ keys).to(query.dtype)
+            for place, of_shared in ((1, of_scores.mT @ picked), (2, weights.mT @ gradient)):
+                found[place][sample] = of_shared.view(-1, shared, *of_shared.shape[1:]).sum(1)
+        return None, *found, *(None for _ in ctx.options)
+
+
 class _Moment:
     """Adds up g g^T of what a linear puts out."""
 
-    def __init__(self, module: nn.Module, tokens: _Tokens, folder: Path) -> None:
+    def __init__(self, module: nn.Module, tokens: TokensFollowed, folder: Path) -> None:
         rows = int(module.out_features)  # type: ignore[arg-type]
-        self.total = mapped_copy(torch.zeros(rows, rows), folder)
+        self.squares = [mapped_copy(torch.zeros(size, size), folder) for size in rows_together(rows)]
         self._tokens = tokens
+        self._gradients = list[Tensor]()
+        """(tokens, out) of the batch at hand, of each vector that went backward."""
         self._handle = module.register_forward_hook(self._heard)
 
     def _heard(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             output.requires_grad_()
         mask = self._tokens.of(tuple(output.shape[:-1]))
-        output.register_hook(partial(self._add, mask))  # type: ignore[no-untyped-call]
+        output.register_hook(partial(self._keep, mask))  # type: ignore[no-untyped-call]
+
+    def _keep(self, mask: Tensor | None, gradient: Tensor) -> None:
+        """A copy: autograd may go on to add to this gradient in its place."""
+        rows = gradient.flatten(0, -2).clone() if mask is None else gradient[mask.to(gradient.device)]
+        self._gradients.append(rows)
 
     @torch.no_grad()
-    def _add(self, mask: Tensor | None, gradient: Tensor) -> None:
-        rows = gradient.flatten(0, -2) if mask is None else gradient[mask.to(gradient.device)]
-        rows = rows.to(self.total.device, torch.float32)
-        self.total.addmm_(rows.T, rows)
+    def add(self) -> None:
+        """The batch at hand: in one product, and of it what lies above the diagonal."""
+        if self._gradients:
+            every = torch.cat(self._gradients)
+            for square, rows in zip(self.squares, torch.split(every, list(map(len, self.squares)), dim=1), strict=True):
+                for part in upper_slices(square):
+                    first = len(square) - part.shape[1]
+                    part += (rows[:, first : first + len(part)].T @ rows[:, first:]).to(part.device)
+                leave_memory(square)
+            self._gradients.clear()
 
     def end(self, tokens: int) -> None:
         self._handle.remove()
-        self.total /= max(tokens, 1)
-        leave_memory(self.total)
+        for square in self.squares:
+            mirror_upper(square).div_(max(tokens, 1))
+            leave_memory(square)

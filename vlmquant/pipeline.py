@@ -52,7 +52,7 @@ from vlmquant.families import Family, from_spec
 from vlmquant.formats import FORMATS, bitsandbytes
 from vlmquant.gate import Gate, judge, recorded_gate
 from vlmquant.grid import QuantizedWeight, grid_of
-from vlmquant.kernels.probe import compute_dtype, has_bfloat16_tiles
+from vlmquant.kernels.probe import compute_dtype, has_fast_bfloat16
 from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
@@ -380,15 +380,15 @@ def spend_budget(
 
 
 def calibration_dtype(device: torch.device | str) -> torch.dtype:
-    """bfloat16 on a CPU with AMX, float32 on others: what a CPU is, whatever a clock says, so that it always calibrates
-    alike. On a GPU it is what is faster there.
+    """bfloat16 on a CPU that is made for it, float32 on others: what a CPU is, whatever a clock says, so that it always
+    calibrates alike. On a GPU it is what is faster there.
 
     On held-out samples bfloat16 loses no more, in less time and memory (benchmarks/accuracy/LOG.md,
     benchmarks/results/calibration_dtype.md).
     """
     if torch.device(device).type != "cpu":
         return compute_dtype(device)
-    return torch.bfloat16 if has_bfloat16_tiles() else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16() else torch.float32
 
 
 def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> CalibrationSpec:
@@ -414,7 +414,7 @@ def _whole_model_bytes(
 
 def _find_output_moments(
     writer: CheckpointWriter, batches: Sequence[BatchMaker], dtype: torch.dtype, device: torch.device, ranks: Ranks
-) -> dict[str, Tensor]:
+) -> dict[str, list[Tensor]]:
     """Of the linears that need it and are still to be quantized; the first process has them."""
     plan, blocks = writer.plan, writer.components.blocks
     names = [
@@ -560,7 +560,7 @@ def quantize_blocks(
     device: torch.device,
     passes: Passes | None = None,
     ranks: Ranks = ALONE,
-    output_moments: Mapping[str, Tensor] | None = None,
+    output_moments: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> BlockResult:
     """Choose and record the codes of all weights that the writer's plan quantizes, those restored from it apart.
 
@@ -616,7 +616,7 @@ def _quantize_blocks(
     passes: Passes | None = None,
     ranks: Ranks = ALONE,
     note: str | None = None,
-    output_moments: Mapping[str, Tensor] | None = None,
+    output_moments: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> BlockResult:
     """note: why this size, from here on."""
     components, plan, recipe = writer.components, writer.plan, writer.recipe

@@ -26,8 +26,9 @@ from vlmquant.checkpoint.coded import Coded, open_coded
 from vlmquant.components import ComponentMap, locate_model
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
-from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows
+from vlmquant.evaluation.passes import Row, answer_logits, batches_of, logits_of_answers, measure_rows, with_answers
 from vlmquant.export import carried_by, plan_of, recipe_of, units_of
+from vlmquant.gradients import TokensFollowed
 from vlmquant.grid import QuantizedWeight, expand_groups
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
@@ -99,10 +100,13 @@ class ScaledLinear(nn.Module):
     scales: Tensor
     """float32 (out, groups)."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, *, dtype: torch.dtype, device: Any) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None, followed: TokensFollowed, *, dtype: torch.dtype, device: Any
+    ) -> None:
         super().__init__()
         self.weight_before, self.dtype = weight, dtype
         self.bias = bias
+        self.followed = followed
         groups, size = weight.scales.shape[1], weight.grid.group_size
         zeros = weight.zeros
         if zeros is not None:
@@ -117,8 +121,9 @@ class ScaledLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         scales = self.scales * self.log_factor.exp()
+        mask = self.followed.of(tuple(inputs.shape[:-1]))
         output: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            inputs, self.values, scales, self.columns, self.dtype
+            inputs, self.values, scales, self.columns, self.dtype, mask
         )
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
@@ -129,28 +134,37 @@ class ScaledLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """inputs (..., in) times values * scales, of which only the codes are kept until the gradient comes."""
+    """inputs (..., in) times values * scales, of which only the codes are kept until the gradient comes, and of the
+    inputs those of the tokens that it is followed through (mask)."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, values: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(inputs, values, scales)
-        ctx.columns, ctx.dtype = columns, dtype
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        values: Tensor,
+        scales: Tensor,
+        columns: int,
+        dtype: torch.dtype,
+        mask: Tensor | None,
+    ) -> Tensor:
+        mask = torch.ones(inputs.shape[:-1], dtype=torch.bool) if mask is None else mask
+        mask = mask.to(inputs.device)
+        ctx.save_for_backward(inputs[mask], values, scales, mask)
+        ctx.columns, ctx.dtype, ctx.inputs_dtype = columns, dtype, inputs.dtype
         weight = _dequantized(values, scales, columns, dtype)
         return nn.functional.linear(inputs.to(dtype), weight).to(inputs.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None, None]:
-        (gradient,) = gradients
-        inputs, values, scales = ctx.saved_tensors
-        gradient = gradient.to(ctx.dtype)
-        of_inputs = None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor, None, None, None]:
+        rows, values, scales, mask = ctx.saved_tensors
+        gradient, of_inputs = gradients[0][mask].to(ctx.dtype), None
         if ctx.needs_input_grad[0]:
-            weight = _dequantized(values, scales, ctx.columns, ctx.dtype)
-            of_inputs = (gradient @ weight).to(inputs.dtype)
-        flat, rows = gradient.flatten(0, -2), inputs.to(ctx.dtype).flatten(0, -2)
-        of_weight = nn.functional.pad((flat.T @ rows).float(), (0, values[0].numel() - ctx.columns))
+            of_inputs = gradient.new_zeros(*mask.shape, ctx.columns, dtype=ctx.inputs_dtype)
+            of_inputs[mask] = (gradient @ _dequantized(values, scales, ctx.columns, ctx.dtype)).to(ctx.inputs_dtype)
+        of_weight = (gradient.T @ rows.to(ctx.dtype)).float()
+        of_weight = nn.functional.pad(of_weight, (0, values[0].numel() - ctx.columns))
         of_scales = (of_weight.view(values.shape) * values).sum(-1)
-        return of_inputs, None, of_scales, None, None
+        return of_inputs, None, of_scales, None, None, None
 
 
 def _dequantized(values: Tensor, scales: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
@@ -349,6 +363,7 @@ class _Tuner:
         norms: bool,
     ) -> None:
         self.model, self.encoder, self.teacher = model.requires_grad_(False), encoder, teacher
+        self.followed = TokensFollowed(text_alone=True)
         runs = coded.components.family.runs
         prefix = f"{runs}." if runs else ""
         self.linears: dict[str, ScaledLinear] = {}
@@ -359,7 +374,7 @@ class _Tuner:
                 raise PlanError(f"{coded.path}: {name}: its groups are of inputs in an order of their own (desc_act)")
             place = name.removeprefix(prefix).removesuffix(".weight")
             bias = getattr(model.get_submodule(place), "bias", None)
-            self.linears[name] = ScaledLinear(weight, bias, dtype=dtype, device=device)
+            self.linears[name] = ScaledLinear(weight, bias, self.followed, dtype=dtype, device=device)
             model.set_submodule(place, self.linears[name])
         self.gains = dict(self._norms(coded, prefix)) if norms else {}
         for value in self.gains.values():
@@ -440,7 +455,9 @@ class _Tuner:
 
     def _divergences(self, batch: Sequence[Row]) -> list[Tensor]:
         """Of each row of a batch, KL by token."""
-        found = answer_logits(self.model, self.encoder, batch)
+        together = with_answers(self.encoder, batch)
+        with self.followed.in_pass(together):
+            found = torch.split(logits_of_answers(self.model, together), together.answer_mask.sum(1).tolist())
         return [self.teacher[row.key].divergence(logits) for row, logits in zip(batch, found, strict=True)]
 
 

@@ -66,6 +66,9 @@ ROW_ELEMENTS = 1 << 23
 """Of a weight, that algorithms work on at a time."""
 MOST_LOST = 0.1
 """Of the mean square of inputs that are rounded to integers by one scale: where more is lost, it is told."""
+ROWS_TOGETHER = 1024
+"""Of a weight, that make up for each other at the most, where it is rounded by what outputs do to the answers: more of
+them lose no less (benchmarks/accuracy/LOG.md)."""
 SECTIONS = (0.6180339887498949, 0.7548776662466927)
 """Fractions whose multiples spread evenly over 0 to 1: the golden section, and that of two dimensions."""
 LEAST_ENERGY = 1e-30
@@ -369,7 +372,7 @@ class Stage:
         """E[x x^T] over all tokens, float32 (in, in)."""
         if self._hessian is None:
             total, tokens, holder = self._second_moments()
-            self.ranks.spread(_upper_slices(total), holder)
+            self.ranks.spread(upper_slices(total), holder)
             self._hessian = self._mean_of_squares(total, tokens)
         return self._hessian
 
@@ -441,10 +444,10 @@ class Stage:
         if self.ranks.rank == relay.last:
             whole = squares.diagonal() + sum(rows.scaled(rows.inputs).square().sum(0) for rows in held_out)
             self._refuse_bad_inputs(whole, tokens + sum(rows.count for rows in held_out))
-        return Moments(_mirror_upper(squares), cross, tokens, held_out), relay.last
+        return Moments(mirror_upper(squares), cross, tokens, held_out), relay.last
 
     def _mean_of_squares(self, total: Tensor, tokens: float) -> Tensor:
-        mean = _mirror_upper(total).div_(tokens or 1)
+        mean = mirror_upper(total).div_(tokens or 1)
         self._refuse_bad_inputs(mean.diagonal(), tokens)
         return mean
 
@@ -453,11 +456,11 @@ class Stage:
         """Whether the plan has its codes found from what its outputs do to the answers."""
         return self._line.needs_gradients
 
-    def of_output_moments(self, local: str, make: Callable[[Tensor], T]) -> T:
-        """What an algorithm makes of E[g g^T], float32 (out, out) on the CPU, in memory of its own; g is the gradient
-        of the answers by what a linear puts out. Made by the first process, for all."""
+    def of_output_moments(self, local: str, make: Callable[[Sequence[Tensor]], T]) -> T:
+        """What an algorithm makes of E[g g^T], float32 on the CPU, where g is the gradient of the answers by what a
+        linear puts out: the squares along its diagonal, of `rows_together`. Made by the first process, for all."""
         name = self.linears[local].name
-        return self.ranks.first(lambda: make(self.block.stream.output_moments[name].clone()))
+        return self.ranks.first(lambda: make(self.block.stream.output_moments[name]))
 
     @property
     def is_aimed(self) -> bool:
@@ -696,7 +699,14 @@ class Stage:
         return (rows @ self._hessian.to(rows.dtype) * rows).sum().item()
 
 
-def _upper_slices(total: Tensor) -> list[Tensor]:
+def rows_together(rows: int) -> list[int]:
+    """How many rows of a weight make up for each other, part by part: as even as shares of ROWS allow."""
+    step = -(-rows // -(-rows // ROWS_TOGETHER))
+    step += -step % (2 * ROWS)
+    return [min(step, rows - start) for start in range(0, rows, step)]
+
+
+def upper_slices(total: Tensor) -> list[Tensor]:
     """The parts of a square matrix that are computed of a symmetric one: slices of columns from the diagonal on."""
     columns = len(total)
     step = -(-columns // GRAM_SLICES)
@@ -705,7 +715,7 @@ def _upper_slices(total: Tensor) -> list[Tensor]:
 
 def _add_gram(total: Tensor, rows: Tensor | None, turn: Turn) -> None:
     """Add rows^T rows to the upper slices of `total`, each as soon as the batches before this one are in it."""
-    slices = _upper_slices(total)
+    slices = upper_slices(total)
     for piece, parts in [(total, slices)] if total.nbytes <= SMALL_MATRIX else [(one, [one]) for one in slices]:
         with turn.adding(piece):
             if rows is not None:
@@ -714,7 +724,7 @@ def _add_gram(total: Tensor, rows: Tensor | None, turn: Turn) -> None:
                     part.addmm_(rows[:, first : first + len(part)].T, rows[:, first:])
 
 
-def _mirror_upper(total: Tensor) -> Tensor:
+def mirror_upper(total: Tensor) -> Tensor:
     """Put the upper triangle below the diagonal too, in place."""
     step = -(-len(total) // (4 * GRAM_SLICES))
     for start in range(0, len(total), step):
@@ -1414,7 +1424,8 @@ class BlockStream:
     codes stand for; and no embedding once it is done with. The same codes.
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
     ranks: the processes that share the work. Each has a stream of all batches, and runs its own of them.
-    output_moments: by linear, E[g g^T] of gradients by its outputs, where the plan needs it; the first process has it.
+    output_moments: by linear, E[g g^T] of gradients by its outputs as Stage.of_output_moments gives it, where the plan
+    needs it; the first process has it.
     """
 
     def __init__(
@@ -1433,7 +1444,7 @@ class BlockStream:
         rerun: bool = False,
         spill: Path | None = None,
         ranks: Ranks = ALONE,
-        output_moments: Mapping[str, Tensor] | None = None,
+        output_moments: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         self.components, self.plan, self.specs = components, plan, specs
         self.output_moments = output_moments or {}

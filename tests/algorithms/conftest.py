@@ -1,6 +1,6 @@
 """A stage without a model: what an algorithm sees of vlmquant.stream.Stage, computed from inputs that a test gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ class FakeStage:
     is_aimed: bool = False
     biased: bool = False
     shifts: dict[str, Tensor] = field(default_factory=dict)
-    output_moments: dict[str, Tensor] = field(default_factory=dict)
+    output_moments: dict[str, list[Tensor]] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -58,8 +58,8 @@ class FakeStage:
     def weighs_outputs(self) -> bool:
         return bool(self.output_moments)
 
-    def of_output_moments(self, local: str, make: Callable[[Tensor], Any]) -> Any:
-        return make(self.output_moments[local].clone())
+    def of_output_moments(self, local: str, make: Callable[[Sequence[Tensor]], Any]) -> Any:
+        return make(self.output_moments[local])
 
     def by_rows(self, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
         return [make(weight)]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.algorithms.test_loops import GRIDS, NOT_THEIRS
+from vlmquant import stream
 from vlmquant.algorithms import coupled, gptq, loops
 from vlmquant.algorithms.coupled import round_both
 from vlmquant.algorithms.factor import factorize
@@ -165,12 +166,12 @@ def test_both_ways_give_the_same_codes(make_weight: Callable[..., Tensor], monke
 def test_a_stage_is_told_what_its_outputs_do(make_stage, make_inputs, make_weight) -> None:
     options = ComponentSpec(gptq=GptqOptions(output_damping=0.5))
     weights, inputs = {"q": make_weight(48, 128), "k": make_weight(32, 128, seed=2)}, make_inputs(512, 128)
-    told = {"q": moments(48, seed=1), "k": torch.zeros(32, 32)}
+    told = {"q": [moments(48, seed=1)], "k": [torch.zeros(32, 32)]}
     plain = gptq.quantize_stage(make_stage(weights, Scheme(bits=4, group_size=32), inputs, options=options))
     stage = make_stage(weights, Scheme(bits=4, group_size=32), inputs, options=options, output_moments=told)
     found = gptq.quantize_stage(stage)
     factor = factorize(stage.hessian().clone(), 0.01, activation_order=True)
-    outputs = factorize(told["q"].clone(), 0.5, activation_order=True)
+    outputs = factorize(told["q"][0].clone(), 0.5, activation_order=True)
     expected, _ = coupled.round_both(weights["q"], found["q"].scales, None, factor, outputs, found["q"].grid)
     assert torch.equal(found["q"].codes, expected)
     assert not torch.equal(found["q"].codes, plain["q"].codes)
@@ -179,3 +180,32 @@ def test_a_stage_is_told_what_its_outputs_do(make_stage, make_inputs, make_weigh
     error = (found["q"].dequantize() - weights["q"]).double()
     exact = float((error @ stage.hessian().double() * error).sum())
     assert stage.losses["q"][0] == pytest.approx(exact, rel=1e-3)
+
+
+def test_rows_of_different_parts_do_not_make_up_for_each_other(make_stage, make_inputs, make_weight) -> None:
+    """As where nothing outside of the squares is known of G, and what is added to its diagonal is the same for all."""
+    options = ComponentSpec(gptq=GptqOptions(output_damping=0.5))
+    weights, inputs = {"q": make_weight(80, 128)}, make_inputs(512, 128)
+    squares = [moments(48, seed=1), 4 * moments(32, seed=2)]
+    asked: dict[str, Any] = {"options": options}
+    parts, whole = (
+        gptq.quantize_stage(
+            make_stage(weights, Scheme(bits=4, group_size=32), inputs, output_moments={"q": told}, **asked)
+        )["q"]
+        for told in (squares, [torch.block_diag(*squares)])
+    )
+    assert torch.equal(parts.scales, whole.scales)
+    assert (parts.codes == whole.codes).float().mean() > 0.995  # sums in another order
+    alone = gptq.quantize_stage(
+        make_stage(
+            {"q": weights["q"][48:]}, Scheme(bits=4, group_size=32), inputs, output_moments={"q": squares[1:]}, **asked
+        )
+    )["q"]
+    assert not torch.equal(parts.codes[48:], alone.codes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"), [(1, [1]), (1024, [1024]), (1536, [768, 768]), (1025, [640, 385]), (11008, [1024] * 10 + [768])]
+)
+def test_parts_are_even_shares(rows: int, wanted: list[int]) -> None:
+    assert stream.rows_together(rows) == wanted

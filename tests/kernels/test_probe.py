@@ -45,7 +45,10 @@ def test_most_tokens_stops_where_the_other_is_faster() -> None:
     ("found", "dtype"),
     [
         ({"amx_tile": True, "amx_bf16": True}, torch.bfloat16),
-        ({"amx_tile": True, "amx_bf16": False, "avx512_bf16": True}, torch.float32),  # no faster there than float32
+        ({"avx512_bf16": True, "cpu_name": "AMD EPYC"}, torch.bfloat16),
+        ({"avx512_bf16": True, "cpu_name": "Intel(R) Xeon(R) Processor"}, torch.float32),  # no faster than float32
+        ({"amx_tile": True, "amx_bf16": False, "avx512_bf16": True}, torch.float32),
+        ({"avx512_bf16": False, "cpu_name": "AMD EPYC"}, torch.float32),
         ({}, torch.float32),
         (None, torch.float32),  # torch's before 2.11 tell nothing
     ],

@@ -7,7 +7,7 @@ a column's group is that of its place in the original matrix and its grid is fix
 permutation is stored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -62,7 +62,7 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
 
     for name, wanted in weights.items():  # in float32 one is enough at a time
         if stage.weighs_outputs:
-            parts = [stage.of_output_moments(name, partial(_rounded_for_answers, wanted, factor, grid, options))]
+            parts = stage.of_output_moments(name, partial(_rounded_for_answers, wanted, factor, grid, options))
         else:
             parts = stage.by_rows(wanted, rounded, work=len(wanted) * wanted.shape[1] ** 2)
         quantized[name] = join_rows([weight for weight, _ in parts])
@@ -95,14 +95,20 @@ def quantize_weight(
 
 
 def _rounded_for_answers(
-    weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions, moments: Tensor
-) -> tuple[QuantizedWeight, Tensor]:
-    """quantize_weight by the second moments G (out, out) of gradients, whose memory is used up."""
-    outputs = factorize(moments, options.output_damping, activation_order=True)
-    found, lost = quantize_weight(weight.float().cpu(), factor.to("cpu"), grid, options, outputs=outputs)
-    device, zeros = weight.device, found.zeros
-    zeros = None if zeros is None else zeros.to(device)
-    return replace(found, codes=found.codes.to(device), scales=found.scales.to(device), zeros=zeros), lost
+    weight: Tensor, factor: Factor, grid: Grid, options: GptqOptions, squares: Sequence[Tensor]
+) -> list[tuple[QuantizedWeight, Tensor]]:
+    """quantize_weight of some rows after the other, by the second moments of their gradients: see of_output_moments."""
+    device, factor, found = weight.device, factor.to("cpu"), []
+    mean = sum(square.diagonal().double().sum().item() for square in squares) / len(weight)
+    for rows, square in zip(torch.split(weight, list(map(len, squares))), squares, strict=True):
+        own = square.diagonal().double().mean().item()
+        damping = options.output_damping * (mean / own if own else 1.0)  # as much is added to all
+        outputs = factorize(square.clone(), damping, activation_order=True)
+        quantized, lost = quantize_weight(rows.float().cpu(), factor, grid, options, outputs=outputs)
+        zeros = None if quantized.zeros is None else quantized.zeros.to(device)
+        there = replace(quantized, codes=quantized.codes.to(device), scales=quantized.scales.to(device), zeros=zeros)
+        found.append((there, lost))
+    return found
 
 
 def _loop(weight: Tensor, grid: Grid) -> Callable[..., None]:

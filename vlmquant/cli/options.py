@@ -110,7 +110,7 @@ PassesDtype = Annotated[
     typer.Option(
         "--dtype",
         envvar="VLMQUANT_DTYPE",
-        help="Of the calibration passes: auto (bfloat16 on a CPU with AMX, float32 on others), float32 or bfloat16.",
+        help="Of the calibration passes: auto (bfloat16 on CPUs made for it, float32 on others), float32 or bfloat16.",
     ),
 ]
 Threads = Annotated[

@@ -82,10 +82,15 @@ def compute_dtype(device: torch.device | str, *, least_gain: float = 1.0) -> tor
     return torch.bfloat16 if gain > least_gain else torch.float32
 
 
-def has_bfloat16_tiles() -> bool:
-    """Whether this CPU multiplies bfloat16 in tiles (AMX), several times as fast as float32; no clock is asked."""
+def has_fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 at least twice as fast as float32; no clock is asked.
+
+    In tiles (AMX), or by the dot products of AMD's AVX-512 (benchmarks/results/cpu_layouts_avx512.md); those of Intel's
+    take as long as float32's.
+    """
     found: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(found.get("amx_tile") and found.get("amx_bf16"))
+    in_tiles = found.get("amx_tile") and found.get("amx_bf16")
+    return bool(in_tiles or (found.get("avx512_bf16") and str(found.get("cpu_name")).startswith("AMD")))
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
