@@ -1,5 +1,6 @@
 """What outputs do to the answers: against a stock model's own gradients; and codes that are made by it, end to end."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,11 @@ from transformers import AutoModelForImageTextToText
 from tests import zoo, zoo_check
 from tests.small_set import write_small_set
 from tests.written import written
-from vlmquant import gradients, pipeline, stream
+from vlmquant import gradients, pipeline, planning, stream
 from vlmquant.calibration.encode import BatchMaker, make_batches
 from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sets import load_set
+from vlmquant.checkpoint import read_manifest
 from vlmquant.components import resolve_components
 from vlmquant.errors import DoesNotFitError, InputError
 from vlmquant.pipeline import plan_model, quantize
@@ -269,16 +271,64 @@ def test_memory_is_that_of_weights_activations_and_moments(tiny_llava: Path) -> 
 @pytest.mark.parametrize(
     ("effort", "options", "wanted"),
     [
-        ("default", "", False),
-        ("fast", "", False),
-        ("high", "", True),
-        ("high", "loss: layer", False),
-        ("fast", "loss: answers", True),
+        ("default", "", "of a small model"),
+        ("default", "loss: layer", "never"),
+        ("fast", "", "never"),
+        ("high", "", "always"),
+        ("high", "loss: layer", "never"),
+        ("fast", "loss: answers", "always"),
     ],
 )
-def test_effort_decides_what_the_recipe_leaves_open(effort: str, options: str, wanted: bool, tiny_llava: Path) -> None:
-    for method in ("gptq", "awq+gptq", "auto", "rtn"):
-        _, plan = plan_model(tiny_llava, recipe(options, effort=effort, method=method))
-        told = {line.needs_gradients for line in plan.lines if line.action == "quantize"}
-        assert told == {wanted and "gptq" in method}, method
+def test_effort_decides_what_the_recipe_leaves_open(
+    effort: str, options: str, wanted: str, tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    components = resolve_components(tiny_llava)
+    matrices = [one for one in components.parameters if one.component == "language" and len(one.shape) == 2]
+    weights = sum(one.shape[0] * one.shape[1] for one in matrices)
+    for most, answers in ((weights, wanted != "never"), (weights - 1, wanted == "always")):
+        monkeypatch.setattr(planning, "SMALL_MODEL", most)
+        for method in ("gptq", "awq+gptq", "auto", "rtn"):
+            vision = "{scheme: w4a16-g64, method: gptq}"
+            _, plan = plan_model(tiny_llava, recipe(options, effort=effort, method=method, vision=vision))
+            told = {line.needs_gradients for line in plan.lines if line.component == "language" and line.method}
+            assert told == {answers and "gptq" in method}, method
+            told = {line.needs_gradients for line in plan.lines if line.component == "vision_encoder" and line.method}
+            assert told == {effort == "high"}
         assert not any(line.needs_gradients for line in plan.lines if line.action == "keep")
+
+
+def test_a_small_model_is_rounded_as_layers_where_its_answers_cannot_say(
+    tiny_llava: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the codes of a recipe that asks for that; it says why, and what it did. Asked for, it is an error."""
+    plain = quantize(tiny_llava, recipe("loss: layer"), tmp_path / "plain", calibration=calibration)
+    told = quantize(tiny_llava, recipe(""), tmp_path / "told", calibration=calibration)
+    assert written(told.path)["model.safetensors"] != written(plain.path)["model.safetensors"]
+    assert not any("not answers" in note for note in told.notes)
+
+    def breaks(logits: Tensor, *, seed: int) -> Tensor:
+        raise NotImplementedError("derivative for aten::frobnicate is not implemented")
+
+    def not_finite(logits: Tensor, *, seed: int) -> Tensor:
+        return torch.full_like(logits, torch.nan)
+
+    def full(logits: Tensor, *, seed: int) -> Tensor:
+        raise MemoryError
+
+    cases: list[tuple[str, str, Any]] = [
+        ("draw", r"gradients do not go through this model \(NotImplementedError: derivative for aten", breaks),
+        ("draw", "gradients of this model are not finite", not_finite),
+        ("draw", "gradients of the whole model do not fit into memory", full),
+        ("needed_bytes", r"gradients of the whole model need about 1024\.0 GiB of memory", lambda *known: 1 << 40),
+    ]
+    for number, (name, why, instead) in enumerate(cases):
+        with monkeypatch.context() as patch:
+            patch.setattr(gradients, name, instead)
+            done = quantize(tiny_llava, recipe(""), tmp_path / f"{number}", calibration=calibration)
+            assert [note for note in done.notes if re.match(rf"components\.language\.gptq\.loss: layer.*{why}", note)]
+            assert written(done.path)["model.safetensors"] == written(plain.path)["model.safetensors"]
+            assert read_manifest(done.path)["recipe"]["components"]["language"]["gptq"]["loss"] == "layer"
+            assert "gradients" not in done.planned.phases
+            if name == "draw" and instead is not not_finite:
+                with pytest.raises((NotImplementedError, DoesNotFitError)):
+                    quantize(tiny_llava, recipe(), tmp_path / "asked", calibration=calibration)

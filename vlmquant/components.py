@@ -168,6 +168,11 @@ class ComponentMap:
         self._trust_remote_code = trust_remote_code
 
     @cached_property
+    def language_weights(self) -> int:
+        """The numbers in the linears of the language model, experts' included."""
+        return sum(prod(one.shape) for one in self.parameters if one.component == "language" and len(one.shape) > 1)
+
+    @cached_property
     def _by_name(self) -> dict[str, ParameterInfo]:
         return {parameter.name: parameter for parameter in self.parameters}
 

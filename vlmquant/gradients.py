@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,18 @@ from torch.overrides import TorchFunctionMode
 from vlmquant import budget, signals
 from vlmquant.calibration.encode import Batch, BatchMaker
 from vlmquant.components import ComponentMap
-from vlmquant.errors import InputError
+from vlmquant.errors import DoesNotFitError, InputError, first_line
 from vlmquant.evaluation.passes import logits_of_answers
 from vlmquant.loading import give_back_freed_memory
 from vlmquant.planning import PlanLine
 from vlmquant.progress import bar
-from vlmquant.scratch import leave_memory, mapped_copy
+from vlmquant.scratch import leave_memory, mapped_copy, scratch_folder
 from vlmquant.stream import assign, mirror_upper, rows_together, upper_slices
 
 SEED = 0
 """Of the signs that are drawn."""
+EVERY = 2
+"""Of the batches one in so many is looked at: half of the samples say as much, in half the time."""
 BATCH = 4
 """Samples of a pass."""
 WIDTHS = 30
@@ -128,7 +131,7 @@ def output_moments(
         model = whole_model(components, device, dtype)
         followed, tokens = TokensFollowed(text_alone=text_alone), 0
         moments = {name: _Moment(module_of(model, components, name), followed, folder) for name in names}
-        pieces = [piece for make in batches for piece in make.split(BATCH)]
+        pieces = [piece for make in batches for piece in make.split(BATCH)][::EVERY]
         with bar("quantize", total=len(pieces)) as progress:
             for number, make in enumerate(pieces):
                 signals.check()
@@ -152,6 +155,32 @@ def output_moments(
             "or components.language.gptq.loss: layer"
         )
     return {name: one.squares for name, one in moments.items()}
+
+
+def reason_against(
+    components: ComponentMap,
+    names: Sequence[str],
+    batches: Sequence[BatchMaker],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Why `output_moments` cannot be had of these linears, by the first sample with an answer; None where it can."""
+    pairs = ((make, pair) for make in batches for pair in make.pairs if pair[1])
+    first = next((replace(make, pairs=[pair]) for make, pair in pairs), None)
+    if first is None:
+        return "no calibration sample has an answer"
+    try:
+        with scratch_folder() as folder:
+            found = output_moments(
+                components, names[:1], [first], text_alone=True, dtype=dtype, device=device, folder=folder
+            )
+    except DoesNotFitError:
+        return "gradients of the whole model do not fit into memory"
+    except Exception as error:  # whatever a model's own code, or torch of it, raises
+        return f"gradients do not go through this model ({type(error).__name__}: {first_line(error)})"
+    if not all(square.isfinite().all() for square in found[names[0]]):
+        return "gradients of this model are not finite"
+    return None
 
 
 class TokensFollowed(TorchFunctionMode):

@@ -59,7 +59,7 @@ from vlmquant.planning import Plan, as_written, make_plan, needs_class
 from vlmquant.polish import is_tunable, needed_bytes, polish
 from vlmquant.progress import bar, stderr
 from vlmquant.ranks import ALONE, Ranks, refuse_different
-from vlmquant.recipe import CalibrationSpec, Recipe, Scheme, load_recipe
+from vlmquant.recipe import LOSSES, CalibrationSpec, Recipe, Scheme, load_recipe
 from vlmquant.report.data import Report, Verdict, build_report, check_report_paths, overall, write_json, write_text
 from vlmquant.report.html import to_html
 from vlmquant.report.markdown import card_section, to_markdown
@@ -222,6 +222,14 @@ def quantize(
         notes += _calibration_notes(selection, made, chosen)
         used = [sample for sample in selection.samples if sample.id not in made.too_long]
         notes += _without_images(used, components, plan, set_name=chosen.set)
+        limits = (memory_limit, device_memory_limit, ranks.here)
+        against = ranks.first(
+            partial(_reason_against_answers, recipe, components, plan, batches, dtype, torch.device(device), *limits)
+        )
+        if against:
+            recipe = _for_layers(recipe)
+            components, plan = plan_components(source, recipe)
+            notes.append(f"components.language.gptq.loss: layer, and not answers: {against}")
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device), ranks=ranks)
         gc.collect()  # what the rehearsal held lies in circles
     whole = _whole_model_bytes(recipe, components, plan, batches, dtype)
@@ -410,6 +418,48 @@ def _whole_model_bytes(
         coded = {line.name for line in plan.lines if line.action == "quantize"}
         found["polish"] = needed_bytes(components, coded, tokens=longest)
     return found
+
+
+def _reason_against_answers(
+    recipe: Recipe,
+    components: ComponentMap,
+    plan: Plan,
+    batches: Sequence[BatchMaker],
+    dtype: torch.dtype,
+    device: torch.device,
+    memory_limit: int | None,
+    device_memory_limit: int | None,
+    processes: int,
+) -> str | None:
+    """Why a language model, which the effort alone has rounded by the answers, cannot be; None where nobody has to ask.
+
+    processes: which share this machine's memory.
+    """
+    lines = [line for line in plan.lines if line.needs_gradients and line.component == "language"]
+    if not lines or recipe.components.language.gptq.loss or LOSSES[recipe.effort]:
+        return None
+    if device.type == "cpu":
+        held = budget.resident_bytes()
+        limit = held + budget.available_bytes() // processes if memory_limit is None else memory_limit
+        left: int | None = limit - held
+    else:
+        left = budget.available_device_bytes(device) if device_memory_limit is None else device_memory_limit
+    needed = _whole_model_bytes(recipe, components, plan, batches, dtype).get("gradients", 0)
+    if left is not None and needed > left:
+        return (
+            f"gradients of the whole model need about {needed / 2**30:.1f} GiB of memory, and {left / 2**30:.1f} are "
+            "left"
+        )
+    names = [line.name.removesuffix(".weight") for line in lines]
+    return gradients.reason_against(components, names, batches, dtype, device)
+
+
+def _for_layers(recipe: Recipe) -> Recipe:
+    """Whose language model is rounded for the outputs of its layers, all alike."""
+    language = recipe.components.language
+    gptq = language.gptq.model_copy(update={"loss": "layer"})
+    language = language.model_copy(update={"gptq": gptq})
+    return recipe.model_copy(update={"components": recipe.components.model_copy(update={"language": language})})
 
 
 def _find_output_moments(

@@ -23,6 +23,7 @@ from vlmquant.recipe import (
     LOSSES,
     SEARCHED,
     SHORT_SCHEMES,
+    SMALL_MODEL,
     TARGETS,
     WITH_FEEDBACK,
     WITH_FOLDS,
@@ -737,6 +738,8 @@ def _answers_decide(parameter: ParameterInfo, components: ComponentMap, recipe: 
     """Whether GPTQ is to be told what the outputs of a linear do to the answers. Not of experts: most of them see too
     few answer tokens to say so."""
     loss = getattr(recipe.components, parameter.component).gptq.loss or LOSSES[recipe.effort]
+    if loss is None and parameter.component == "language" and components.language_weights <= SMALL_MODEL:
+        loss = "answers"
     return loss == "answers" and not _is_of_expert(parameter, components)
 
 

@@ -241,7 +241,8 @@ class GptqOptions(Data):
     """What rounding keeps small: the error of each layer's outputs, all alike; or, to second order, what it does to the
     answers: outputs count, and make up for each other, as their gradients say (YAQA, arXiv:2505.22988). That takes
     gradients of the whole model, and memory for them, before the first layer is rounded; experts of a mixture, most of
-    which few answers reach, are rounded as for layer. Null: as the recipe's effort says."""
+    which few answers reach, are rounded as for layer. Null: as the recipe's effort says, and as for layer where
+    gradients do not go through a model, or do not fit into memory."""
     output_damping: Annotated[Number, Field(gt=0, le=1000)] = 1.0
     """Where answers decide: ridge added to the second moments of gradients, as a fraction of their diagonal's mean. The
     higher it is, the more alike do all outputs count, and the less does it matter which samples were looked at."""
@@ -484,8 +485,11 @@ class FamilySpec(Data):
 Effort = Literal["fast", "default", "high"]
 TARGETS: dict[Effort, Literal["weights", "outputs"]] = {"fast": "weights", "default": "outputs", "high": "outputs"}
 """What GPTQ aims at, by effort: the outputs of the original take a second pass through the layers, and lose less."""
-LOSSES: dict[Effort, Literal["layer", "answers"]] = {"fast": "layer", "default": "layer", "high": "answers"}
-"""What GPTQ keeps small, by effort: answers take gradients of the whole model."""
+LOSSES: dict[Effort, Literal["layer", "answers"] | None] = {"fast": "layer", "default": None, "high": "answers"}
+"""What GPTQ keeps small, by effort: answers take gradients of the whole model. None: the answers in a language model of
+at most SMALL_MODEL weights, and otherwise the layer."""
+SMALL_MODEL = 1 << 29
+"""Weights in the linears of a language model that loses most by few bits, and whose gradients are soon there."""
 
 
 UNITS = {"B": 1} | {
@@ -549,10 +553,11 @@ class Recipe(Data):
     """Chooses the scheme of every linear of the components that are quantized, by what each loses. Null: as they are
     named."""
     effort: Effort = "default"
-    """fast: layers are calibrated on the inputs of the quantized model alone (gptq.target: weights), in about two
-    thirds of the time and three quarters of the memory, and lose more. high: they are rounded by what they do to the
-    answers (gptq.loss: answers), and the finished checkpoint is polished (as `vlmquant polish` does it, on the same
-    samples), which takes several times as long, and memory for gradients of the whole model."""
+    """fast: layers are calibrated on the inputs of the quantized model alone, each for its own outputs (gptq.target:
+    weights, gptq.loss: layer), in half the time, and lose more. default: for the outputs of the original, and a
+    language model of at most 500 million weights by what they do to the answers (gptq.loss: answers). high: the answers
+    decide in every model, and the finished checkpoint is polished (as `vlmquant polish` does it, on the same samples),
+    which takes several times as long, and memory for gradients of the whole model."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None
