@@ -135,6 +135,41 @@ def test_no_gradient_of_the_text_behind_an_image_goes_through_it(tiny_llava: Pat
     assert seen > 2
 
 
+@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize("kind", ["causal", "all", "added", "chosen"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_gives_the_gradients_of_the_tokens_followed(kind: str, shared: int, scale: float | None) -> None:
+    random = torch.Generator().manual_seed(0)
+    samples, heads, tokens, size = 3, 6, 7, 8
+    shapes = [(samples, number, tokens, size) for number in (heads, heads // shared, heads // shared)]
+    given = [torch.randn(shape, generator=random) for shape in shapes]
+    mask = torch.rand(samples, tokens, generator=random) < 0.5
+    mask[0] = False  # a sample that is all image
+    bias = None
+    if kind in ("added", "chosen"):
+        bias = torch.rand(samples, 1, tokens, tokens, generator=random) < 0.6
+        bias |= torch.eye(tokens, dtype=torch.bool)
+        bias = bias if kind == "chosen" else torch.where(bias, 0.1, -1e9)
+    asked: dict[str, Any] = {"attn_mask": bias, "is_causal": kind == "causal", "scale": scale, "enable_gqa": shared > 1}
+    weights = torch.randn(samples, heads, tokens, size, generator=random)
+
+    followed = gradients.TokensFollowed(text_alone=True)
+    followed.mask = mask
+    ours = [one.clone().requires_grad_() for one in given]
+    with followed:
+        output = nn.functional.scaled_dot_product_attention(*ours, **asked)
+    (output * weights).sum().backward()  # type: ignore[no-untyped-call]
+    theirs = [one.double().requires_grad_() for one in given]
+    if kind == "added":
+        asked["attn_mask"] = bias.double()  # type: ignore[union-attr]
+    expected = nn.functional.scaled_dot_product_attention(*theirs, **asked)
+    torch.where(mask[:, None, :, None], expected * weights, 0).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-6)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-6)
+
+
 def test_another_dtype_and_a_vision_encoder(tiny_llava: Path, batches: list[BatchMaker], tmp_path: Path) -> None:
     components = resolve_components(tiny_llava)
     names = [
@@ -255,17 +290,28 @@ def test_it_is_refused_before_any_work_where_it_does_not_fit(
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_is_that_of_weights_activations_and_moments(tiny_llava: Path) -> None:
-    """By hand: all weights once, 30 vectors for a token and block of four samples, a matrix for each linear."""
+def test_memory_is_that_of_weights_activations_and_waiting_gradients(
+    tiny_llava: Path, batches: list[BatchMaker]
+) -> None:
+    """By hand: all weights once; of four of the longest samples in each block 30 vectors for a token of text, and 3 for
+    one of an image, or 30 for each where gradients go through images; 512 gradients of each linear, and a pass's."""
     components, plan = plan_model(tiny_llava, recipe())
     numbers = sum(one.nbytes // one.dtype.itemsize for one in components.parameters)
     width, blocks = components.config.get_text_config().hidden_size, [one.component for one in components.blocks]
     lines = {line.component: line for line in plan.lines if line.name.endswith("q_proj.weight")}
     assert lines.keys() == {"language", "vision_encoder"}
-    for some, passed in ((("language",), blocks.count("language")), (("language", "vision_encoder"), len(blocks))):
-        found = gradients.needed_bytes(components, [lines[one] for one in some], 50, torch.bfloat16)
-        moments = sum(lines[one].shape[0] ** 2 for one in some)
-        assert found == 2 * numbers + 2 * 4 * 50 * width * 30 * passed + 4 * moments
+    batch = max(batches, key=lambda make: make.longest)()
+    assert batch.image_mask is not None
+    tokens, images = batch.image_mask.shape[1], int(batch.image_mask[0].sum())
+    text = int(batch.inputs["attention_mask"][0].sum()) - images
+    for some, followed, passed in (
+        (("language",), text, blocks.count("language")),
+        (("language", "vision_encoder"), tokens, len(blocks)),
+    ):
+        chosen = [lines[one] for one in some]
+        found = gradients.needed_bytes(components, chosen, batches, torch.bfloat16)
+        kept = 4 * (30 * followed + 3 * (tokens - followed)) * width * passed
+        assert found == 2 * (numbers + kept + (512 + 4 * followed) * sum(line.shape[0] for line in chosen))
 
 
 @pytest.mark.parametrize(

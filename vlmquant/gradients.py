@@ -42,7 +42,12 @@ EVERY = 2
 BATCH = 4
 """Samples of a pass."""
 WIDTHS = 30
-"""Vectors as wide as the hidden state that a layer keeps for a token, where no weight gets a gradient."""
+"""Vectors as wide as the hidden state that a layer keeps for a token that is followed, where no weight gets a
+gradient."""
+ATTENTION_WIDTHS = 3
+"""And for each of the others: attention looks at them."""
+ROWS_AT_ONCE = 512
+"""Gradients that are waited for before their second moments are added: all of a square in memory goes by each time."""
 PROBES = 4
 """Vectors that go backward from each answer token: every one takes as long as a pass, and makes what is found of few
 samples less a matter of chance."""
@@ -97,13 +102,19 @@ def draw(logits: Tensor, *, seed: int) -> Tensor:
 # --- second moments of gradients ---
 
 
-def needed_bytes(components: ComponentMap, lines: Sequence[PlanLine], tokens: int, dtype: torch.dtype) -> int:
-    """Memory for `output_moments` of the linears of these lines, from passes whose longest sample has so many tokens,
-    beside what the process holds before."""
-    text = need_text_alone(lines)
-    behind = [block for block in components.blocks if block.component == "language" or not text]
-    passes = activation_bytes(components, BATCH * tokens, dtype, widths=WIDTHS, blocks=len(behind))
-    return weight_bytes(components, dtype) + passes + budget.moment_bytes(lines)
+def needed_bytes(
+    components: ComponentMap, lines: Sequence[PlanLine], batches: Sequence[BatchMaker], dtype: torch.dtype
+) -> int:
+    """Memory for `output_moments` of the linears of these lines, beside what the process holds before: weights, what
+    passes of the longest samples keep, and gradients that are waited for. The moments themselves lie on disk."""
+    longest = max(batches, key=lambda make: make.longest)
+    followed = TokensFollowed(text_alone=need_text_alone(lines)).in_pass(longest.first()).mask
+    text = longest.longest if followed is None else int(followed.sum(1).max())
+    behind = [block for block in components.blocks if block.component == "language" or followed is None]
+    kept = WIDTHS * text + ATTENTION_WIDTHS * (longest.longest - text)
+    passes = activation_bytes(components, BATCH * kept, dtype, widths=1, blocks=len(behind))
+    waiting = dtype.itemsize * (ROWS_AT_ONCE + BATCH * text) * sum(line.shape[0] for line in lines)
+    return weight_bytes(components, dtype) + passes + waiting
 
 
 def need_text_alone(lines: Sequence[PlanLine]) -> bool:
@@ -141,8 +152,6 @@ def output_moments(
                 for probe in range(PROBES if len(logits) else 0):
                     drawn = draw(logits.detach(), seed=SEED + PROBES * number + probe)
                     torch.autograd.backward(logits, drawn.to(logits.dtype), retain_graph=probe + 1 < PROBES)
-                for one in moments.values():
-                    one.add()
                 tokens += PROBES * len(logits)
                 progress.step("gradients")
         for one in moments.values():
@@ -319,7 +328,8 @@ class _Attention(torch.autograd.Function):
             keys, values = (one.repeat_interleave(shared, 0) for one in (keys, values))
             scores = picked @ keys.mT * scale
             if causal:
-                scores.masked_fill_(~torch.ones(len(rows), len(rows), dtype=torch.bool).tril()[rows], -math.inf)
+                seen = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).tril()
+                scores.masked_fill_(~seen[rows], -math.inf)
             if bias is not None:
                 some = bias.expand(len(query), heads, len(rows), len(rows))[sample][:, rows]
                 scores = scores.masked_fill(~some, -math.inf) if some.dtype == torch.bool else scores + some
@@ -340,7 +350,7 @@ class _Moment:
         self.squares = [mapped_copy(torch.zeros(size, size), folder) for size in rows_together(rows)]
         self._tokens = tokens
         self._gradients = list[Tensor]()
-        """(tokens, out) of the batch at hand, of each vector that went backward."""
+        """(tokens, out) of each vector that went backward, until there are enough."""
         self._handle = module.register_forward_hook(self._heard)
 
     def _heard(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -353,10 +363,12 @@ class _Moment:
         """A copy: autograd may go on to add to this gradient in its place."""
         rows = gradient.flatten(0, -2).clone() if mask is None else gradient[mask.to(gradient.device)]
         self._gradients.append(rows)
+        if sum(map(len, self._gradients)) >= ROWS_AT_ONCE:
+            self._add_up()
 
     @torch.no_grad()
-    def add(self) -> None:
-        """The batch at hand: in one product, and of it what lies above the diagonal."""
+    def _add_up(self) -> None:
+        """In one product, and of it what lies above the diagonal."""
         if self._gradients:
             every = torch.cat(self._gradients)
             for square, rows in zip(self.squares, torch.split(every, list(map(len, self.squares)), dim=1), strict=True):
@@ -368,6 +380,7 @@ class _Moment:
 
     def end(self, tokens: int) -> None:
         self._handle.remove()
+        self._add_up()
         for square in self.squares:
             mirror_upper(square).div_(max(tokens, 1))
             leave_memory(square)
