@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests import grids
 from vlmquant import cli, demo, pipeline, polish
+from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.checkpoint.coded import open_coded
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError
@@ -230,7 +231,7 @@ def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(pipeline, "calibration_dtype", lambda device: torch.float32)  # on every CPU the same codes
     text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
     text = text.replace("bits: 3", "bits: 2")  # which leaves more to gain
-    recipe = parse_recipe(text + f"calibration: {{samples: {SAMPLES}}}\n", name="high")
+    recipe = parse_recipe(text + f"calibration: {{samples: {SAMPLES // 3}}}\n", name="high")
     out = tmp_path / "out"
     real = polish.polish
 
@@ -251,6 +252,7 @@ def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.
     tuned, said = tensors_of(out), read_manifest(out)
     assert any(not torch.equal(tuned[name], value) for name, value in rounded.items())
     assert said["polish"]["held_out_kl_after"] < said["polish"]["held_out_kl_before"]
+    assert said["polish"]["samples"] == min(4 * (SAMPLES // 3), len(load_set(CALIBRATION).samples))
     for key in ("calibration", "alphas", "errors", "fingerprint", "command", "work"):
         assert said[key] == manifest[key], key
     monkeypatch.setattr(pipeline, "polish", cut_off)
