@@ -13,7 +13,7 @@ from torch import Tensor
 from tests import zoo
 from tests.conftest import Run
 from tests.small_set import write_small_set
-from vlmquant import budget, pipeline, stream
+from vlmquant import budget, gradients, pipeline, stream
 from vlmquant.budget import WAYS, Limits, Prediction, choose, predict, ways
 from vlmquant.checkpoint.manifest import read_manifest
 from vlmquant.components import resolve_components
@@ -81,7 +81,7 @@ def test_a_peak_worked_by_hand(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_passes_of_the_original_model_are_counted(tiny_llava: Path) -> None:
     """Beside the same stage: states and inputs twice, C (in, in), samples held out, weights and one's corrections."""
-    text = "name: t\ncomponents: {language: {scheme: w4a16, method: gptq, gptq: {target: TARGET}}}\n"
+    text = "name: t\ncomponents: {language: {scheme: w4a16, method: gptq, gptq: {target: TARGET, loss: layer}}}\n"
     footprint = Footprint({"language": Place(rows=1000, width=256, nbytes=1_024_000, largest_rows=100)}, 5_000)
     found = {}
     for target in ("weights", "outputs"):
@@ -169,11 +169,17 @@ def test_every_way_gives_the_same_files(
     assert {path.name for path in tmp_path.iterdir()} == {"set", *(f"out-{w.rerun}-{w.spill}" for w in WAYS)}
 
 
-@pytest.mark.parametrize("recipe", ["mixed", pytest.param("mixed-awq", marks=pytest.mark.slow), "rtn-w4"])
+@pytest.mark.parametrize("recipe", ["layers", pytest.param("mixed-awq", marks=pytest.mark.slow), "rtn-w4"])
 def test_few_rows_at_a_time_give_the_same_files(
     recipe: str, run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples, made, taken = write_small_set(tmp_path / "set"), [], []
+    if recipe == "layers":
+        recipe = str(tmp_path / "layers.yaml")
+        Path(recipe).write_text(
+            "name: layers\ncomponents:\n  vision_encoder: {scheme: w8a8-dynamic, method: search}\n"
+            "  language: {scheme: w4a16, method: gptq, gptq: {loss: layer}}\n"
+        )
     real = Stage.by_rows
 
     def counted(stage: Stage, weight: Tensor, make: Callable[[Tensor], Any], *, work: float) -> list[Any]:
@@ -211,7 +217,7 @@ def test_plan_says_whether_it_fits(run: Run, tiny_llava: Path, tmp_path: Path, m
     monkeypatch.setattr(pipeline, "calibration_dtype", lambda device: torch.float32)  # so small, kilobytes decide
     samples = write_small_set(tmp_path / "set")
     options = ("-r", "mixed", "--calibration", samples, "--memory-limit")
-    code, text, _ = run("plan", tiny_llava, *options, "8GiB", "--json")
+    code, text, _ = run("plan", tiny_llava, "--effort", "fast", *options, "8GiB", "--json")
     assert code == 0
     ways = json.loads(text)["quantizing"]
     assert [way["passes"] for way in ways] == [{"rerun": way.rerun, "spill": way.spill} for way in WAYS]
@@ -259,7 +265,8 @@ def test_nothing_is_kept_where_nothing_is_calibrated(tiny_llava: Path) -> None:
 
 def test_experts_see_the_tokens_that_are_routed_to_them(tmp_path: Path) -> None:
     """As many multiplications as by hand, for so many tokens that none need others'; their passes are always kept."""
-    components, plan = plan_model(zoo.build("qwen3_vl_moe", tmp_path / "model"), load_recipe("gptq-w4"))
+    recipe = load_recipe("gptq-w4").model_copy(update={"effort": "fast"})
+    components, plan = plan_model(zoo.build("qwen3_vl_moe", tmp_path / "model"), recipe)
     text = components.config.get_text_config()
     block = next(one for one in components.blocks if one.name.endswith("language_model.layers.0"))
     (form,) = {form for home, form in components.experts.items() if home.startswith(block.name)}
@@ -305,3 +312,24 @@ def test_what_outputs_do_to_the_answers_is_counted(tiny_llava: Path) -> None:
     assert coupled.seconds is not None
     assert plain.seconds is not None
     assert coupled.seconds > plain.seconds
+
+
+def test_a_plan_within_little_memory_takes_no_gradients_that_nobody_asked_for(
+    run: Run, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `quantize` does; a recipe that asks for them is refused."""
+    samples = write_small_set(tmp_path / "set")
+    monkeypatch.setattr(gradients, "needed_bytes", lambda *known: 7 << 30)
+    asked = tmp_path / "asked.yaml"
+    asked.write_text("name: asked\ncomponents: {language: {scheme: w4a16, method: gptq, gptq: {loss: answers}}}\n")
+    for recipe, limit, phase, found in (
+        ("mixed", "64GiB", True, 0),
+        ("mixed", "6GiB", False, 0),
+        (asked, "64GiB", True, 0),
+        (asked, "6GiB", True, 6),
+    ):
+        options = ("-r", recipe, "--calibration", samples, "--memory-limit", limit)
+        code, text, _ = run("plan", tiny_llava, *options, "--json")
+        assert code == found
+        assert all(("gradients" in way["phases"]) == phase for way in json.loads(text)["quantizing"])
+        assert run("quantize", tiny_llava, *options, "-o", tmp_path / "out", "--force")[0] == found

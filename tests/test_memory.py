@@ -17,9 +17,10 @@ from vlmquant.calibration.encode import Batch, BatchMaker
 from vlmquant.demo import model_dir
 from vlmquant.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
 from vlmquant.limits import is_allocation_failure
+from vlmquant.recipe import load_recipe
 from vlmquant.stream import Stage
 
-RECIPE = "gptq-w4"
+RECIPE = load_recipe("gptq-w4").model_copy(update={"effort": "fast"})  # nothing of the whole model
 FAILURES = {
     "python": MemoryError(),
     "torch on a CPU": RuntimeError(

@@ -40,7 +40,7 @@ RECIPES = {
     "gptq-cache": """
 components:
   vision_encoder: {scheme: w8a8-dynamic, method: search}
-  language: {scheme: w4a16, method: gptq}
+  language: {scheme: w4a16, method: gptq, gptq: {loss: layer}}
 kv_cache: {dtype: fp8}
 """,
     "auto": """

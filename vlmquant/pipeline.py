@@ -5,6 +5,7 @@ import ctypes
 import gc
 import hashlib
 import resource
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -438,23 +439,35 @@ def _reason_against_answers(
 
     processes: which share this machine's memory.
     """
-    lines = [line for line in plan.lines if line.needs_gradients and line.component == "language"]
-    if not lines or recipe.components.language.gptq.loss or LOSSES[recipe.effort]:
+    if not (names := _by_effort_alone(recipe, plan)):
         return None
     if device.type == "cpu":
         held = budget.resident_bytes()
-        limit = held + budget.available_bytes() // processes if memory_limit is None else memory_limit
-        left: int | None = limit - held
+        left = budget.available_bytes() // processes if memory_limit is None else memory_limit - held
     else:
-        left = budget.available_device_bytes(device) if device_memory_limit is None else device_memory_limit
+        there = budget.available_device_bytes(device) if device_memory_limit is None else device_memory_limit
+        left = there or 0
+    too_much = _too_much_for_answers(recipe, components, plan, batches, dtype, left)
+    return too_much or gradients.reason_against(components, names, batches, dtype, device)
+
+
+def _by_effort_alone(recipe: Recipe, plan: Plan) -> list[str]:
+    """The linears of a language model that are rounded by the answers though no recipe asks for it in words."""
+    if recipe.components.language.gptq.loss or LOSSES[recipe.effort]:
+        return []
+    lines = [line for line in plan.lines if line.needs_gradients and line.component == "language"]
+    return [line.name.removesuffix(".weight") for line in lines]
+
+
+def _too_much_for_answers(
+    recipe: Recipe, components: ComponentMap, plan: Plan, batches: Sequence[BatchMaker], dtype: torch.dtype, left: int
+) -> str | None:
+    """left: bytes that may still be taken."""
     needed = _whole_model_bytes(recipe, components, plan, batches, dtype).get("gradients", 0)
-    if left is not None and needed > left:
-        return (
-            f"gradients of the whole model need about {needed / 2**30:.1f} GiB of memory, and {left / 2**30:.1f} are "
-            "left"
-        )
-    names = [line.name.removesuffix(".weight") for line in lines]
-    return gradients.reason_against(components, names, batches, dtype, device)
+    if needed <= left:
+        return None
+    sizes = [f"{size / 2**30:.1f}" for size in (needed, max(left, 0))]
+    return "gradients of the whole model need about {} GiB of memory, of which {} are left".format(*sizes)
 
 
 def _for_layers(recipe: Recipe) -> Recipe:
@@ -506,9 +519,11 @@ def plan_work(
     *,
     calibration: str | Path | None = None,
     device: torch.device | None = None,
+    memory_limit: int | None = None,
 ) -> list[Prediction]:
     """What quantizing on the CPU, or a GPU, would take, for each way to run the calibration passes: budget.ways.
 
+    memory_limit: bytes that it may hold; within them no gradients are taken that nobody asks for in words.
     Encodes the calibration set and sends its first sample through the vision encoder, on the CPU; the weights on its
     way are read. A GPU need not be there: it is taken for one that computes in bfloat16.
     """
@@ -528,6 +543,10 @@ def plan_work(
             batch_size=BATCH_SIZE,
             batch_tokens=BATCH_TOKENS,
         )
+        left = sys.maxsize if memory_limit is None else memory_limit - budget.resident_bytes()
+        if _by_effort_alone(recipe, plan) and _too_much_for_answers(recipe, components, plan, batches, dtype, left):
+            recipe = _for_layers(recipe)
+            plan = make_plan(components, recipe)
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
         gc.collect()
     whole = _whole_model_bytes(recipe, components, plan, batches, dtype)

@@ -453,14 +453,15 @@ class Stage:
 
     @property
     def weighs_outputs(self) -> bool:
-        """Whether the plan has its codes found from what its outputs do to the answers."""
-        return self._line.needs_gradients
+        """Whether the plan has its codes found from what its outputs do to the answers, and that was asked."""
+        return self._line.needs_gradients and self.block.stream.output_moments is not None
 
     def of_output_moments(self, local: str, make: Callable[[Sequence[Tensor]], T]) -> T:
         """What an algorithm makes of E[g g^T], float32 on the CPU, where g is the gradient of the answers by what a
         linear puts out: the squares along its diagonal, of `rows_together`. Made by the first process, for all."""
-        name = self.linears[local].name
-        return self.ranks.first(lambda: make(self.block.stream.output_moments[name]))
+        name, known = self.linears[local].name, self.block.stream.output_moments
+        assert known is not None, "see weighs_outputs"
+        return self.ranks.first(lambda: make(known[name]))
 
     @property
     def is_aimed(self) -> bool:
@@ -1425,7 +1426,7 @@ class BlockStream:
     spill: a folder on whose disk what lies between blocks is kept, in files without names, instead of in memory.
     ranks: the processes that share the work. Each has a stream of all batches, and runs its own of them.
     output_moments: by linear, E[g g^T] of gradients by its outputs as Stage.of_output_moments gives it, where the plan
-    needs it; the first process has it.
+    needs it; the first process has it. None: nobody has asked, and layers are rounded for their own outputs.
     """
 
     def __init__(
@@ -1447,7 +1448,7 @@ class BlockStream:
         output_moments: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         self.components, self.plan, self.specs = components, plan, specs
-        self.output_moments = output_moments or {}
+        self.output_moments = output_moments
         self.ranks = ranks
         self.rerun, self._spill = rerun, spill
         self.dtype, self.device = dtype, device

@@ -209,3 +209,22 @@ def test_rows_of_different_parts_do_not_make_up_for_each_other(make_stage, make_
 )
 def test_parts_are_even_shares(rows: int, wanted: list[int]) -> None:
     assert stream.rows_together(rows) == wanted
+
+
+def test_outputs_that_are_nothing_stay_so_and_change_no_other(make_stage, make_inputs, make_weight) -> None:
+    weight, inputs, told = make_weight(48, 128), make_inputs(512, 128), moments(48, seed=1)
+    dead = torch.zeros(48, dtype=torch.bool)
+    dead[[0, 5, 47]] = True
+    weight[dead] = 0
+    scheme, mean = Scheme(bits=4, group_size=32), told.diagonal().double().mean()
+
+    def rounded(kept: Tensor) -> Tensor:
+        square = told[kept][:, kept]
+        damping = 0.1 * float(mean / square.diagonal().double().mean())  # adds as much
+        options = ComponentSpec(gptq=GptqOptions(output_damping=damping))
+        stage = make_stage({"q": weight[kept]}, scheme, inputs, options=options, output_moments={"q": [square]})
+        return gptq.quantize_stage(stage)["q"].dequantize()
+
+    whole, some = rounded(torch.ones_like(dead)), rounded(~dead)
+    assert not whole[dead].any()
+    assert (whole[~dead] == some).float().mean() > 0.995  # sums in another order

@@ -101,10 +101,13 @@ def _rounded_for_answers(
     device, factor, found = weight.device, factor.to("cpu"), []
     mean = sum(square.diagonal().double().sum().item() for square in squares) / len(weight)
     for rows, square in zip(torch.split(weight, list(map(len, squares))), squares, strict=True):
+        some = rows.float().cpu()
+        alive = some.any(1)  # what puts out nothing is to go on so, and makes up for nothing
+        square = square * alive * alive[:, None]
         own = square.diagonal().double().mean().item()
         damping = options.output_damping * (mean / own if own else 1.0)  # as much is added to all
-        outputs = factorize(square.clone(), damping, activation_order=True)
-        quantized, lost = quantize_weight(rows.float().cpu(), factor, grid, options, outputs=outputs)
+        outputs = factorize(square, damping, activation_order=True)
+        quantized, lost = quantize_weight(some, factor, grid, options, outputs=outputs)
         zeros = None if quantized.zeros is None else quantized.zeros.to(device)
         there = replace(quantized, codes=quantized.codes.to(device), scales=quantized.scales.to(device), zeros=zeros)
         found.append((there, lost))

@@ -151,7 +151,7 @@ def _show_plan(
     within, ways = Limits(*limits), []
     if within != Limits():
         device = torch.device("cpu" if within.device is None else "cuda")
-        ways = plan_work(components, planned, wanted, calibration=calibration, device=device)
+        ways = plan_work(components, planned, wanted, calibration=calibration, device=device, memory_limit=within.host)
     if as_json:
         extra = {} if contract is None else {"target": contract.to_json()}
         extra |= {} if served is None else {"serving": served.to_json()}
