@@ -39,7 +39,7 @@ from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.ranks import ALONE, ROWS, Ranks, Relay, Turn
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme, TokenWeights
-from vlmquant.scratch import mapped_copy
+from vlmquant.scratch import leave_memory, mapped_copy
 from vlmquant.shards import some
 
 T = TypeVar("T")
@@ -461,7 +461,14 @@ class Stage:
         linear puts out: the squares along its diagonal, of `rows_together`. Made by the first process, for all."""
         name, known = self.linears[local].name, self.block.stream.output_moments
         assert known is not None, "see weighs_outputs"
-        return self.ranks.first(lambda: make(known[name]))
+
+        def made() -> T:
+            found = make(known[name])
+            for square in known[name]:
+                leave_memory(square)
+            return found
+
+        return self.ranks.first(made)
 
     @property
     def is_aimed(self) -> bool:
