@@ -25,7 +25,7 @@ from model_sizes import config_of
 from provenance import provenance
 from scale.models import write_headers
 
-from vlmquant import budget, compiled
+from vlmquant import budget, compiled, gradients
 from vlmquant.pipeline import BATCH_SIZE, BATCH_TOKENS, find_components, plan_components
 from vlmquant.recipe import DEFAULT_RECIPE, Effort, load_recipe
 from vlmquant.stream import Footprint, Place
@@ -83,6 +83,10 @@ def measure(name: str, folder: Path, *, base: int) -> dict[str, Any]:
             budget.predict(taken, plan, footprint, base=base, dtype=FLOAT, passes=way)
             for way in (budget.WAYS[0], budget.WAYS[-1])
         ]
+        if lines := [line for line in plan.lines if line.needs_gradients]:
+            tokens = {"tokens": IMAGE_TOKENS + TEXT_TOKENS, "followed": TEXT_TOKENS}
+            needed = gradients.needed_bytes(taken, lines, FLOAT, **tokens)
+            ways = [way.with_phase("gradients", {"process": base, "gradients": needed}) for way in ways]
         efforts[effort] = [
             {
                 "passes": way.passes.label,

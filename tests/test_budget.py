@@ -319,7 +319,7 @@ def test_a_plan_within_little_memory_takes_no_gradients_that_nobody_asked_for(
 ) -> None:
     """As `quantize` does; a recipe that asks for them is refused."""
     samples = write_small_set(tmp_path / "set")
-    monkeypatch.setattr(gradients, "needed_bytes", lambda *known: 7 << 30)
+    monkeypatch.setattr(gradients, "needed_bytes", lambda *known, **more: 7 << 30)
     asked = tmp_path / "asked.yaml"
     asked.write_text("name: asked\ncomponents: {language: {scheme: w4a16, method: gptq, gptq: {loss: answers}}}\n")
     for recipe, limit, phase, found in (

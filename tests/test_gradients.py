@@ -284,7 +284,7 @@ def test_an_interrupted_run_asks_for_what_is_left(
 def test_it_is_refused_before_any_work_where_it_does_not_fit(
     tiny_llava: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "needed_bytes", lambda *known: 1 << 40)
+    monkeypatch.setattr(gradients, "needed_bytes", lambda *known, **more: 1 << 40)
     with pytest.raises(DoesNotFitError, match=r"in the gradients .*gradients 1024\.00.*--effort default"):
         quantize(tiny_llava, recipe(), tmp_path / "out", calibration=calibration, memory_limit=1 << 34)
     assert not (tmp_path / "out").exists()
@@ -309,7 +309,9 @@ def test_memory_is_that_of_weights_activations_and_waiting_gradients(
         (("language", "vision_encoder"), tokens, len(blocks)),
     ):
         chosen = [lines[one] for one in some]
-        found = gradients.needed_bytes(components, chosen, batches, torch.bfloat16)
+        sizes = gradients.longest(batches, chosen)
+        assert sizes == (tokens, followed)
+        found = gradients.needed_bytes(components, chosen, torch.bfloat16, tokens=tokens, followed=followed)
         kept = 4 * (30 * followed + 3 * (tokens - followed)) * width * passed
         assert found == 2 * (numbers + kept + (512 + 4 * followed) * sum(line.shape[0] for line in chosen))
 
@@ -365,7 +367,11 @@ def test_a_small_model_is_rounded_as_layers_where_its_answers_cannot_say(
         ("draw", r"gradients do not go through this model \(NotImplementedError: derivative for aten", breaks),
         ("draw", "gradients of this model are not finite", not_finite),
         ("draw", "gradients of the whole model do not fit into memory", full),
-        ("needed_bytes", r"gradients of the whole model need about 1024\.0 GiB of memory", lambda *known: 1 << 40),
+        (
+            "needed_bytes",
+            r"gradients of the whole model need about 1024\.0 GiB of memory",
+            lambda *known, **more: 1 << 40,
+        ),
     ]
     for number, (name, why, instead) in enumerate(cases):
         with monkeypatch.context() as patch:

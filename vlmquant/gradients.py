@@ -103,18 +103,26 @@ def draw(logits: Tensor, *, seed: int) -> Tensor:
 
 
 def needed_bytes(
-    components: ComponentMap, lines: Sequence[PlanLine], batches: Sequence[BatchMaker], dtype: torch.dtype
+    components: ComponentMap, lines: Sequence[PlanLine], dtype: torch.dtype, *, tokens: int, followed: int
 ) -> int:
     """Memory for `output_moments` of the linears of these lines, beside what the process holds before: weights, what
-    passes of the longest samples keep, and gradients that are waited for. The moments themselves lie on disk."""
-    longest = max(batches, key=lambda make: make.longest)
-    followed = TokensFollowed(text_alone=need_text_alone(lines)).in_pass(longest.first()).mask
-    text = longest.longest if followed is None else int(followed.sum(1).max())
-    behind = [block for block in components.blocks if block.component == "language" or followed is None]
-    kept = WIDTHS * text + ATTENTION_WIDTHS * (longest.longest - text)
+    passes keep, and gradients that are waited for. The moments themselves lie on disk.
+
+    tokens, followed: of the longest sample, and those of them that gradients go through: see `longest`.
+    """
+    text = need_text_alone(lines)
+    behind = [block for block in components.blocks if block.component == "language" or not text]
+    kept = WIDTHS * followed + ATTENTION_WIDTHS * (tokens - followed)
     passes = activation_bytes(components, BATCH * kept, dtype, widths=1, blocks=len(behind))
-    waiting = dtype.itemsize * (ROWS_AT_ONCE + BATCH * text) * sum(line.shape[0] for line in lines)
+    waiting = dtype.itemsize * (ROWS_AT_ONCE + BATCH * followed) * sum(line.shape[0] for line in lines)
     return weight_bytes(components, dtype) + passes + waiting
+
+
+def longest(batches: Sequence[BatchMaker], lines: Sequence[PlanLine]) -> tuple[int, int]:
+    """The tokens of the longest sample, and of one like it those that gradients go through."""
+    make = max(batches, key=lambda make: make.longest)
+    mask = TokensFollowed(text_alone=need_text_alone(lines)).in_pass(make.first()).mask
+    return make.longest, make.longest if mask is None else int(mask.sum(1).max())
 
 
 def need_text_alone(lines: Sequence[PlanLine]) -> bool:

@@ -417,7 +417,8 @@ def _whole_model_bytes(
     if not longest:
         return found
     if lines := [line for line in plan.lines if line.needs_gradients]:
-        found["gradients"] = gradients.needed_bytes(components, lines, batches, dtype)
+        tokens, followed = gradients.longest(batches, lines)
+        found["gradients"] = gradients.needed_bytes(components, lines, dtype, tokens=tokens, followed=followed)
     if recipe.effort == "high" and any(is_tunable(line.scheme, line.component) for line in plan.lines):
         coded = {line.name for line in plan.lines if line.action == "quantize"}
         found["polish"] = needed_bytes(components, coded, tokens=longest)
