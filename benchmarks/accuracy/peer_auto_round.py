@@ -57,6 +57,7 @@ def main() -> None:
     )
     _, folder = rounded.quantize_and_save(output_dir=f"{out}.partial", format="auto_gptq")
     Path(folder).rename(out)
+    Path(f"{out}.partial").rmdir()
     names = ("auto-round", "transformers", "torch")
     print("\n" + json.dumps({"versions": {name: version(name) for name in names}}))
 

@@ -16,6 +16,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -49,6 +50,8 @@ def recipe(method: str, bits: int, symmetric: bool, observer: str, **options: An
 
 def main() -> None:
     model, batches, out = map(Path, sys.argv[1:4])
+    if not torch.accelerator.is_available():
+        IntermediatesCache.pin_memory = lambda *_: None  # AWQ pins memory without asking, which fails
     inputs = torch.load(batches)
     loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     oneshot(
