@@ -1,13 +1,15 @@
 """Other tools, at the best settings that their documentation has, beside our default: same samples, same scoring.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy/peers.py MODEL --calibration SET --test SET --work DIR
-        --pythons TOOL=PYTHON ... [--rows NAME=DRAW,... ...] [--strata TASK=N,...] [--test-strata TASK=N,...]
+        --environments FOLDER [--rows NAME=DRAW,... ...] [--strata TASK=N,...] [--test-strata TASK=N,...]
         [--out FILE]
 
-Each row of ROWS is made by peer_TOOL.py, in a process and an environment of its own, from the inputs that our own run
-would make of the draw: one sample a batch, the whole chat with its image and answer. All passes are in float32. Beside
-each stands its difference to our default, on the draws that the row has. What is done is kept in DIR, as run.py does
-it. Writes benchmarks/results/accuracy_peers.{json,md}.
+Each row of ROWS is made by peer_TOOL.py, in a process of its own and by FOLDER/TOOL/bin/python, from the inputs that
+our own run would make of the draw: one sample a batch, the whole chat with its image and answer. All passes are in
+float32, and checkpoints are read as the tools write them. Beside each stands its difference to our default, on the
+draws that the row has. What is done is kept in DIR, as run.py does it. Writes
+benchmarks/results/accuracy_peers.{json,md}. In FOLDER there were, each with torch==2.13.0: llmcompressor==0.14.0.1;
+auto-round==0.16.1 and pillow; gptqmodel==7.6.0, installed with BUILD_CUDA_EXT=0 and --no-build-isolation.
 """
 
 import argparse
@@ -115,7 +117,7 @@ def make(arguments: argparse.Namespace, name: str, draw: int, out: Path) -> dict
     row = ROWS[name]
     inputs = save_inputs(arguments.model, draw, arguments.work / f"inputs-{draw}.pt", **chosen)
     script, model = HERE / f"peer_{row.tool}.py", arguments.model.resolve()
-    words = [arguments.pythons[row.tool], script, model, inputs, out, json.dumps(row.settings)]
+    words = [arguments.environments / row.tool / "bin" / "python", script, model, inputs, out, json.dumps(row.settings)]
     text, used = run_apart(list(map(str, words)), cwd=arguments.work)
     for file in arguments.model.iterdir():  # some do not write the processor's
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and not (out / file.name).exists():
@@ -162,15 +164,14 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--pythons", nargs="+", type=pair, default=[], metavar="TOOL=PYTHON")
+    parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--rows", nargs="+", type=pair, default=[], metavar="NAME=DRAW,...")
     parser.add_argument("--strata", default=CALIBRATION_STRATA)
     parser.add_argument("--test-strata", default=TEST_STRATA)
     parser.add_argument("--out", type=Path, default=RESULTS.with_name("accuracy_peers"))
     arguments = parser.parse_args()
-    arguments.work = arguments.work.resolve()
+    arguments.work, arguments.environments = arguments.work.resolve(), arguments.environments.absolute()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    arguments.pythons = dict(arguments.pythons)
     wanted = {name: tuple(map(int, draws.split(","))) for name, draws in arguments.rows}
     wanted = wanted or {name: row.draws for name, row in ROWS.items()}
     arguments.rows = {OURS: tuple(sorted({draw for draws in wanted.values() for draw in draws})), **wanted}
