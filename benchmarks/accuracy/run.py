@@ -60,24 +60,22 @@ def polish(model: Path, checkpoint: Path, samples: int, out: Path, *, calibratio
 
 
 def run_and_measure(words: list[str], kept: set[str]) -> dict[str, Any]:
-    """A command in a process of its own: what it says, of this, its user CPU seconds and its peak."""
-    done = subprocess.Popen(
-        [sys.executable, "-m", "vlmquant", *words, "--json", "--force", "--device", "cpu"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
+    """A command of ours: what it says, of this, and what it used."""
+    text, used = run_apart([sys.executable, "-m", "vlmquant", *words, "--json", "--force", "--device", "cpu"])
+    said = json.loads(text)
+    return {name: said[name] for name in kept} | used
+
+
+def run_apart(words: list[str], *, cwd: Path | None = None) -> tuple[str, dict[str, Any]]:
+    """A process of its own: what it prints, and its user CPU seconds and its peak."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=cwd)
     assert done.stdout is not None
     text = done.stdout.read()
     _, status, used = os.wait4(done.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(words)}: ended with {os.waitstatus_to_exitcode(status)}")
-    said = json.loads(text)
-    return {
-        **{name: said[name] for name in kept},
-        "user_cpu_seconds": round(used.ru_utime, 1),
-        "peak_bytes": used.ru_maxrss * 1024,
-    }
+    return text, {"user_cpu_seconds": round(used.ru_utime, 1), "peak_bytes": used.ru_maxrss * 1024}
 
 
 def score(model: Path, candidates: list[Path], *, test: Path, strata: str) -> list[dict[str, Any]]:
@@ -122,6 +120,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         for draw in arguments.draws:
             steps |= dict.fromkeys(make(arguments, recipe, draw))
     found = {step: [work / f"{step}-{draw}" for draw in arguments.draws] for step in steps}
+    return score_new(arguments, found)
+
+
+def score_new(arguments: argparse.Namespace, found: dict[str, list[Path]]) -> dict[str, list[dict[str, Any]]]:
+    """By name, of each checkpoint what making it took and what it loses; one that is scored is removed."""
     new = [out for outs in found.values() for out in outs if not _scored(out).is_file()]
     scores = score(arguments.model, new, test=arguments.test, strata=arguments.test_strata) if new else []
     for out, scored in zip(new, scores, strict=True):
