@@ -267,4 +267,4 @@ def test_the_rehearsal_takes_one_sample(tiny_llava: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(BatchMaker, "first", first)
     pipeline.quantize(tiny_llava, "mixed", tmp_path / "out", calibration=write_small_set(tmp_path / "set"))
-    assert [(len(batch.samples), len(batch.samples[0].images)) for batch in seen] == [(1, 1)]
+    assert {(len(batch.samples), len(batch.samples[0].images)) for batch in seen} == {(1, 1)}
