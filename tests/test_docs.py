@@ -128,7 +128,8 @@ def test_time_and_memory_are_told_with_what_is_assumed() -> None:
     assert re.findall(r"^\| (\S+ \w+) \|", text, re.MULTILINE) == ["InternVL3 1B", "Qwen2.5-VL 7B", "Qwen2.5-VL 72B"]
     assert text.count("| fast |") == text.count("| default |") == 3
     told = " ".join(text.rpartition("|\n")[2].split())
-    for part in ("128 samples", "1,024 image tokens", "one thread", "Xeon", "billion float32 products"):
+    machine = json.loads(fill.WORK.read_text())["environment"]["cpu"]
+    for part in ("128 samples", "1,024 image tokens", "one thread", machine, "billion float32 products"):
         assert part in told
     assert fill.hours((3600, 36_000)) == "1.0 to 10.0 h"
 
