@@ -26,7 +26,7 @@ from vlmquant.checkpoint.coded import Coded, open_coded
 from vlmquant.components import ComponentMap, locate_model
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
-from vlmquant.evaluation.passes import Row, answer_logits, batches_of, logits_of_answers, measure_rows, with_answers
+from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows
 from vlmquant.export import carried_by, plan_of, recipe_of, units_of
 from vlmquant.gradients import TokensFollowed
 from vlmquant.grid import QuantizedWeight, expand_groups
@@ -455,9 +455,7 @@ class _Tuner:
 
     def _divergences(self, batch: Sequence[Row]) -> list[Tensor]:
         """Of each row of a batch, KL by token."""
-        together = with_answers(self.encoder, batch)
-        with self.followed.in_pass(together):
-            found = torch.split(logits_of_answers(self.model, together), together.answer_mask.sum(1).tolist())
+        found = answer_logits(self.model, self.encoder, batch, around=self.followed.in_pass)
         return [self.teacher[row.key].divergence(logits) for row, logits in zip(batch, found, strict=True)]
 
 

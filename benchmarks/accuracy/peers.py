@@ -5,8 +5,8 @@
         [--out FILE]
 
 Each row of ROWS is made by peer_TOOL.py, in a process of its own and by FOLDER/TOOL/bin/python, from the inputs that
-our own run would make of the draw: one sample a batch, the whole chat with its image and answer. All passes are in
-float32, and checkpoints are read as the tools write them. Beside each stands its difference to our default, on the
+our own run would make of the draw: one sample a batch, the whole chat with its image and answer. All their passes are
+in float32, and checkpoints are read as the tools write them. Beside each stands its difference to our default, on the
 draws that the row has. What is done is kept in DIR, as run.py does it. Writes
 benchmarks/results/accuracy_peers.{json,md}. In FOLDER there were, each with torch==2.13.0: llmcompressor==0.14.0.1;
 auto-round==0.16.1 and pillow; gptqmodel==7.6.0, installed with BUILD_CUDA_EXT=0 and --no-build-isolation.
@@ -16,21 +16,12 @@ import argparse
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from run import (
-    CALIBRATION_STRATA,
-    RESULTS,
-    TEST_STRATA,
-    provenance,
-    quantize,
-    run_apart,
-    score_new,
-    summary,
-    to_markdown,
-)
+from run import RESULTS, make_once, parser_of, quantize, run_apart, score_new, summary, write
 
 from vlmquant.calibration.encode import make_batches
 from vlmquant.calibration.processor import load_processor
@@ -130,9 +121,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: [arguments.work / f"{name}-{draw}" for draw in draws] for name, draws in arguments.rows.items()}
     for name, outs in found.items():
         for draw, out in zip(arguments.rows[name], outs, strict=True):
-            made = out.with_name(f"{out.name}.made.json")
-            if not made.is_file():
-                made.write_text(json.dumps(make(arguments, name, draw, out)))
+            make_once(out, partial(make, arguments, name, draw))
     scored = score_new(arguments, found)
     ours = dict(zip(arguments.rows[OURS], scored[OURS], strict=True))
     rows = {OURS: summary(scored[OURS], scored[OURS])}
@@ -159,16 +148,9 @@ def pair(word: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = parser_of(__doc__, RESULTS.with_name("accuracy_peers"))
     parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--rows", nargs="+", type=pair, default=[], metavar="NAME=DRAW,...")
-    parser.add_argument("--strata", default=CALIBRATION_STRATA)
-    parser.add_argument("--test-strata", default=TEST_STRATA)
-    parser.add_argument("--out", type=Path, default=RESULTS.with_name("accuracy_peers"))
     arguments = parser.parse_args()
     arguments.work, arguments.environments = arguments.work.resolve(), arguments.environments.absolute()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -176,10 +158,7 @@ def main() -> None:
     wanted = wanted or {name: row.draws for name, row in ROWS.items()}
     arguments.rows = {OURS: tuple(sorted({draw for draws in wanted.values() for draw in draws})), **wanted}
     rows = measure(arguments)
-    results = {**provenance(), "draws": arguments.rows[OURS], "recipes": rows}
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(to_markdown(results) + notes(rows))
-    print(to_markdown(results) + notes(rows))
+    write(rows, arguments.rows[OURS], arguments.out, notes=notes(rows))
 
 
 if __name__ == "__main__":

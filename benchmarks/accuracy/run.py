@@ -19,7 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,15 @@ def make(arguments: argparse.Namespace, recipe: str, draw: int) -> list[str]:
             arguments.model, first, samples, out, calibration=arguments.calibration
         )
     for step, what in steps.items():
-        out = work / f"{step}-{draw}"
-        made = out.with_name(f"{out.name}.made.json")
-        if not made.is_file():
-            made.write_text(json.dumps(what(out)))
+        make_once(work / f"{step}-{draw}", what)
     return list(steps)
+
+
+def make_once(out: Path, what: Callable[[Path], dict[str, Any]]) -> None:
+    """A checkpoint, and beside it what making it took, unless that is there."""
+    made = out.with_name(f"{out.name}.made.json")
+    if not made.is_file():
+        made.write_text(json.dumps(what(out)))
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -201,30 +205,37 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None, out: Path) -> argparse.ArgumentParser:
+    """Of the options that all such tables have."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--strata", default=CALIBRATION_STRATA)
+    parser.add_argument("--test-strata", default=TEST_STRATA)
+    parser.add_argument("--out", type=Path, default=out)
+    return parser
+
+
+def write(rows: dict[str, Any], draws: Sequence[int], out: Path, *, notes: str = "") -> None:
+    results = {**provenance(), "draws": draws, "recipes": rows}
+    text = to_markdown(results) + notes
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, RESULTS)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--draws", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--polish", type=int, default=0, metavar="SAMPLES")
-    parser.add_argument("--strata", default=CALIBRATION_STRATA)
-    parser.add_argument("--test-strata", default=TEST_STRATA)
-    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     measured = measure(arguments)
     first = next(iter(measured.values()))
-    results = {
-        **provenance(),
-        "draws": arguments.draws,
-        "recipes": {name: summary(runs, first) for name, runs in measured.items()},
-    }
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(to_markdown(results))
-    print(to_markdown(results))
+    write({name: summary(runs, first) for name, runs in measured.items()}, arguments.draws, arguments.out)
 
 
 if __name__ == "__main__":

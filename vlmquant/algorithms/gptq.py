@@ -8,7 +8,6 @@ permutation is stored.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -108,9 +107,7 @@ def _rounded_for_answers(
         damping = options.output_damping * (mean / own if own else 1.0)  # as much is added to all
         outputs = factorize(square, damping, activation_order=True)
         quantized, lost = quantize_weight(some, factor, grid, options, outputs=outputs)
-        zeros = None if quantized.zeros is None else quantized.zeros.to(device)
-        there = replace(quantized, codes=quantized.codes.to(device), scales=quantized.scales.to(device), zeros=zeros)
-        found.append((there, lost))
+        found.append((quantized.to(device), lost))
     return found
 
 

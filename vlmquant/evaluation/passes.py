@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,19 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
         start += count
 
 
-def answer_logits(model: Any, encoder: Encoder, rows: Sequence[Row]) -> list[Tensor]:
+def answer_logits(
+    model: Any,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    *,
+    around: Callable[[Batch], AbstractContextManager[Any]] = nullcontext,
+) -> list[Tensor]:
     """The logits that predict each row's answer tokens (answer tokens, vocabulary), by one right-padded pass whose
-    gradients can be asked for."""
+    gradients can be asked for. around: the context that the pass of a batch is made in."""
     batch = with_answers(encoder, rows)
-    return list(torch.split(logits_of_answers(model, batch), batch.answer_mask.sum(1).tolist()))
+    with around(batch):
+        logits = logits_of_answers(model, batch)
+    return list(torch.split(logits, batch.answer_mask.sum(1).tolist()))
 
 
 def with_answers(encoder: Encoder, rows: Sequence[Row]) -> Batch:
