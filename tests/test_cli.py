@@ -21,7 +21,7 @@ from vlmquant import cli
 from vlmquant.errors import UsageError
 from vlmquant.evaluation.settings import Settings
 from vlmquant.report.data import write_json
-from vlmquant.threads import set_threads
+from vlmquant.threads import CPU_ENVIRONMENT, set_threads
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,44 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         assert command in done.stdout
 
 
-def test_threads_wait_without_spinning_unless_told(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+@pytest.mark.parametrize("name", CPU_ENVIRONMENT)
+def test_a_process_computes_as_ours_do_unless_told(monkeypatch: pytest.MonkeyPatch, run: Run, name: str) -> None:
+    monkeypatch.setenv(name, "another")
     run("--help")
-    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert os.environ[name] == "another"
+    monkeypatch.delenv(name)
     run("--help")
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert os.environ[name] == CPU_ENVIRONMENT[name]
+
+
+def test_products_of_many_shapes_are_not_kept() -> None:
+    """Of the process, once it has multiplied by rows of so many lengths."""
+    program = """
+import sys
+from vlmquant.threads import prepare_cpu
+if sys.argv[1] == "ours":
+    prepare_cpu()
+import torch
+from vlmquant.loading import give_back_freed_memory
+torch.set_num_threads(1)
+weight = torch.ones(256, 256, dtype=torch.bfloat16)
+def resident():
+    give_back_freed_memory()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+torch.ones(64, 256, dtype=torch.bfloat16) @ weight
+before = resident()
+for rows in range(65, 465):
+    torch.ones(rows, 256, dtype=torch.bfloat16) @ weight
+print(resident() - before)
+"""
+    plain = {name: value for name, value in os.environ.items() if name not in CPU_ENVIRONMENT}
+    grown = [
+        int(subprocess.run([sys.executable, "-c", program, who], env=plain, capture_output=True, check=True).stdout)
+        for who in ("ours", "torch")
+    ]
+    if grown[1] < 40 << 20:
+        pytest.skip("this torch keeps no product of bfloat16 on this machine")
+    assert grown[0] < grown[1] / 3
 
 
 def test_inspect_prints_a_map_whose_bytes_add_up(run: Run, tiny_llava: Path) -> None:

@@ -161,6 +161,7 @@ def output_moments(
                     drawn = draw(logits.detach(), seed=SEED + PROBES * number + probe)
                     torch.autograd.backward(logits, drawn.to(logits.dtype), retain_graph=probe + 1 < PROBES)
                 tokens += PROBES * len(logits)
+                give_back_freed_memory()
                 progress.step("gradients")
         for one in moments.values():
             one.end(tokens)

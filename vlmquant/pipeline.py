@@ -56,6 +56,7 @@ from vlmquant.grid import QuantizedWeight, grid_of
 from vlmquant.kernels.probe import compute_dtype, has_fast_bfloat16
 from vlmquant.kvcache import Maxima
 from vlmquant.limits import is_allocation_failure
+from vlmquant.loading import give_back_freed_memory
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
 from vlmquant.polish import is_tunable, needed_bytes, polish
 from vlmquant.progress import bar, stderr
@@ -727,6 +728,7 @@ def _quantize_blocks(
             for stage in block.stages():
                 signals.check()
                 stage.finish(ALGORITHMS[stage.method](stage))
+                give_back_freed_memory()
             if not block.restored:
                 result = block.result
                 ranks.first(partial(_record, writer, block.info.name, result))

@@ -1,4 +1,4 @@
-"""torch's CPU threads: how many, and how they wait for each other."""
+"""How torch works on CPUs in a process: how many threads, how they wait for each other, and what is kept for them."""
 
 import os
 
@@ -7,17 +7,21 @@ from vlmquant.errors import UsageError, shown
 MAX_THREADS = 1024
 """As many as the largest machines have cores; with some ten thousand torch crashes."""
 
-QUIET_WAIT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Environment of a process whose threads sleep while they wait; a user's own setting goes before it.
+CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+"""Environment of a process that computes on CPUs; a user's own setting goes before it.
 
-All our work is long rows of short parallel steps. Threads that spin between them, OpenMP's default, burn as much CPU
-time again, and where other work holds a core they make every step wait for it.
+Threads sleep while they wait: all our work is long rows of short parallel steps. Threads that spin between them,
+OpenMP's default, burn as much CPU time again, and where other work holds a core they make every step wait for it.
+
+oneDNN compiles every product for its shape, and keeps 1,024 of them, of up to a megabyte each; torch as many of their
+descriptions. A pass has some ten shapes, and the next, of samples of another length, has others.
 """
 
 
-def wait_without_spinning() -> None:
-    """Have this process's threads sleep while they wait; to be called before torch is imported."""
-    for name, value in QUIET_WAIT.items():
+def prepare_cpu() -> None:
+    """Have this process's threads sleep while they wait, and few products kept; to be called before torch is
+    imported."""
+    for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 

@@ -28,7 +28,7 @@ from vlmquant.errors import (
     shown,
 )
 from vlmquant.limits import is_allocation_failure
-from vlmquant.threads import wait_without_spinning
+from vlmquant.threads import prepare_cpu
 
 __all__ = [
     "UsageError",
@@ -180,7 +180,7 @@ register(app, COMMANDS)
 def main() -> None:
     """Entry point: turns our errors into one message and an exit code; bugs keep their traceback."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # nobody's business here, and slow to look for
-    wait_without_spinning()
+    prepare_cpu()
     with notices.restored():
         _run()
 
