@@ -336,11 +336,15 @@ def test_a_mixture_has_a_second_pass_only_if_asked(tmp_path: Path) -> None:
         assert any(line.action == "quantize" and "experts" in line.name for line in plan.lines)
 
 
-def test_only_layers_that_gptq_aims_need_the_original(tiny_llava: Path) -> None:
+def test_only_layers_that_are_aimed_need_the_original(tiny_llava: Path) -> None:
     for text, wanted in (
         ("{scheme: w4a16, method: gptq}", True),
         ("{scheme: w4a16, method: awq+gptq}", True),
-        ("{scheme: w4a16, method: awq}", False),
+        ("{scheme: w4a16, method: awq}", True),
+        ("{scheme: w4a16, method: awq, awq: {target: weights}}", False),
+        ("{scheme: w4a16, method: awq, gptq: {target: weights}}", True),
+        ("{scheme: w4a16, method: awq+gptq, awq: {target: weights}}", True),
+        ("{scheme: w4a16, method: search}", False),
         ("{scheme: w4a16, method: rtn}", False),
     ):
         _, plan = plan_model(tiny_llava, parse_recipe(f"name: t\ncomponents: {{language: {text}}}\n", name="t"))

@@ -18,6 +18,7 @@ from vlmquant.kvcache import CachePlan, plan_cache
 from vlmquant.nearest import nearest
 from vlmquant.packing import packed_columns
 from vlmquant.recipe import (
+    AIMING,
     BITSANDBYTES_SCHEMES,
     KEEP,
     LOSSES,
@@ -718,19 +719,21 @@ def _line(parameter: ParameterInfo, choice: _Choice | None, components: Componen
         parameter.shape,
         parameter.nbytes,
         stored_bytes(parameter.shape, choice.scheme, written_dtype(components, recipe), format=recipe.output.format),
-        needs_original=choice.method in WITH_FEEDBACK and _aims_at_outputs(parameter, components, recipe),
+        needs_original=choice.method in AIMING and _aims_at_outputs(parameter, choice.method, components, recipe),
         needs_gradients=choice.method in WITH_GRADIENTS and _answers_decide(parameter, components, recipe),
     )
 
 
-def _aims_at_outputs(parameter: ParameterInfo, components: ComponentMap, recipe: Recipe) -> bool:
-    """Whether GPTQ is to be told what the original model gives a linear.
+def _aims_at_outputs(parameter: ParameterInfo, method: str, components: ComponentMap, recipe: Recipe) -> bool:
+    """Whether a method is to be told what the original model gives a linear.
 
     Not of experts: what tokens reach one there and here are others. So in a mixture a second pass through all of them
     would be of use to attention alone; it is made where the recipe asks for it in words.
     """
-    asked = getattr(recipe.components, parameter.component).gptq.target
-    target = asked or ("weights" if components.experts else TARGETS[recipe.effort])
+    spec = getattr(recipe.components, parameter.component)
+    target = (spec.awq if method == "awq" else spec.gptq).target or (
+        "weights" if components.experts else TARGETS[recipe.effort]
+    )
     return target == "outputs" and not _is_of_expert(parameter, components)
 
 

@@ -31,6 +31,8 @@ SEARCHED = frozenset({"search", "int8"})
 WITH_FEEDBACK, WITH_FOLDS = frozenset({"gptq", "awq+gptq", "auto"}), frozenset({"awq", "awq+gptq", "auto"})
 """Methods that carry the errors of columns on, or may; that scale input channels, for which what comes before is
 divided, or may."""
+AIMING = WITH_FEEDBACK | WITH_FOLDS
+"""Methods that may round what makes up for the errors of earlier layers."""
 ComponentName = Literal["vision_encoder", "projector", "embedding", "language", "lm_head"]
 COMPONENTS: tuple[str, ...] = get_args(ComponentName)
 
@@ -221,6 +223,9 @@ class SearchOptions(Data):
     a pass through the component before the others, which takes its time twice."""
 
 
+Target = Literal["weights", "outputs"]
+
+
 class GptqOptions(Data):
     """GPTQ (arXiv:2210.17323), as static-group LDLQ."""
 
@@ -232,7 +237,7 @@ class GptqOptions(Data):
     """What a group's scale minimises: nothing (extremes), sum of d^2, or sum of E[x^2] |d|^3."""
     signed_scales: bool = True
     """Whether a group's scale may be below 0 on a symmetric grid, whose codes reach further to one side."""
-    target: Literal["weights", "outputs"] | None = None
+    target: Target | None = None
     """What is rounded: a layer's own weights; or those by which it puts out most nearly, from what the quantized model
     gives it, what the original's layer does (QEP, arXiv:2504.09629), as far as samples held out say that it helps.
     Null: as the recipe's effort says, and weights in a mixture of experts, of which a second pass would aim attention
@@ -259,6 +264,8 @@ class AwqOptions(Data):
     """Whether a group's scale may be below 0 on a symmetric grid, whose codes reach further to one side."""
     damping: Annotated[Number, Field(ge=0, le=1)] = 0.0
     """Ridge on the second moments that weigh the error, as a fraction of their mean."""
+    target: Target | None = None
+    """What is clipped and rounded once channels are scaled: as gptq.target."""
 
 
 LAYER_RANGE = re.compile(r"(-?[0-9]{1,9}|[0-9]{1,9}%)?:(-?[0-9]{1,9}|[0-9]{1,9}%)?")
@@ -483,7 +490,7 @@ class FamilySpec(Data):
 
 
 Effort = Literal["fast", "default", "high"]
-TARGETS: dict[Effort, Literal["weights", "outputs"]] = {"fast": "weights", "default": "outputs", "high": "outputs"}
+TARGETS: dict[Effort, Target] = {"fast": "weights", "default": "outputs", "high": "outputs"}
 """What GPTQ aims at, by effort: the outputs of the original take a second pass through the layers, and lose less."""
 LOSSES: dict[Effort, Literal["layer", "answers"] | None] = {"fast": "layer", "default": None, "high": "answers"}
 """What GPTQ keeps small, by effort: answers take gradients of the whole model. None: the answers in a language model of

@@ -13,7 +13,7 @@ from vlmquant.grid import Grid, grid_of
 from vlmquant.kernels.reference import input_scale, round_inputs
 from vlmquant.ranks import ALONE, Ranks
 from vlmquant.recipe import ComponentSpec, Scheme
-from vlmquant.stream import Rows
+from vlmquant.stream import Moments, Rows
 
 
 @dataclass
@@ -36,6 +36,9 @@ class FakeStage:
     biased: bool = False
     shifts: dict[str, Tensor] = field(default_factory=dict)
     output_moments: dict[str, list[Tensor]] = field(default_factory=dict)
+    moments: Moments | None = None
+    """Of its inputs and the original model's, where it is aimed."""
+    alpha: float | None = None
 
     @property
     def stored(self) -> dict[str, Tensor]:
@@ -53,6 +56,14 @@ class FakeStage:
 
     def of_hessian(self, make: Callable[[Tensor], Any]) -> Any:
         return make(self.hessian().clone())
+
+    def of_moments(self, make: Callable[[Moments], Any]) -> Any:
+        assert self.moments is not None
+        one = self.moments
+        return make(Moments(one.squares.clone(), one.cross.clone(), one.tokens, one.held))
+
+    def aimed(self, alpha: float) -> None:
+        self.alpha = alpha
 
     @property
     def weighs_outputs(self) -> bool:

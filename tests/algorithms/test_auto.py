@@ -10,7 +10,7 @@ from tests.test_original_passes import copy_of
 from tests.test_stream import batches_of, stream_of
 from tests.tiny_vlm import build
 from vlmquant.algorithms import ALGORITHMS, auto, awq, gptq
-from vlmquant.algorithms.target import factor_of
+from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.recipe import Recipe, parse_recipe
 from vlmquant.stream import BlockResult, Moments, Stage
@@ -74,12 +74,18 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
             if mean_abs is not None:
                 scales = awq.find_scales(stage, mean_abs, hessian)
                 grid = stage.grid.fitted(*stage.weights.values())
+                scaled, divided = stage.weights, hessian.clone()
+                if scales is not None:
+                    scaled = {name: weight * scales for name, weight in scaled.items()}
+                    divided = hessian / scales / scales[:, None]
+                if target == "outputs":
+                    shown = copy_of(auto._apart(moments)[0]).divided(scales)
+                    aimed = aim(scaled, shown, stage.options.gptq)
+                    scaled, divided = aimed.weights, aimed.factor.hessian()
                 wanted = 0.0
-                for weight in stage.weights.values():
-                    scaled, divided = weight, hessian.clone()
-                    if scales is not None:
-                        scaled, divided = weight * scales, hessian / scales / scales[:, None]
-                    value = awq.quantize_clipped(scaled, divided, grid, clip=True, signed=True).dequantize()
+                for name, weight in stage.weights.items():
+                    codes = awq.quantize_clipped(scaled[name], divided, grid, clip=True, signed=True)
+                    value = codes.dequantize()
                     wanted += by_hand(weight, value if scales is None else value / scales, moments)
                 assert found["awq"] == pytest.approx(wanted, rel=1e-3)
             compared += 1

@@ -8,6 +8,7 @@ from vlmquant.algorithms import awq, gptq, rtn
 from vlmquant.algorithms.factor import factorize
 from vlmquant.grid import Grid, mid_code
 from vlmquant.recipe import AwqOptions, ComponentSpec, GptqOptions, Scheme
+from vlmquant.stream import Moments, Rows
 
 W4 = Scheme(bits=4, group_size=16)
 
@@ -160,6 +161,34 @@ def test_without_a_producer_feedback_is_plain_gptq(make_stage, make_inputs, make
     assert torch.equal(
         awq.quantize_stage_with_feedback(one)["o_proj"].codes, gptq.quantize_stage(other)["o_proj"].codes
     )
+
+
+@pytest.mark.parametrize("folds", [True, False])
+def test_told_the_originals_outputs_it_makes_up_for_errors(make_stage, make_inputs, make_weight, folds) -> None:
+    """Its loss on tokens that it has not seen: |W x - Q z|^2; z is what it is given, x what the original gives."""
+    stage, _ = norm_stage(make_stage, make_inputs, make_weight)
+    if not folds:
+        stage = make_stage(stage.weights, W4, stage.inputs)
+    told, _ = norm_stage(make_stage, make_inputs, make_weight)
+    if not folds:
+        told.gain = None
+    inputs, error = stage.inputs, 0.2 * make_weight(48, 48, seed=3)
+    fit, held, unseen = inputs[:256], inputs[256:320], inputs[320:]
+    told.inputs, told.is_aimed = stage.inputs, True
+    told.moments = Moments(fit.T @ fit, (fit @ error).T @ fit, len(fit), [Rows(held, None, held @ error)])
+    lost = []
+    for one in (stage, told):
+        codes = awq.quantize_stage(one)
+        scales = 1 if one.channel_scales is None else one.channel_scales
+        lost.append(
+            sum(
+                ((unseen + unseen @ error) @ weight.T - unseen @ (codes[name].dequantize() / scales).T).square().sum()
+                for name, weight in one.weights.items()
+            )
+        )
+    assert lost[1] < lost[0] / 3
+    assert stage.alpha is None
+    assert told.alpha == pytest.approx(1, abs=0.05)  # the correction is linear, and there are tokens enough
 
 
 def test_clip_can_be_switched_off(make_stage, make_inputs, make_weight) -> None:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import awq, gptq, search
-from vlmquant.algorithms.factor import Factor
 from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.grid import QuantizedWeight
 from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
-from vlmquant.stream import Moments, Rows, Stage, divided
+from vlmquant.stream import Moments, Rows, Stage
 
 METHODS = {
     "gptq": gptq.quantize_stage,
@@ -38,7 +37,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
 def held_losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
     """By method, summed over tokens and outputs; mean_abs (in,): E|x_j|, None where scales cannot be folded.
 
-    aimed: whether GPTQ is to be told the original's outputs. One process runs this: nothing here may ask the others.
+    aimed: whether methods are to be told the original's outputs. One process runs this: nothing here may ask others.
     """
     methods = [method for method in METHODS if mean_abs is not None or method not in WITH_FOLDS]
     fit, judges = _apart(moments)
@@ -68,28 +67,22 @@ def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, a
         channel_scales = awq.find_scales(stage, mean_abs, fit.squares / fit.tokens)
     if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
-    if method in WITH_FEEDBACK:
-        seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held).divided(channel_scales)
-        if aimed:
-            target = aim(weights, seen, options.gptq)
-            codes = _by_feedback(stage, target.weights, target.factor)
-        else:
-            codes = _by_feedback(stage, weights, factor_of(seen.squares.div_(fit.tokens), options.gptq))
+    seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held).divided(channel_scales)
+    if aimed and method != "search":
+        target = aim(weights, seen, options.gptq)
+        weights, factor = target.weights, target.factor
     else:
-        grid, hessian = stage.grid.fitted(*weights.values()), divided(fit.squares / fit.tokens, channel_scales)
-        codes = {
-            name: awq.rounded(weight, hessian, grid, options.awq)
-            if method == "awq"
-            else search.quantize_weight(weight, hessian.diagonal(), grid)
-            for name, weight in weights.items()
-        }
+        factor = factor_of(seen.squares.div_(fit.tokens), options.gptq)
+    grid = stage.grid.fitted(*weights.values())
+    if method in WITH_FEEDBACK:
+        codes = {name: gptq.quantize_weight(one, factor, grid, options.gptq)[0] for name, one in weights.items()}
+    elif method == "search":
+        codes = {name: search.quantize_weight(one, factor.mean_square, grid) for name, one in weights.items()}
+    else:
+        hessian = factor.hessian()
+        codes = {name: awq.rounded(one, hessian, grid, options.awq) for name, one in weights.items()}
     values = {name: weight.dequantize() for name, weight in codes.items()}
     return values if channel_scales is None else {name: value / channel_scales for name, value in values.items()}
-
-
-def _by_feedback(stage: Stage, weights: Mapping[str, Tensor], factor: Factor) -> dict[str, QuantizedWeight]:
-    grid = stage.grid.fitted(*weights.values())
-    return {name: gptq.quantize_weight(weight, factor, grid, stage.options.gptq)[0] for name, weight in weights.items()}
 
 
 def _loss(weights: Mapping[str, Tensor], rounded: Mapping[str, Tensor], judges: Iterable[Rows]) -> float:

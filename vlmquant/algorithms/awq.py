@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmquant.algorithms import gptq
 from vlmquant.algorithms.rtn import quantize_weight
+from vlmquant.algorithms.target import aim
 from vlmquant.grid import (
     Grid,
     QuantizedWeight,
@@ -38,11 +39,16 @@ BETTER = 1 - 1e-6
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Scale and fold where the inputs have a producer that can take the scales; clip; round to nearest."""
-    options = stage.options.awq
-    weights, hessian = stage.weights, _damped(stage.hessian(), options)
-    if (channel_scales := fold_scales(stage)) is not None:
+    options, weights, channel_scales = stage.options.awq, stage.weights, fold_scales(stage)
+    if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
-        hessian = divided(hessian.clone(), channel_scales)
+    if stage.is_aimed:
+        scaled = weights
+        target = stage.of_moments(lambda moments: aim(scaled, moments.divided(channel_scales), stage.options.gptq))
+        weights, hessian = target.weights, _damped(target.factor.hessian(), options)
+        stage.aimed(target.alpha)
+    else:
+        hessian = divided(_damped(stage.hessian(), options).clone(), channel_scales)
     grid = stage.grid.fitted(*weights.values())
     make = partial(rounded, hessian=hessian, grid=grid, options=options)
     work = CLIP_STEPS * grid.group_size
