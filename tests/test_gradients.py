@@ -309,7 +309,7 @@ def test_memory_is_that_of_weights_activations_and_waiting_gradients(
         (("language", "vision_encoder"), tokens, len(blocks)),
     ):
         chosen = [lines[one] for one in some]
-        sizes = gradients.longest(batches, chosen)
+        sizes = gradients.longest(batches, text_alone=gradients.need_text_alone(chosen))
         assert sizes == (tokens, followed)
         found = gradients.needed_bytes(components, chosen, torch.bfloat16, tokens=tokens, followed=followed)
         kept = 4 * (30 * followed + 3 * (tokens - followed)) * width * passed

@@ -266,8 +266,9 @@ def test_high_effort_is_refused_where_its_gradients_do_not_fit(tmp_path: Path, m
     text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
     recipe, asked = parse_recipe(text, name="high"), list[int]()
 
-    def needed(components: Any, coded: Any, *, tokens: int) -> int:
-        asked.append(tokens)
+    def needed(components: Any, coded: Any, *, tokens: int, followed: int) -> int:
+        assert followed < tokens
+        asked.append(followed)
         return 1 << 40
 
     monkeypatch.setattr(pipeline, "needed_bytes", needed)
@@ -281,16 +282,18 @@ def test_high_effort_is_refused_where_its_gradients_do_not_fit(tmp_path: Path, m
 
 
 def test_memory_is_that_of_weights_gradients_and_activations(lossy: Path) -> None:
-    """By hand: all but codes in float32, a byte a code, two copies of the largest, 40 vectors a token and layer."""
+    """By hand: all but codes in float32, a byte a code, two copies of the largest; in a layer 40 vectors for a token of
+    text, and 3 for one of an image."""
     components = open_coded(lossy).components
     sizes = {one.name: math.prod(one.shape) for one in components.parameters}
     coded = set(open_coded(lossy).schemes)
     kept = sum(size for name, size in sizes.items() if name not in coded)
     codes = sum(size for name, size in sizes.items() if name in coded)
     text = components.config.get_text_config()
-    activations = 4 * 8 * 100 * text.hidden_size * 40 * text.num_hidden_layers
+    activations = 4 * 8 * (30 * 40 + 70 * 3) * text.hidden_size * text.num_hidden_layers
     wanted = 4 * kept + codes + 8 * max(sizes.values()) + activations
-    assert polish.needed_bytes(components, coded, tokens=100) == max(wanted, 4 * (kept + codes))
+    needed = polish.needed_bytes(components, coded, tokens=100, followed=30)
+    assert needed == max(wanted, 4 * (kept + codes))
 
 
 def test_a_checkpoint_may_be_polished_in_its_place(lossy: Path, tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ def activation_bytes(components: ComponentMap, tokens: int, dtype: torch.dtype, 
     return dtype.itemsize * tokens * width * widths * blocks
 
 
+def followed_bytes(
+    components: ComponentMap, dtype: torch.dtype, *, tokens: int, followed: int, widths: int, blocks: int
+) -> int:
+    """activation_bytes of passes through some of the tokens: attention alone keeps something of the others."""
+    kept = widths * followed + ATTENTION_WIDTHS * (tokens - followed)
+    return activation_bytes(components, kept, dtype, widths=1, blocks=blocks)
+
+
 def draw(logits: Tensor, *, seed: int) -> Tensor:
     """A vector v for each row of logits (tokens, vocabulary), of the same shape, with E[v v^T] = diag(p) - p p^T.
 
@@ -112,17 +120,23 @@ def needed_bytes(
     """
     text = need_text_alone(lines)
     behind = [block for block in components.blocks if block.component == "language" or not text]
-    kept = WIDTHS * followed + ATTENTION_WIDTHS * (tokens - followed)
-    passes = activation_bytes(components, BATCH * kept, dtype, widths=1, blocks=len(behind))
+    passes = BATCH * followed_bytes(
+        components, dtype, tokens=tokens, followed=followed, widths=WIDTHS, blocks=len(behind)
+    )
     waiting = dtype.itemsize * (ROWS_AT_ONCE + BATCH * followed) * sum(line.shape[0] for line in lines)
     return weight_bytes(components, dtype) + passes + waiting
 
 
-def longest(batches: Sequence[BatchMaker], lines: Sequence[PlanLine]) -> tuple[int, int]:
+def longest(batches: Sequence[BatchMaker], *, text_alone: bool) -> tuple[int, int]:
     """The tokens of the longest sample, and of one like it those that gradients go through."""
     make = max(batches, key=lambda make: make.longest)
-    mask = TokensFollowed(text_alone=need_text_alone(lines)).in_pass(make.first()).mask
-    return make.longest, make.longest if mask is None else int(mask.sum(1).max())
+    return make.longest, most_followed(make.first(), text_alone=text_alone) or make.longest
+
+
+def most_followed(batch: Batch, *, text_alone: bool) -> int | None:
+    """Of the tokens of a sample, those that gradients go through; None where that is all."""
+    mask = TokensFollowed(text_alone=text_alone).in_pass(batch).mask
+    return None if mask is None else int(mask.sum(1).max())
 
 
 def need_text_alone(lines: Sequence[PlanLine]) -> bool:

@@ -414,15 +414,16 @@ def _whole_model_bytes(
     recipe: Recipe, components: ComponentMap, plan: Plan, batches: Sequence[BatchMaker], dtype: torch.dtype
 ) -> dict[str, int]:
     """Memory for gradients of the whole model, by the phases that take them, beside what the process holds before."""
-    longest, found = max((maker.longest for maker in batches), default=0), dict[str, int]()
-    if not longest:
+    found = dict[str, int]()
+    if not batches:
         return found
     if lines := [line for line in plan.lines if line.needs_gradients]:
-        tokens, followed = gradients.longest(batches, lines)
+        tokens, followed = gradients.longest(batches, text_alone=gradients.need_text_alone(lines))
         found["gradients"] = gradients.needed_bytes(components, lines, dtype, tokens=tokens, followed=followed)
     if recipe.effort == "high" and any(is_tunable(line.scheme, line.component) for line in plan.lines):
         coded = {line.name for line in plan.lines if line.action == "quantize"}
-        found["polish"] = needed_bytes(components, coded, tokens=longest)
+        tokens, followed = gradients.longest(batches, text_alone=True)
+        found["polish"] = needed_bytes(components, coded, tokens=tokens, followed=followed)
     return found
 
 

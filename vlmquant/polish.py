@@ -26,9 +26,9 @@ from vlmquant.checkpoint.coded import Coded, open_coded
 from vlmquant.components import ComponentMap, locate_model
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
-from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows
+from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows, with_answers
 from vlmquant.export import carried_by, plan_of, recipe_of, units_of
-from vlmquant.gradients import TokensFollowed
+from vlmquant.gradients import TokensFollowed, followed_bytes, most_followed
 from vlmquant.grid import QuantizedWeight, expand_groups
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
@@ -230,7 +230,9 @@ def polish(
         spec = spec.model_copy(update={"samples": samples, "strata": mixed})
     encoder, rows = _rows(path, spec)
     fit, held = _split(rows)
-    needed = needed_bytes(coded.components, coded.schemes, tokens=max(row.tokens for row in rows))
+    largest = max(rows, key=lambda row: row.tokens)
+    followed = most_followed(with_answers(encoder, [largest]), text_alone=True) or largest.tokens
+    needed = needed_bytes(coded.components, coded.schemes, tokens=largest.tokens, followed=followed)
     _refuse_large(needed, device)
     inputs = Inputs(coded.components)
     with budget.told_of_gradients("polish"):
@@ -305,16 +307,17 @@ def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return fit, held
 
 
-def needed_bytes(components: ComponentMap, coded: Collection[str], *, tokens: int) -> int:
-    """Memory for gradients of the whole language model, in steps of sequences of so many tokens, beside what the
-    process holds before. coded: names of the weights that are codes."""
+def needed_bytes(components: ComponentMap, coded: Collection[str], *, tokens: int, followed: int) -> int:
+    """Memory for gradients of the whole language model, in steps of sequences of so many tokens, of which gradients go
+    through some, beside what the process holds before. coded: names of the weights that are codes."""
     parameters = components.parameters
-    width = getattr(components.config.get_text_config(), "hidden_size", 0)
     layers = sum(block.component == "language" for block in components.blocks)
     weights = sum(budget.FLOAT_BYTES * math.prod(one.shape) for one in parameters if one.name not in coded)
     codes = sum(math.prod(one.shape) for one in parameters if one.name in coded)
     largest = max((budget.FLOAT_BYTES * math.prod(one.shape) for one in parameters), default=0)
-    activations = budget.FLOAT_BYTES * BATCH * tokens * width * budget.GRADIENT_WIDTHS * layers
+    activations = BATCH * followed_bytes(
+        components, torch.float32, tokens=tokens, followed=followed, widths=budget.GRADIENT_WIDTHS, blocks=layers
+    )
     tuning = weights + codes + 2 * largest + activations
     original = sum(budget.FLOAT_BYTES * math.prod(one.shape) for one in parameters)
     return max(tuning, original)
