@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests import grids
 from vlmquant import cli, demo, pipeline, polish
+from vlmquant.calibration.sampling import choose_samples
 from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.checkpoint.coded import open_coded
@@ -28,7 +29,7 @@ DEMO = Path(demo.__file__).parent
 MODEL, CALIBRATION = DEMO / "model", DEMO / "calibration"
 SAMPLES = 96
 ALL = TokensFollowed(text_alone=False)
-LOSSY = "{scheme: {bits: 3, group_size: 32, symmetric: SYM}, method: gptq}"
+LOSSY = "{scheme: {bits: 2, group_size: 32, symmetric: SYM}, method: gptq}"
 
 
 @pytest.mark.parametrize("some", [False, True])
@@ -72,7 +73,7 @@ def test_divergence_is_kl_where_all_tokens_are_kept() -> None:
 
 
 def quantized(folder: Path, *, symmetric: str) -> Path:
-    """The demo model in 3 bits, which loses enough to be tuned."""
+    """The demo model in 2 bits, which loses enough to be tuned."""
     recipe = f"name: lossy\neffort: fast\ncomponents: {{language: {LOSSY.replace('SYM', symmetric)}}}\n"
     chosen = parse_recipe(recipe, name="lossy")
     quantize(MODEL, chosen, folder / "q", calibration=CALIBRATION, device="cpu", dtype=torch.float32)
@@ -105,6 +106,28 @@ def test_more_samples_are_of_the_tasks_that_the_recipe_chose(
             polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, samples=samples, device="cpu")
         assert asked[-1].strata == expected
         assert asked[-1].samples == samples
+
+
+@pytest.mark.parametrize("most", [1, 2, polish.ANSWERS])
+def test_answers_of_a_sample_are_tuned_on_or_its_first_is_held_out(
+    most: int, lossy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: of each sample the first answers; none of a sample that is held out tells what to tune."""
+    monkeypatch.setattr(polish, "ANSWERS", most)
+    spec = CalibrationSpec(set=str(CALIBRATION), samples=40, strata={"caption": 24, "vqa": 16})
+    known = {one.id: one for one in choose_samples(load_set(CALIBRATION), spec).samples}
+    assert {len(one.answers) for one in known.values()} == {1, 2}
+    _, rows = polish._rows(lossy, spec)
+    fit, held = polish._split(rows)
+    assert len(held) == 24 // 8 + 16 // 8
+    assert len({row.sample.id for row in held}) == len(held)
+    assert all(row.answer == row.sample.answers[0] for row in held)
+    assert not {row.sample.id for row in held} & {row.sample.id for row in fit}
+    told = {name: [row.answer for row in fit if row.sample.id == name] for name in known}
+    for name, sample in known.items():
+        expected = [] if name in {row.sample.id for row in held} else list(sample.answers[:most])
+        assert told[name] == expected
+    assert len({row.key for row in rows}) == len(rows)
 
 
 def with_strata(manifest: dict[str, Any], strata: dict[str, int] | None) -> dict[str, Any]:
@@ -215,6 +238,25 @@ def test_the_command_says_what_it_did(lossy: Path, tmp_path: Path, monkeypatch: 
     assert said["samples"] > said["held_out"] > 0
 
 
+@pytest.mark.parametrize(
+    ("losses", "rate", "tried"),
+    [
+        ((0.5, 0.09, 0.08, 0.085), polish.RATES[2], 4),
+        ((0.5, 0.05, 0.06, 0.01), polish.RATES[1], 3),  # the last is not tried
+        ((0.5, 0.4, 0.45, 0.3), None, 4),  # what does harm says nothing of the next
+        ((0.09, 0.09, 0.2, 0.2), polish.RATES[0], 3),
+    ],
+)
+def test_rates_are_tried_until_the_next_is_no_better(losses: tuple[float, ...], rate: float | None, tried: int) -> None:
+    class Tuner:
+        def train(self, fit: Any, held: Any, rate: float, *, epochs: int, most: int) -> tuple[float, None]:
+            return losses[polish.RATES.index(rate)], None
+
+    found, known = polish._best_rate(Tuner(), [], [], 0.1, Options())  # type: ignore[arg-type]
+    assert found == rate
+    assert list(known) == list(polish.RATES[:tried])
+
+
 def test_scales_are_stored_as_they_were_judged() -> None:
     weight = grids.random(Scheme(bits=4, group_size=32), 8, 64)
     layer = ScaledLinear(weight, None, ALL, dtype=torch.float32, device="cpu")
@@ -227,10 +269,9 @@ def test_scales_are_stored_as_they_were_judged() -> None:
 
 def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place, in the run's own plan; a run that was cut off before goes on with it, and one that was not does not."""
-    monkeypatch.setattr(polish, "RATES", (2e-3,))
+    monkeypatch.setattr(polish, "RATES", (4e-3, 2e-3))
     monkeypatch.setattr(pipeline, "calibration_dtype", lambda device: torch.float32)  # on every CPU the same codes
     text = f"name: high\neffort: high\ncomponents: {{language: {LOSSY.replace('SYM', 'true')}}}\n"
-    text = text.replace("bits: 3", "bits: 2")  # which leaves more to gain
     recipe = parse_recipe(text + f"calibration: {{samples: {SAMPLES // 3}}}\n", name="high")
     out = tmp_path / "out"
     real = polish.polish

@@ -38,11 +38,14 @@ from vlmquant.stream import HELD_EVERY
 
 TOP = 64
 """Log-probabilities of the original that are kept for a token; the others' sum is kept as one."""
+ANSWERS = 3
+"""Of a sample that are tuned on, where it has as many: each says more than another epoch of the first."""
 BATCH = 8
 """Sequences of a step."""
-RATES = (2e-3, 6e-4, 2e-4)
-"""Of Adam, tried from the highest down for TRIAL of an epoch each."""
-TRIAL = 0.25
+RATES = (3.6e-3, 1.2e-3, 4e-4, 1.3e-4)
+"""Of Adam, tried from the highest down until the next is no better."""
+TRIAL = 20
+"""Steps that each is tried for: fewer say little of an epoch."""
 BETAS = (0.9, 0.95)
 OF_THE_RUN = ("command", "fingerprint", "work")
 """What a manifest says of the run that made a checkpoint, and of none that makes another of it."""
@@ -236,7 +239,7 @@ def polish(
     _refuse_large(needed, device)
     inputs = Inputs(coded.components)
     with budget.told_of_gradients("polish"):
-        teacher = _ask(base, encoder, rows, device)
+        teacher = _ask(base, encoder, [*fit, *held], device)
         model = reading_part(load_model(path, dtype=torch.float32, device=device))
         tuner = _Tuner(model, coded, names, encoder, teacher, dtype=dtype, device=device, norms=options.norms)
         before = tuner.loss(held)
@@ -258,7 +261,7 @@ def polish(
         after if helped else before,
         rate if helped else None,
         tried,
-        len(rows),
+        len(_by_sample(rows)),
         len(held),
         tuner.count,
         (note,),
@@ -285,26 +288,34 @@ def _tunable(coded: Coded) -> list[str]:
 def _rows(path: Path, spec: CalibrationSpec) -> tuple[Encoder, list[Row]]:
     samples = choose_samples(load_set(spec.set), spec).samples
     encoder = Encoder(load_processor(path), tidy_captions=are_tokenized(samples))
-    rows = measure_rows([(sample, sample.answers[0]) for sample in samples], encoder)
+    rows = measure_rows([(sample, answer) for sample in samples for answer in sample.answers[:ANSWERS]], encoder)
     rows = [row for row in rows if row.tokens <= spec.max_tokens and row.answer_tokens]
-    if len(rows) < 2 * HELD_EVERY:
+    if (known := len(_by_sample(rows))) < 2 * HELD_EVERY:
         raise InputError(
-            f"calibration set {shown(spec.set)}: {len(rows)} samples are too few to tune scales on and hold some out; "
+            f"calibration set {shown(spec.set)}: {known} samples are too few to tune scales on and hold some out; "
             f"give at least {2 * HELD_EVERY}"
         )
     return encoder, rows
 
 
-def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows to fit, and rows held out: every HELD_EVERY-th of each task."""
-    seen: dict[str, int] = {}
-    fit, held = list[Row](), list[Row]()
+def _by_sample(rows: Sequence[Row]) -> list[list[Row]]:
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        place = seen[row.sample.task] = seen.get(row.sample.task, 0) + 1
-        (held if place % HELD_EVERY == 0 else fit).append(row)
+        found.setdefault(row.sample.id, []).append(row)
+    return list(found.values())
+
+
+def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows to fit, and rows held out: of every HELD_EVERY-th sample of each task, one answer."""
+    seen: dict[str, int] = {}
+    fit, held = list[list[Row]](), list[list[Row]]()
+    for answers in _by_sample(rows):
+        task = answers[0].sample.task
+        place = seen[task] = seen.get(task, 0) + 1
+        (held if place % HELD_EVERY == 0 else fit).append(answers)
     if not held:
-        fit, held = list(rows[:-1]), [rows[-1]]
-    return fit, held
+        held = [fit.pop()]
+    return [row for answers in fit for row in answers], [answers[0] for answers in held]
 
 
 def needed_bytes(components: ComponentMap, coded: Collection[str], *, tokens: int, followed: int) -> int:
@@ -424,12 +435,13 @@ class _Tuner:
         return total / max(tokens, 1)
 
     def train(
-        self, fit: Sequence[Row], held: Sequence[Row], rate: float, *, epochs: float
+        self, fit: Sequence[Row], held: Sequence[Row], rate: float, *, epochs: int, most: int | None = None
     ) -> tuple[float, list[Tensor] | None]:
         """Adam, by a cosine to 0, from the checkpoint's own scales. Returns the least held-out KL after an epoch, and
-        what gave it."""
+        what gave it. most: steps, for a trial."""
         self.restore(None)
         steps = max(round(epochs * len(fit) / BATCH), 1)
+        steps = steps if most is None else min(steps, most)
         optimizer = torch.optim.Adam(self.parameters, lr=rate, betas=BETAS)
         random = torch.Generator().manual_seed(0)
         best, kept, order = math.inf, None, list[int]()
@@ -470,7 +482,9 @@ def _best_rate(
         return options.rate, {}
     tried: dict[float, float] = {}
     for rate in RATES:
-        tried[rate], _ = tuner.train(fit, held, rate, epochs=TRIAL)
+        tried[rate], _ = tuner.train(fit, held, rate, epochs=1, most=TRIAL)
+        if min(tried.values()) < min(before, tried[rate]):
+            break
     rate = min(tried, key=tried.__getitem__)
     return (rate if tried[rate] < before else None), tried
 
