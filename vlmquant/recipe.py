@@ -564,7 +564,8 @@ class Recipe(Data):
     weights, gptq.loss: layer), in half the time, and lose more. default: for the outputs of the original, and a
     language model of up to about 500 million weights by what they do to the answers (gptq.loss: answers). high: the
     answers decide in every model, and the finished checkpoint is polished (as `vlmquant polish` does it, on up to four
-    times as many samples), which takes several times as long, and memory for gradients of the whole model."""
+    times as many samples, and three answers of each), which takes several times as long, and memory for gradients of
+    the whole model."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None
