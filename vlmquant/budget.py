@@ -427,7 +427,8 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
         beside = (3 if stage.method == "auto" else 1) * FLOAT_BYTES * stage.columns**2
         beside += round(held) * 2 * FLOAT_BYTES * stage.columns
         whole = FLOAT_BYTES * stage.rows * stage.columns
-        return max(beside + whole + 3 * FLOAT_BYTES * largest, whole + 12 * part + 2 * largest)
+        folds = whole + 16 * largest if stage.method in WITH_FOLDS else 0
+        return max(beside + whole + 3 * FLOAT_BYTES * largest, whole + 12 * part + 2 * largest, folds)
     if stage.method in WITH_FOLDS:
         return FLOAT_BYTES * stage.rows * stage.columns + 16 * largest
     if stage.method in WITH_FEEDBACK:
