@@ -55,7 +55,7 @@ LARGEST_KEPT_STACK = 0.05
 """Stacked weights that cannot be taken apart are kept without a word below this share of a component."""
 HALF = torch.bfloat16
 """What 16 bits are for a model that has no 16-bit dtype of its own."""
-CALIBRATED = WITH_FEEDBACK | WITH_FOLDS | SEARCHED
+CALIBRATED = AIMING | SEARCHED
 """Methods that look at a layer's inputs."""
 WITH_GRADIENTS = WITH_FEEDBACK - {"auto"}
 """Methods that can be told what outputs do to the answers."""

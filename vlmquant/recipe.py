@@ -491,7 +491,8 @@ class FamilySpec(Data):
 
 Effort = Literal["fast", "default", "high"]
 TARGETS: dict[Effort, Target] = {"fast": "weights", "default": "outputs", "high": "outputs"}
-"""What GPTQ aims at, by effort: the outputs of the original take a second pass through the layers, and lose less."""
+"""What GPTQ and AWQ aim at, by effort: the outputs of the original take a second pass through the layers, and lose
+less."""
 LOSSES: dict[Effort, Literal["layer", "answers"] | None] = {"fast": "layer", "default": None, "high": "answers"}
 """What GPTQ keeps small, by effort: answers take gradients of the whole model. None: the answers in a language model of
 at most SMALL_MODEL weights, and otherwise the layer."""

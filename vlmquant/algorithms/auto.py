@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmquant.algorithms import awq, gptq, search
 from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.grid import QuantizedWeight
-from vlmquant.recipe import WITH_FEEDBACK, WITH_FOLDS
+from vlmquant.recipe import AIMING, WITH_FEEDBACK, WITH_FOLDS
 from vlmquant.stream import Moments, Rows, Stage
 
 METHODS = {
@@ -68,19 +68,24 @@ def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, a
     if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
     seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held).divided(channel_scales)
-    if aimed and method != "search":
+    factor = None
+    if aimed and method in AIMING:
         target = aim(weights, seen, options.gptq)
         weights, factor = target.weights, target.factor
     else:
-        factor = factor_of(seen.squares.div_(fit.tokens), options.gptq)
+        seen.squares.div_(fit.tokens)
     grid = stage.grid.fitted(*weights.values())
     if method in WITH_FEEDBACK:
+        factor = factor or factor_of(seen.squares, options.gptq)
         codes = {name: gptq.quantize_weight(one, factor, grid, options.gptq)[0] for name, one in weights.items()}
-    elif method == "search":
-        codes = {name: search.quantize_weight(one, factor.mean_square, grid) for name, one in weights.items()}
     else:
-        hessian = factor.hessian()
-        codes = {name: awq.rounded(one, hessian, grid, options.awq) for name, one in weights.items()}
+        hessian = factor.hessian() if factor else seen.squares
+        codes = {
+            name: awq.rounded(one, hessian, grid, options.awq)
+            if method == "awq"
+            else search.quantize_weight(one, hessian.diagonal(), grid)
+            for name, one in weights.items()
+        }
     values = {name: weight.dequantize() for name, weight in codes.items()}
     return values if channel_scales is None else {name: value / channel_scales for name, value in values.items()}
 
