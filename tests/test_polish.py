@@ -19,6 +19,7 @@ from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.checkpoint.coded import open_coded
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, UsageError
+from vlmquant.evaluation.passes import batches_of, teacher_forced
 from vlmquant.gradients import TokensFollowed
 from vlmquant.loading import load_model
 from vlmquant.pipeline import quantize
@@ -72,6 +73,36 @@ def test_divergence_is_kl_where_all_tokens_are_kept() -> None:
     assert (fewer <= kl + 1e-9).all()  # tokens taken together tell less
 
 
+def test_the_original_answers_nearly_alike_in_a_dtype_that_is_fast(lossy: Path) -> None:
+    """Against its own passes in float32: bfloat16 in the products of all linears but the head, and in nothing else."""
+    components = open_coded(lossy).components
+    encoder, rows = polish._rows(lossy, CalibrationSpec(set=str(CALIBRATION), samples=16))
+    model = load_model(MODEL, dtype=torch.float32)
+    exact = {
+        one.row.key: one.answer_logits.log_softmax(-1)
+        for batch in batches_of(rows, 8)
+        for one in teacher_forced(model, encoder, batch)
+    }
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        found = polish._ask(MODEL, components, encoder, rows, dtype=dtype, device="cpu")
+        assert set(found) == set(exact)
+        off = max(
+            (exact[key].gather(1, one.ids) - one.log_probs)[:, 0].abs().max().item() for key, one in found.items()
+        )
+        assert off <= most, dtype
+        assert max(one.divergence(exact[key]).mean().item() for key, one in found.items()) < 1e-3
+        assert (off > 1e-4) is (dtype == torch.bfloat16)
+    polish._multiply_in(torch.bfloat16, model, components)
+    kinds = {place: type(module) for place, module in model.named_modules()}
+    assert all(
+        kinds[one.name] is (nn.Linear if one.component == "lm_head" else polish._FrozenLinear)
+        for one in components.linears
+    )
+    assert {value.dtype for name, value in model.named_parameters() if "norm" in name or "lm_head" in name} == {
+        torch.float32
+    }
+
+
 def quantized(folder: Path, *, symmetric: str) -> Path:
     """The demo model in 2 bits, which loses enough to be tuned."""
     recipe = f"name: lossy\neffort: fast\ncomponents: {{language: {LOSSY.replace('SYM', symmetric)}}}\n"
@@ -106,6 +137,51 @@ def test_more_samples_are_of_the_tasks_that_the_recipe_chose(
             polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, samples=samples, device="cpu")
         assert asked[-1].strata == expected
         assert asked[-1].samples == samples
+
+
+@pytest.mark.parametrize(
+    ("effort", "said", "expected"),
+    [
+        ("fast", "", 128),
+        ("default", "", 128),
+        ("high", "", 512),
+        ("high", "samples: 40", 40),
+        ("fast", "samples: 7", 7),
+    ],
+)
+def test_high_effort_looks_at_more_samples_unless_a_recipe_says_how_many(
+    effort: str, said: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = parse_recipe(
+        f"name: some\neffort: {effort}\ncomponents: {{language: {{scheme: w4a16, method: gptq}}}}\n"
+        f"calibration: {{{said}}}\n",
+        name="some",
+    )
+    asked = list[int]()
+
+    def choose(sample_set: Any, spec: CalibrationSpec) -> Any:
+        asked.append(spec.count)
+        raise InputError("enough")
+
+    monkeypatch.setattr(pipeline, "choose_samples", choose)
+    with pytest.raises(InputError, match="enough"):
+        quantize(MODEL, recipe, Path("nowhere"), calibration=CALIBRATION, device="cpu")
+    assert asked == [expected]
+
+
+def test_polish_takes_more_samples_than_a_recipe_that_does_not_say_how_many(
+    lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    def choose(sample_set: Any, spec: CalibrationSpec) -> Any:
+        asked.append(spec.count)
+        raise InputError("enough")
+
+    monkeypatch.setattr(polish, "choose_samples", choose)
+    with pytest.raises(InputError, match="enough"):
+        polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, device="cpu")
+    assert asked == [512]
 
 
 @pytest.mark.parametrize("most", [1, 2, polish.ANSWERS])
@@ -293,7 +369,7 @@ def test_high_effort_polishes_what_it_wrote(tmp_path: Path, monkeypatch: pytest.
     tuned, said = tensors_of(out), read_manifest(out)
     assert any(not torch.equal(tuned[name], value) for name, value in rounded.items())
     assert said["polish"]["held_out_kl_after"] < said["polish"]["held_out_kl_before"]
-    assert said["polish"]["samples"] == min(4 * (SAMPLES // 3), len(load_set(CALIBRATION).samples))
+    assert said["polish"]["samples"] == SAMPLES // 3
     for key in ("calibration", "alphas", "errors", "fingerprint", "command", "work"):
         assert said[key] == manifest[key], key
     monkeypatch.setattr(pipeline, "polish", cut_off)

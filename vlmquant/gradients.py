@@ -72,8 +72,13 @@ def whole_model(components: ComponentMap, device: torch.device, dtype: torch.dty
 
 def module_of(model: nn.Module, components: ComponentMap, name: str) -> nn.Module:
     """A module of `whole_model` by its name in the model."""
+    return model.get_submodule(place_in(components, name))
+
+
+def place_in(components: ComponentMap, name: str) -> str:
+    """What a module, or a parameter, of this name in the model is called in the part that is run."""
     runs = components.family.runs
-    return model.get_submodule(name.removeprefix(f"{runs}.") if runs else name)
+    return name.removeprefix(f"{runs}.") if runs else name
 
 
 def weight_bytes(components: ComponentMap, dtype: torch.dtype) -> int:

@@ -81,9 +81,6 @@ from vlmquant.sensitivity import (
 from vlmquant.shards import dtype_name, some
 from vlmquant.stream import BlockResult, BlockStream, Footprint, rehearse
 
-POLISH_TIMES = 4
-"""High effort polishes on so many times as many samples as it calibrates by, where the set has them: those that codes
-were found by have little more to say (benchmarks/accuracy/LOG.md)."""
 BOOTSTRAP_RESAMPLES = 2000
 BOOTSTRAP_SEED = 0
 """Of the report's intervals."""
@@ -284,7 +281,7 @@ def quantize(
         finished = ranks.first(lambda: read_manifest(writer.out))
         errors, notes = finished["errors"], [*finished["notes"], "an earlier run had finished this checkpoint"]
     if "polish" in whole:
-        notes += ranks.first(lambda: _polish(Path(out), components.model_dir, chosen, device))
+        notes += ranks.first(lambda: _polish(Path(out), components.model_dir, chosen.set, device))
     return Quantized(
         path=Path(out),
         plan=plan,
@@ -406,7 +403,7 @@ def calibration_dtype(device: torch.device | str) -> torch.dtype:
 
 def _calibration_of(recipe: Recipe, calibration: str | Path | None) -> CalibrationSpec:
     """The recipe's, or with another set."""
-    spec = recipe.calibration
+    spec = recipe.calibration.at(recipe.effort)
     return spec if calibration is None else spec.model_copy(update={"set": str(calibration)})
 
 
@@ -506,12 +503,11 @@ def _find_output_moments(
     )
 
 
-def _polish(out: Path, model_dir: Path, calibration: CalibrationSpec, device: str) -> tuple[str, ...]:
+def _polish(out: Path, model_dir: Path, calibration: str, device: str) -> tuple[str, ...]:
     """Polish a finished checkpoint in its place, unless it is; what there is to say of it."""
     if "polish" in read_manifest(out):
         return ()
-    samples = POLISH_TIMES * sum((calibration.strata or {"": calibration.samples}).values())
-    done = polish(out, model_dir, out, calibration=calibration.set, samples=samples, device=device, force=True)
+    done = polish(out, model_dir, out, calibration=calibration, device=device, force=True)
     return done.notes
 
 

@@ -28,7 +28,7 @@ from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
 from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows, with_answers
 from vlmquant.export import carried_by, plan_of, recipe_of, units_of
-from vlmquant.gradients import TokensFollowed, followed_bytes, most_followed
+from vlmquant.gradients import TokensFollowed, followed_bytes, most_followed, place_in
 from vlmquant.grid import QuantizedWeight, expand_groups
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
@@ -136,6 +136,31 @@ class ScaledLinear(nn.Module):
         return replace(self.weight_before, scales=self.weight_before.grid.round_scales(scales))
 
 
+class _FrozenLinear(nn.Module):
+    """A linear layer whose weight is frozen, multiplied in a dtype that is fast here; what it puts out is as what it
+    gets."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.functional.linear(inputs.to(self.weight.dtype), self.weight, self.bias).to(inputs.dtype)
+
+
+def _multiply_in(dtype: torch.dtype, model: nn.Module, components: ComponentMap) -> None:
+    """Have the frozen linears of all components but the head multiply in this dtype. What passes from block to block,
+    norms, attention and logits stay as they are, so that little is lost."""
+    if dtype == torch.float32:
+        return
+    for one in components.linears:
+        place = place_in(components, one.name)
+        linear = model.get_submodule(place)
+        if one.component != "lm_head" and type(linear) is nn.Linear:
+            model.set_submodule(place, _FrozenLinear(linear, dtype))
+
+
 class _Product(torch.autograd.Function):
     """inputs (..., in) times values * scales, of which only the codes are kept until the gradient comes, and of the
     inputs those of the tokens that it is followed through (mask)."""
@@ -213,8 +238,9 @@ def polish(
 
     With force, `out` may be the checkpoint itself, which is then replaced.
     calibration, samples: the set and how many of it, of each task the share that the checkpoint's recipe has; None as
-    it has them. Raises UsageError, PlanError where there is nothing to be tuned, InputError, and DoesNotFitError where
-    gradients of the whole model need more memory than there is.
+    it has them, and as at effort high where it does not say how many. Raises UsageError, PlanError where there is
+    nothing to be tuned, InputError, and DoesNotFitError where gradients of the whole model need more memory than there
+    is.
     """
     options = options or Options()
     path, base = locate_model(checkpoint), locate_model(original)
@@ -227,7 +253,7 @@ def polish(
     device = find_device(device)
     dtype = compute_dtype(torch.device(device))
     asked: dict[str, Any] = {} if calibration is None else {"set": str(calibration)}
-    spec = recipe.calibration.model_copy(update=asked)
+    spec = recipe.calibration.at("high").model_copy(update=asked)
     if samples is not None:
         mixed = None if spec.strata is None else shares(spec.strata, samples)
         spec = spec.model_copy(update={"samples": samples, "strata": mixed})
@@ -239,7 +265,7 @@ def polish(
     _refuse_large(needed, device)
     inputs = Inputs(coded.components)
     with budget.told_of_gradients("polish"):
-        teacher = _ask(base, encoder, [*fit, *held], device)
+        teacher = _ask(base, coded.components, encoder, [*fit, *held], dtype=dtype, device=device)
         model = reading_part(load_model(path, dtype=torch.float32, device=device))
         tuner = _Tuner(model, coded, names, encoder, teacher, dtype=dtype, device=device, norms=options.norms)
         before = tuner.loss(held)
@@ -345,9 +371,12 @@ def _refuse_large(needed: int, device: str) -> None:
 
 
 @torch.no_grad()
-def _ask(base: Path, encoder: Encoder, rows: Sequence[Row], device: str) -> dict[int, _Teacher]:
-    """The original model's answers, by row."""
+def _ask(
+    base: Path, components: ComponentMap, encoder: Encoder, rows: Sequence[Row], *, dtype: torch.dtype, device: str
+) -> dict[int, _Teacher]:
+    """The original model's answers, by row. components: of the checkpoint, which has the same modules."""
     model = reading_part(load_model(base, dtype=torch.float32, device=device).eval())
+    _multiply_in(dtype, model, components)
     found: dict[int, _Teacher] = {}
     with bar("polish", total=len(rows)) as progress:
         for batch in batches_of(rows, BATCH):
@@ -378,19 +407,18 @@ class _Tuner:
     ) -> None:
         self.model, self.encoder, self.teacher = model.requires_grad_(False), encoder, teacher
         self.followed = TokensFollowed(text_alone=True)
-        runs = coded.components.family.runs
-        prefix = f"{runs}." if runs else ""
         self.linears: dict[str, ScaledLinear] = {}
         for name in names:
             signals.check()
             weight, order = coded.read(name)
             if order is not None:
                 raise PlanError(f"{coded.path}: {name}: its groups are of inputs in an order of their own (desc_act)")
-            place = name.removeprefix(prefix).removesuffix(".weight")
+            place = place_in(coded.components, name).removesuffix(".weight")
             bias = getattr(model.get_submodule(place), "bias", None)
             self.linears[name] = ScaledLinear(weight, bias, self.followed, dtype=dtype, device=device)
             model.set_submodule(place, self.linears[name])
-        self.gains = dict(self._norms(coded, prefix)) if norms else {}
+        _multiply_in(dtype, model, coded.components)
+        self.gains = dict(self._norms(coded)) if norms else {}
         for value in self.gains.values():
             value.requires_grad_(True)
         self.stored = {name: coded.components.parameter(name).dtype for name in self.gains}
@@ -398,11 +426,11 @@ class _Tuner:
         self.count = sum(one.numel() for one in self.parameters)
         self._start = self.state()
 
-    def _norms(self, coded: Coded, prefix: str) -> Iterator[tuple[str, nn.Parameter]]:
+    def _norms(self, coded: Coded) -> Iterator[tuple[str, nn.Parameter]]:
         """Gains of norms of the language model: its parameters of one dimension that are called so."""
         by_name = dict(self.model.named_parameters())
         for one in coded.components.parameters:
-            place = one.name.removeprefix(prefix)
+            place = place_in(coded.components, one.name)
             is_gain = one.component == "language" and len(one.shape) == 1 and one.name.endswith("norm.weight")
             if is_gain and place in by_name and one.loaded:
                 yield one.name, by_name[place]

@@ -386,7 +386,8 @@ class TokenWeights(Data):
 class CalibrationSpec(Data):
     set: str = "default"
     """Name of a shipped set or path of a set's folder."""
-    samples: Annotated[int, Field(ge=1, le=100_000)] = 128
+    samples: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Null: 128, and 512 at effort high."""
     seed: Annotated[int, Field(ge=0)] = 0
     max_tokens: Annotated[int, Field(ge=16)] = 2048
     """A longer sample is left out and counted; an image's tokens are never cut."""
@@ -396,6 +397,15 @@ class CalibrationSpec(Data):
     """Which samples of a task are taken: hashed ranks them by a hash of seed and id, file takes the first ones."""
     experts: ExpertOptions = ExpertOptions()
     token_weights: TokenWeights = TokenWeights()
+
+    def at(self, effort: "Effort") -> "CalibrationSpec":
+        """With as many samples as an effort takes, where nothing else is said."""
+        return self if self.samples else self.model_copy(update={"samples": SAMPLES[effort]})
+
+    @property
+    def count(self) -> int:
+        """Samples that are asked for."""
+        return sum(self.strata.values()) if self.strata else self.at("default").samples or 0
 
 
 def _short_kv_cache(value: Any) -> Any:
@@ -496,6 +506,9 @@ less."""
 LOSSES: dict[Effort, Literal["layer", "answers"] | None] = {"fast": "layer", "default": None, "high": "answers"}
 """What GPTQ keeps small, by effort: answers take gradients of the whole model. None: the answers in a language model of
 at most SMALL_MODEL weights, and otherwise the layer."""
+SAMPLES: dict[Effort, int] = {"fast": 128, "default": 128, "high": 512}
+"""Calibration samples, by effort: with four times as many 4 bits lose a third less, in three times the time
+(benchmarks/accuracy/LOG.md)."""
 SMALL_MODEL = 1 << 29
 """Weights in the linears of a language model that loses most by few bits, and whose gradients are soon there."""
 
@@ -563,10 +576,10 @@ class Recipe(Data):
     effort: Effort = "default"
     """fast: layers are calibrated on the inputs of the quantized model alone, each for its own outputs (gptq.target:
     weights, gptq.loss: layer), in half the time, and lose more. default: for the outputs of the original, and a
-    language model of up to about 500 million weights by what they do to the answers (gptq.loss: answers). high: the
-    answers decide in every model, and the finished checkpoint is polished (as `vlmquant polish` does it, on up to four
-    times as many samples, and three answers of each), which takes several times as long, and memory for gradients of
-    the whole model."""
+    language model of up to about 500 million weights by what they do to the answers (gptq.loss: answers). high: on four
+    times as many samples, unless calibration.samples or strata say how many, the answers decide in every model, and
+    the finished checkpoint is polished (as `vlmquant polish` does it, on three answers of each sample), which takes
+    several times as long, and memory for gradients of the whole model."""
     fallback: Fallback = Fallback()
     calibration: CalibrationSpec = CalibrationSpec()
     kv_cache: Annotated[KvCacheSpec, BeforeValidator(_short_kv_cache)] | None = None

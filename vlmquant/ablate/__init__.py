@@ -156,7 +156,9 @@ def ablate(
     components = pipeline.find_components(model, needing_class=["components.language (scored against the original)"])
     plans, refused = _plan(components, recipe, methods)
     looking = {method for method, (_, plan) in plans.items() if any(line.needs_data for line in plan.lines)}
-    drawn = _draw(recipe.calibration, calibration, kinds if looking else (), samples=samples, draws=draws)
+    drawn = _draw(
+        recipe.calibration.at(recipe.effort), calibration, kinds if looking else (), samples=samples, draws=draws
+    )
     _refuse_shared(drawn, data, limit)
     arms = [
         Arm(kind, method, _on(made, drawn.size), plan, draws if kind else 1)
@@ -262,7 +264,7 @@ def _draw(
     draws: int,
 ) -> _Drawn:
     source = load_set(spec.set if calibration is None else calibration)
-    wanted = samples or (sum(spec.strata.values()) if spec.strata else spec.samples)
+    wanted = samples or spec.count
     size = subset_size(source, kinds, wanted)
     subsets = [draw_subset(source, spec, kind, size=size, draw=draw) for draw in range(1, draws + 1) for kind in kinds]
     notes = []

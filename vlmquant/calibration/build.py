@@ -253,8 +253,7 @@ class _Pool:
 
     def draw(self, spec: CalibrationSpec) -> tuple[tuple[Sample, ...], tuple[Stratum, ...]]:
         """As `choose`; InputError if too many of the images that it opened are unusable, or nothing is left."""
-        wanted = sum(spec.strata.values()) if spec.strata else spec.samples
-        with bar("open images", total=min(wanted, len(self._of))) as progress:
+        with bar("open images", total=min(spec.count, len(self._of))) as progress:
             chosen, strata = choose(
                 self.samples,
                 spec,

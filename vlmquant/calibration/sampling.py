@@ -83,7 +83,7 @@ def choose(
 
 def _quotas(sizes: Mapping[str, int], spec: CalibrationSpec, *, name: str) -> dict[str, int]:
     if spec.strata is None:
-        return shares(sizes, spec.samples)
+        return shares(sizes, spec.count)
     for task in spec.strata:
         if task not in sizes:
             hint = shown(did_you_mean(task, sizes))

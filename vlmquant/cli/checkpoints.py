@@ -45,7 +45,9 @@ def polish(
     samples: Annotated[
         int | None,
         typer.Option(
-            "--samples", min=16, help="How many of it, in the recipe's mix of tasks; as the recipe says if not given."
+            "--samples",
+            min=16,
+            help="How many of it, in the recipe's mix of tasks; as the recipe says, or 512, if not given.",
         ),
     ] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Times that every sample is seen.")] = 1,
