@@ -6,10 +6,10 @@
 
 Each recipe is quantized once for each draw (the seed of the choice of samples), in a process of its own, and scored
 teacher-forced in float32. Where no strata are given: by 96 captions, 16 vqa and 16 object samples, on 80 captions with
-two references each, 60 vqa and 60 object samples. --polish: each is then also polished, on so many samples of the set,
-and scored again; its time is that of polishing alone. Beside each stands its difference to the first recipe: KL by KL
-on the same samples, all draws together. What is done is kept in DIR and not done again; all checkpoints are scored at
-once, in the end. Writes benchmarks/results/accuracy.{json,md}.
+two references each, 60 vqa and 60 object samples; at effort high by four times as many as given. --polish: each is then
+also polished, on so many samples of the set, and scored again; its time is that of polishing alone. Beside each stands
+its difference to the first recipe: KL by KL on the same samples, all draws together. What is done is kept in DIR and
+not done again; all checkpoints are scored at once, in the end. Writes benchmarks/results/accuracy.{json,md}.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from provenance import provenance
 from vlmquant.cli.words import parse_counts
 from vlmquant.evaluation.settings import Settings
 from vlmquant.pipeline import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, evaluate
-from vlmquant.recipe import load_recipe
+from vlmquant.recipe import SAMPLES, load_recipe
 
 RESULTS = Path(__file__).parents[1] / "results" / "accuracy"
 CALIBRATION_STRATA = "caption=96,vqa=16,object=16"
@@ -44,8 +44,10 @@ RECIPES = tuple(
 
 
 def quantize(model: Path, recipe: str, draw: int, out: Path, *, calibration: Path, strata: str) -> dict[str, Any]:
-    """Seconds of user CPU and the peak of memory."""
-    wanted, counts = load_recipe(recipe), parse_counts(strata)
+    """Seconds of user CPU and the peak of memory. strata: at effort high, so many times as many as it takes more."""
+    wanted = load_recipe(recipe)
+    times = SAMPLES[wanted.effort] // SAMPLES["default"]
+    counts = {task: times * count for task, count in parse_counts(strata).items()}
     chosen = {"seed": draw, "samples": sum(counts.values()), "strata": counts}
     spec = wanted.calibration.model_copy(update=chosen)
     file = out.with_suffix(".yaml")
