@@ -367,6 +367,13 @@ def time_and_memory() -> str:
         f"{found['environment']['cpu']} with {rate:.0f} billion {found['dtype']} products (multiply and add) a second; "
         "time falls as that number rises."
     )
+    one = found["models"]["7B"]
+    least = min(one["gpu"]["default"], key=lambda way: way["device_peak_bytes"])
+    told += (
+        f" By the same\ncount, at the rates of an {found['gpu']['name']}, {one['name']} by default takes "
+        f"{least['seconds'] / 60:.1f} minutes and {gigabytes(least['device_peak_bytes'])} of its memory:\n"
+        "a model, of which nothing has run there."
+    )
     return f"{table(columns, rows, numbers=len(columns) - 1)}\n{told}\n"
 
 

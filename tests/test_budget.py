@@ -281,11 +281,34 @@ def test_experts_see_the_tokens_that_are_routed_to_them(tmp_path: Path) -> None:
     by_hand += sum(0.62 * seen[local] * shapes[local][1] ** 2 + shapes[local][1] ** 3 / 3 for local in groups)
     by_hand += sum(shapes[local][0] * shapes[local][1] ** 2 for local in quantized)
     stages = budget._stages(components, plan, block, tokens)
-    assert budget._products(stages, block, tokens, rerun=False) == pytest.approx(by_hand)
+    assert sum(budget._products(stages, block, tokens, rerun=False)) == pytest.approx(by_hand)
     footprint = Footprint({"language": Place(1000, form.hidden, 4_000, 100)}, input_bytes=0)
     passes = [predict(components, plan, footprint, base=0, dtype=torch.float32, passes=way) for way in WAYS]
     for what in ("inside the passes", "weights of the block", "a stage"):
         assert len({way.parts["language"][what] for way in passes}) == 1
+
+
+def test_time_is_that_of_passes_in_their_dtype_and_of_rounding_in_float32(
+    tiny_llava: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: tokens times weights, and on top second moments, a factor and error feedback."""
+    recipe = load_recipe("gptq-w4").model_copy(update={"effort": "fast"})
+    components, plan = plan_model(tiny_llava, recipe)
+    tokens, passes, rounding = 50_000, 0.0, 0.0
+    for block in components.blocks:
+        if block.component == "language":
+            passes += tokens * sum(linear.out_features * linear.in_features for linear in block.linears)
+            for group in components.fused_groups(block):
+                columns = group[0].in_features
+                rounding += 0.62 * tokens * columns**2 + columns**3 / 3
+                rounding += sum(linear.out_features for linear in group) * columns**2
+    rates = {torch.float32: 1e9, torch.bfloat16: 4e9}
+    monkeypatch.setattr(budget, "_products_per_second", lambda dtype, device: rates[dtype])
+    footprint = Footprint({"language": Place(tokens, 256, 1_024_000, 100)}, 5_000)
+    for dtype, rate in rates.items():
+        found = predict(components, plan, footprint, base=0, dtype=dtype, passes=WAYS[0])
+        assert found.seconds is not None
+        assert found.seconds[0] == pytest.approx(passes / rate + rounding / 1e9, abs=0.1)
 
 
 def test_what_outputs_do_to_the_answers_is_counted(tiny_llava: Path) -> None:

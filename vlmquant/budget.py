@@ -168,7 +168,8 @@ def predict(
         for one in parameters[""]
         if one.loaded and one.component != "lm_head"
     )
-    parts, there, products = dict[str, dict[str, int]](), dict[str, dict[str, int]](), 0.0
+    parts, there = dict[str, dict[str, int]](), dict[str, dict[str, int]]()
+    products = dict.fromkeys((dtype, torch.float32), 0.0)
     chains = 2 if any(line.needs_original for line in plan.lines) else 1
     waiting = 0 if passes.spill else footprint.input_bytes
     for component in dict.fromkeys(block.component for block in components.blocks):
@@ -208,14 +209,16 @@ def predict(
                 one["weights being read"] = most * components.dtype.itemsize
             if sum(one.values()) > sum(found.values()):
                 found = one
-            products += _products(stages, block, rows, rerun=rerun, chains=chains)
+            passed, solved = _products(stages, block, rows, rerun=rerun, chains=chains)
+            products[dtype] += passed
+            products[torch.float32] += solved
         parts[component] = {name: size for name, size in found.items() if not elsewhere or name in ON_HOST}
         if elsewhere:
             there[component] = {name: size for name, size in found.items() if name not in ON_HOST}
     moments = moment_bytes([line for line in plan.lines if line.needs_gradients])
     timed = not elsewhere or torch.cuda.is_available()
-    speed = _products_per_second(dtype, device or torch.device("cpu")) if timed else None
-    longest = None if speed is None else products / speed
+    where = device or torch.device("cpu")
+    longest = sum(count / _products_per_second(one, where) for one, count in products.items()) if timed else None
     spilled = max((place.nbytes for place in footprint.components.values()), default=0) + footprint.input_bytes
     return Prediction(
         passes,
@@ -436,26 +439,28 @@ def _rounding_bytes(stage: _Stage, row_elements: int | None) -> int:
     return FLOAT_BYTES * stage.rows * stage.columns + 12 * part + 2 * largest
 
 
-def _products(stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun: bool, chains: int = 1) -> float:
-    """Multiplications: of the passes, of second moments, of factors and of error feedback."""
+def _products(
+    stages: Sequence[_Stage], block: BlockInfo, tokens: int, *, rerun: bool, chains: int = 1
+) -> tuple[float, float]:
+    """Multiplications of the passes, and those in float32: of second moments, of factors and of error feedback."""
     weights = sum(linear.out_features * linear.in_features for linear in block.linears)
     quantized = sum(stage.rows * stage.columns for stage in stages)
-    total = 0.0
+    passed = solved = 0.0
     if any(stage.method in CALIBRATED for stage in stages):
-        total += float(tokens) * (weights - quantized) + sum(one.tokens * one.rows * one.columns for one in stages)
-        total *= chains * (1 + (len(stages) / 2 if rerun else 0))
+        passed += float(tokens) * (weights - quantized) + sum(one.tokens * one.rows * one.columns for one in stages)
+        passed *= chains * (1 + (len(stages) / 2 if rerun else 0))
     for stage in stages:
         if stage.method in WITH_FEEDBACK | WITH_FOLDS:
-            total += 0.62 * stage.tokens * stage.columns**2
+            solved += 0.62 * stage.tokens * stage.columns**2
         if stage.method in WITH_FEEDBACK:
-            total += stage.columns**3 / 3 + stage.rows * stage.columns**2
+            solved += stage.columns**3 / 3 + stage.rows * stage.columns**2
         if stage.coupled:  # another factor, and feedback from row to row; forth and back through the original
             together = max(rows_together(stage.most_rows))
-            total += stage.most_rows * together * (together / 3 + stage.columns)
-            total += 2 * float(tokens) * weights / len(stages)
+            solved += stage.most_rows * together * (together / 3 + stage.columns)
+            passed += 2 * float(tokens) * weights / len(stages)
         if stage.compares:  # more second moments; another factor; twice what solves by it, and weights times them
-            total += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2
-    return total
+            solved += stage.tokens * stage.columns**2 + stage.columns**3 / 3 + 4 * stage.rows * stage.columns**2
+    return passed, solved
 
 
 @measured
