@@ -170,7 +170,7 @@ def test_a_stage_is_told_what_its_outputs_do(make_stage, make_inputs, make_weigh
     plain = gptq.quantize_stage(make_stage(weights, Scheme(bits=4, group_size=32), inputs, options=options))
     stage = make_stage(weights, Scheme(bits=4, group_size=32), inputs, options=options, output_moments=told)
     found = gptq.quantize_stage(stage)
-    factor = factorize(stage.hessian().clone(), 0.01, activation_order=True)
+    factor = factorize(stage.hessian().clone(), 0.01, activation_order=True, shrinkage=options.gptq.shrinkage)
     outputs = factorize(told["q"][0].clone(), 0.5, activation_order=True)
     expected, _ = coupled.round_both(weights["q"], found["q"].scales, None, factor, outputs, found["q"].grid)
     assert torch.equal(found["q"].codes, expected)

@@ -27,27 +27,33 @@ def second_moments(columns: int, *, rank: int | None = None, massive: tuple[int,
     return inputs.T @ inputs / len(inputs)
 
 
-def reference(hessian: Tensor, damping: float, order: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reference(
+    hessian: Tensor, damping: float, order: Tensor, shrinkage: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """M^T, D and H in the order, float64, by numpy's Cholesky decomposition of the matrix read backwards."""
     whole = hessian.double().numpy()
     whole = whole[np.ix_(order.numpy(), order.numpy())]
-    damped = whole + damping * whole.diagonal().mean() * np.eye(len(whole))
+    damped = whole + np.diag(damping * whole.diagonal().mean() + shrinkage * whole.diagonal())
     root = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
     return (root / root.diagonal()).T, root.diagonal() ** 2, whole
 
 
-def check(hessian: Tensor, damping: float, *, activation_order: bool = True, within: float = 2e-3) -> Factor:
+def check(
+    hessian: Tensor, damping: float, *, activation_order: bool = True, within: float = 2e-3, shrinkage: float = 0.0
+) -> Factor:
     order = torch.arange(len(hessian))
     if activation_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    feedback, pivots, whole = reference(hessian, damping, order)
-    found = factorize(hessian.clone(), damping, activation_order=activation_order)
+    feedback, pivots, whole = reference(hessian, damping, order, shrinkage)
+    found = factorize(hessian.clone(), damping, activation_order=activation_order, shrinkage=shrinkage)
     assert torch.equal(found.order, order)
     assert found.damping == damping
     np.testing.assert_array_equal(found.mean_square, hessian.diagonal())
     np.testing.assert_allclose(found.pivots, pivots, rtol=within)
     # M^T as errors meet it: those of an input count as much as that is large.
-    sizes = np.sqrt(whole.diagonal() + damping * whole.diagonal().mean())
+    added = damping * whole.diagonal().mean() + shrinkage * whole.diagonal()
+    np.testing.assert_allclose(found.added, added, rtol=1e-6)
+    sizes = np.sqrt(whole.diagonal() + added)
     ours = np.tril(found.matrix.numpy(), -1)
     np.testing.assert_allclose(
         ours * sizes[:, None] / sizes, np.tril(feedback, -1) * sizes[:, None] / sizes, atol=within
@@ -73,6 +79,8 @@ def test_any_shape_and_panel(columns: int, rank: int, panel: int, seed: int) -> 
 @pytest.mark.parametrize("damping", [0.01, 0.001])
 def test_few_directions_and_massive_activations(damping: float) -> None:
     check(second_moments(300, rank=20), damping)
+    check(second_moments(300, rank=20), damping, shrinkage=0.3)
+    check(second_moments(300, rank=20, massive=(3, 77, 201)), damping, shrinkage=0.1)
     check(second_moments(300, rank=20, massive=(3, 77, 201)), damping)
 
 

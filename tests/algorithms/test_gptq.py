@@ -39,7 +39,7 @@ def test_activation_order_by_hand() -> None:
     assert round_plainly([[0.6, 0.6]], [[1, 1], [1, 3]], activation_order=False) == [[1, 0]]
 
 
-def classical_gptq(weight, hessian, scales, zeros, *, bits, group_size, damping, activation_order):
+def classical_gptq(weight, hessian, scales, zeros, *, bits, group_size, damping, activation_order, shrinkage):
     """The column loop of arXiv:2210.17323 in float64: Cholesky factor of H^-1, OBS updates of all later columns."""
     weight, hessian = weight.double().numpy().copy(), hessian.double().numpy().copy()
     scales = scales.double().numpy()
@@ -47,7 +47,7 @@ def classical_gptq(weight, hessian, scales, zeros, *, bits, group_size, damping,
     columns = len(hessian)
     diagonal = hessian.diagonal().copy()
     order = np.argsort(-diagonal, kind="stable") if activation_order else np.arange(columns)
-    hessian[np.arange(columns), np.arange(columns)] += damping * diagonal.mean()
+    hessian[np.arange(columns), np.arange(columns)] += damping * diagonal.mean() + shrinkage * diagonal
     upper = np.linalg.cholesky(np.linalg.inv(hessian[order][:, order])).T
     weight = weight[:, order]
     codes = np.zeros(weight.shape, dtype=np.uint8)
@@ -89,6 +89,7 @@ def check_codes(make_stage, make_inputs, make_weight):
                 group_size=group_size or columns,
                 damping=options.damping,
                 activation_order=options.activation_order,
+                shrinkage=options.shrinkage,
             )
             assert torch.equal(ours.codes, expected)
             nearest = quantize_nearest(
@@ -107,7 +108,9 @@ def check_codes(make_stage, make_inputs, make_weight):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_codes_are_those_of_the_classical_loop(check_codes, name, symmetric, activation_order) -> None:
-    check_codes(*CLASSICAL[name], symmetric, GptqOptions(activation_order=activation_order))
+    for shrinkage in (0, 0.1, 1):
+        options = GptqOptions(activation_order=activation_order, shrinkage=shrinkage)
+        check_codes(*CLASSICAL[name], symmetric, options)
 
 
 @pytest.fixture
@@ -196,6 +199,7 @@ def test_inputs_that_never_fire_are_rounded_to_nearest(make_stage, make_inputs, 
         group_size=16,
         damping=0.01,
         activation_order=True,
+        shrinkage=GptqOptions().shrinkage,
     )
     assert torch.equal(quantized.codes[:, living], expected[:, living])
 
@@ -215,9 +219,11 @@ def test_fewer_tokens_than_inputs(make_stage, make_inputs, make_weight) -> None:
     assert stage.notes == []
 
 
-@pytest.mark.parametrize(("coupling", "damping"), [(1.05, 0.1), (1.5, 1), (6.0, 10)])
+@pytest.mark.parametrize(("coupling", "damping"), [(1.15, 0.1), (1.6, 1), (6.0, 10)])
 def test_a_singular_hessian_is_damped_more_and_noted(make_stage, make_weight, coupling, damping) -> None:
-    gram = torch.tensor([[1.0, coupling], [coupling, 1.0]])  # its smallest eigenvalue is 1 - coupling
+    gram = torch.tensor(
+        [[1.0, coupling], [coupling, 1.0]]
+    )  # its smallest eigenvalue is 1 - coupling; shrinkage adds .1
     stage = make_stage({"q": make_weight(4, 2)}, Scheme(bits=4, group_size=None), gram=gram)
     gptq.quantize_stage(stage)
     assert stage.notes == [f"the Hessian is singular at damping 0.01; used {damping:g}"]
@@ -248,6 +254,7 @@ def test_massive_activations_keep_their_precision(make_stage, make_inputs, make_
         group_size=16,
         damping=0.01,
         activation_order=True,
+        shrinkage=GptqOptions().shrinkage,
     )
     assert torch.equal(quantized.codes, expected)
 

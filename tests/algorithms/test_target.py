@@ -28,13 +28,14 @@ def moments_of(inputs: Tensor, shift: Tensor, held: list[Rows]) -> Moments:
 
 
 def expected(
-    weight: Tensor, fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], damping: float
+    weight: Tensor, fit: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor], options: GptqOptions
 ) -> tuple[Tensor, float]:
     """W + alpha D by solving, and alpha by minimising the held-out loss over a fine grid."""
 
     def correction(inputs: Tensor, shift: Tensor) -> Tensor:
         squares = inputs.T @ inputs / len(inputs)
-        squares += damping * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
+        own = squares.diagonal()
+        squares = squares + torch.diag(options.damping * own.mean() + options.shrinkage * own)
         return torch.linalg.solve(squares, (weight.double() @ (shift.T @ inputs / len(inputs))).T).T
 
     exact = [one.double() for one in fit]
@@ -56,7 +57,7 @@ def test_target_is_the_least_squares_one_shrunk_as_held_out_tokens_say(tokens: i
     weights = {name: torch.randn(rows, 24, generator=random) for name, rows in (("q", 8), ("k", 5))}
     target = aim(weights, moments_of(*fit, [Rows(held[0], None, held[1])]), options)
     together = torch.cat(list(weights.values()))
-    wanted, alpha = expected(together, fit, held, options.damping)
+    wanted, alpha = expected(together, fit, held, options)
     assert target.alpha == pytest.approx(alpha, abs=1e-3)
     torch.testing.assert_close(torch.cat(list(target.weights.values())), wanted.float(), rtol=2e-3, atol=2e-3)
     whole = torch.cat([fit[0], held[0]])
@@ -70,7 +71,7 @@ def test_evenly_drawn_rows_say_how_far_a_tall_weight_moves(monkeypatch: pytest.M
     fit, held = (drawn(n, columns=24, seed=seed, shift=0.3) for n, seed in ((60, 0), (20, 1)))
     weight = torch.randn(1000, 24, generator=torch.Generator().manual_seed(5))
     found = aim({"one": weight}, moments_of(*fit, [Rows(held[0], None, held[1])]), OPTIONS)
-    every_fourth, alpha = expected(weight[::4], fit, held, OPTIONS.damping)
+    every_fourth, alpha = expected(weight[::4], fit, held, OPTIONS)
     assert found.alpha == pytest.approx(alpha, abs=1e-3)
     torch.testing.assert_close(found.weights["one"][::4], every_fourth.float(), rtol=2e-3, atol=2e-3)
     monkeypatch.setattr(room, "ROWS", 1000)

@@ -61,7 +61,7 @@ def round_both(
             )
             moved[here, start:end] = wanted
             lost[tile] += factor.pivots[here].double() @ wanted.double().square_()
-            lost[tile] -= factor.added * errors[here].double().square_().sum(0)
+            lost[tile] -= factor.added[here] @ errors[here].double().square_()
         codes[factor.order[:, None], tile] = grid.encode(values, None if tile_zeros is None else tile_zeros[group_of])
         if factor.damping == float("inf"):
             lost[tile] = factor.energy(errors[factor.order.argsort()].T).double()

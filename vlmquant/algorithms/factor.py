@@ -32,8 +32,8 @@ class Factor:
     """The diagonal of D, float32 (in,), in the order of processing."""
     damping: float
     """The damping that succeeded, as a share of the mean of the diagonal; infinite where none did: M^T is then 0."""
-    added: float
-    """What it has added to the diagonal."""
+    added: Tensor
+    """What damping and shrinkage have added to the diagonal, float64 (in,), in the order of processing."""
 
     def energy(self, rows: Tensor) -> Tensor:
         """rows X (out, in), columns as in the weight -> the diagonal of X H X^T, float32 (out,). Overwrites nothing."""
@@ -68,6 +68,7 @@ class Factor:
             matrix=self.matrix.to(device),
             mean_square=self.mean_square.to(device),
             pivots=self.pivots.to(device),
+            added=self.added.to(device),
         )
 
     def hessian(self) -> Tensor:
@@ -80,11 +81,13 @@ class Factor:
         return self.matrix
 
 
-def factorize(hessian: Tensor, damping: float, *, activation_order: bool) -> Factor:
+def factorize(hessian: Tensor, damping: float, *, activation_order: bool, shrinkage: float = 0.0) -> Factor:
     """H (in, in) float32, symmetric, whose memory the result takes over -> the factor of the damped H.
 
-    activation_order: inputs with the largest mean square come first. The matrix is equilibrated (unit diagonal), which
-    keeps it well conditioned under massive activations; where it is not well enough for float32, float64 does it.
+    activation_order: inputs with the largest mean square come first. shrinkage: what is added to each input's own mean
+    square, as a fraction of it, so that all correlations are as much smaller (Schaefer and Strimmer, 2005). The matrix
+    is equilibrated (unit diagonal), which keeps it well conditioned under massive activations; where it is not well
+    enough for float32, float64 does it.
     """
     diagonal = hessian.diagonal().clone()
     order = torch.arange(len(diagonal), device=hessian.device)
@@ -93,8 +96,9 @@ def factorize(hessian: Tensor, damping: float, *, activation_order: bool) -> Fac
         _reorder(hessian, order)
     mean = diagonal.double().mean().item() or 1.0
     for factor in DAMPING_LADDER:
-        added = factor * damping * mean
-        damped = diagonal[order].double() + added
+        own = diagonal[order].double()
+        added = shrinkage * own + factor * damping * mean
+        damped = own + added
         for dtype in (torch.float32, torch.float64):
             pivots = _decompose(hessian, damped, dtype)
             if pivots is not None:
@@ -102,7 +106,7 @@ def factorize(hessian: Tensor, damping: float, *, activation_order: bool) -> Fac
     for start, end in _panels(len(order)):
         hessian[start:end, :start] = 0
         hessian[start:end, start:end].triu_()
-    return Factor(order, hessian, diagonal, diagonal[order], float("inf"), 0.0)
+    return Factor(order, hessian, diagonal, diagonal[order], float("inf"), torch.zeros_like(added))
 
 
 def _panels(columns: int) -> list[tuple[int, int]]:

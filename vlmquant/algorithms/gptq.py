@@ -150,7 +150,7 @@ def round_columns(
             grid,
         )
         lost += factor.pivots[here].double() @ wanted.double().square_()
-        lost -= factor.added * errors[here].double().square_().sum(0)
+        lost -= factor.added[here] @ errors[here].double().square_()
         codes[factor.order[here]] = grid.encode(values, None if zeros is None else zeros[group_of[here]])
     if factor.damping == float("inf"):
         lost = factor.energy(errors[factor.order.argsort()].T).double()

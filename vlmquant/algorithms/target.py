@@ -61,7 +61,7 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
 
 def factor_of(hessian: Tensor, options: GptqOptions) -> Factor:
     """In the memory of H (in, in)."""
-    return factorize(hessian, options.damping, activation_order=options.activation_order)
+    return factorize(hessian, options.damping, activation_order=options.activation_order, shrinkage=options.shrinkage)
 
 
 def _correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
