@@ -231,9 +231,10 @@ class GptqOptions(Data):
 
     damping: Annotated[Number, Field(gt=0, le=1)] = 0.01
     """Ridge added to the Hessian's diagonal, as a fraction of its mean."""
-    shrinkage: Annotated[Number, Field(ge=0, le=10)] = 0.1
+    shrinkage: Annotated[Number, Field(ge=0, le=10)] | None = None
     """Added to each input's own second moment, as a fraction of it, where errors are fed back: how inputs go together
-    in few samples holds less in others, so that it counts for as much less (Schaefer and Strimmer, 2005)."""
+    in few samples holds less in others, so that it counts for as much less. Null: by the number of tokens (Schaefer and
+    Strimmer, 2005)."""
     activation_order: bool = True
     """Quantize columns by falling Hessian diagonal; groups keep their original columns: nothing is permuted on disk."""
     scale_search: Literal["minmax", "mse", "weighted"] = "weighted"

@@ -13,6 +13,14 @@ PANEL = 256
 """Columns factorized between two matrix products; their own small factor is made in float64."""
 DAMPING_LADDER = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the damping, tried until the factorization succeeds; after the last, columns are rounded alone."""
+TOKENS_ALIKE = 5
+"""Tokens that say as much of how inputs go together as one drawn by itself: those of a sample are alike. Measured by
+how far second moments of samples held out differ (benchmarks/accuracy/LOG.md)."""
+CAUTION = 3
+"""Times the shrinkage that comes nearest to the correlations of all tokens: error feedback goes by their inverse, which
+errs more than they do."""
+MOST_SHRUNK = 0.5
+"""Of correlations, where few tokens say next to nothing of them."""
 LEAST_PIVOT = 2.0**-8
 """Of float32: an input of which a smaller share (in root mean square) is not told by others is left to float64."""
 
@@ -107,6 +115,25 @@ def factorize(hessian: Tensor, damping: float, *, activation_order: bool, shrink
         hessian[start:end, :start] = 0
         hessian[start:end, start:end].triu_()
     return Factor(order, hessian, diagonal, diagonal[order], float("inf"), torch.zeros_like(added))
+
+
+def estimate_shrinkage(hessian: Tensor, tokens: float) -> float:
+    """What `factorize` is to add of each input's own mean square, H (in, in) float32 being that of so many tokens.
+
+    The correlations r of n tokens that are drawn by themselves differ from those of all tokens by about 1 / n in the
+    mean square. They come nearest to these as (1 - l) r with l the sum of 1 / n over the sum of r^2, both over all
+    pairs of inputs (Schaefer and Strimmer, 2005).
+    """
+    columns, total = len(hessian), 0.0
+    roots = hessian.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(roots > 0, roots.reciprocal(), 0.0)
+    for start, end in _panels(columns):
+        correlations = hessian[start:end] * inverse[start:end, None] * inverse
+        total += correlations.square_().sum(dtype=torch.float64).item()
+    told = total - (roots > 0).sum().item()
+    noise = TOKENS_ALIKE * columns * (columns - 1) / max(tokens, 1.0)
+    share = min(CAUTION * noise / told, MOST_SHRUNK) if told > 0 else 0.0
+    return share / (1 - share)
 
 
 def _panels(columns: int) -> list[tuple[int, int]]:

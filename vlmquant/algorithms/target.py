@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlmquant.algorithms.factor import Factor, factorize
+from vlmquant.algorithms.factor import Factor, estimate_shrinkage, factorize
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Moments, Rows
 
@@ -41,7 +41,7 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
     weights = {name: weight.float() for name, weight in stored.items()}
     alpha = 0.0
     if held and moments.tokens:
-        factor = factor_of(squares.div_(moments.tokens), options)
+        factor = factor_of(squares.div_(moments.tokens), moments.tokens, options)
         cross.div_(moments.tokens)
         some = (weight[:: -(-len(weight) // ROWS)] for weight in weights.values())
         alpha = shrink(some, lambda weight: _correction(weight, cross, factor), held)
@@ -51,7 +51,7 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
         squares.addmm_(inputs.T, inputs)
         if rows.shift is not None:
             cross.addmm_(rows.scaled(rows.shift).T, inputs)
-    factor = factor_of(squares.div_(tokens or 1), options)
+    factor = factor_of(squares.div_(tokens or 1), tokens, options)
     if alpha:
         cross.div_(tokens or 1)
         for name, weight in weights.items():
@@ -59,9 +59,10 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
     return Target(factor, weights, alpha)
 
 
-def factor_of(hessian: Tensor, options: GptqOptions) -> Factor:
-    """In the memory of H (in, in)."""
-    return factorize(hessian, options.damping, activation_order=options.activation_order, shrinkage=options.shrinkage)
+def factor_of(hessian: Tensor, tokens: float, options: GptqOptions) -> Factor:
+    """In the memory of H (in, in), which is that of so many tokens."""
+    shrinkage = estimate_shrinkage(hessian, tokens) if options.shrinkage is None else options.shrinkage
+    return factorize(hessian, options.damping, activation_order=options.activation_order, shrinkage=shrinkage)
 
 
 def _correction(weight: Tensor, cross: Tensor, factor: Factor) -> Tensor:
