@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vlmquant.algorithms import factor
-from vlmquant.algorithms.factor import LEAST_PIVOT, PANEL, Factor, factorize
+from vlmquant.algorithms.factor import (
+    CAUTION,
+    LEAST_PIVOT,
+    MOST_SHRUNK,
+    PANEL,
+    TOKENS_ALIKE,
+    Factor,
+    estimate_shrinkage,
+    factorize,
+)
 from vlmquant.algorithms.gptq import quantize_weight
 from vlmquant.grid import grid_of
 from vlmquant.recipe import SHORT_SCHEMES, GptqOptions
@@ -82,6 +91,47 @@ def test_few_directions_and_massive_activations(damping: float) -> None:
     check(second_moments(300, rank=20), damping, shrinkage=0.3)
     check(second_moments(300, rank=20, massive=(3, 77, 201)), damping, shrinkage=0.1)
     check(second_moments(300, rank=20, massive=(3, 77, 201)), damping)
+
+
+@pytest.mark.parametrize("columns", [2, 40, PANEL + 3])
+@pytest.mark.parametrize("tokens", [50.0, 3000.0, 1e6])
+def test_shrinkage_is_that_of_the_formula(columns: int, tokens: float) -> None:
+    """By numpy in float64, over all pairs; with inputs that never fire, and massive ones."""
+    hessian = second_moments(columns, rank=columns // 2 + 1, massive=(1,))
+    if columns > 2:
+        hessian[3] = hessian[:, 3] = 0
+    sizes = np.sqrt(np.maximum(hessian.double().numpy().diagonal(), 1e-300))
+    pairs = hessian.double().numpy() / sizes / sizes[:, None]
+    squares = (pairs[~np.eye(columns, dtype=bool)] ** 2).sum()
+    share = CAUTION * TOKENS_ALIKE * columns * (columns - 1) / tokens / squares
+    share = min(share, MOST_SHRUNK)
+    assert estimate_shrinkage(hessian, tokens) == pytest.approx(share / (1 - share), rel=1e-4)
+
+
+def test_shrunk_correlations_are_nearer_to_those_of_all_tokens() -> None:
+    """Where tokens are drawn one by one, so that neither TOKENS_ALIKE nor CAUTION is called for: of all shares, that of
+    the formula comes nearest."""
+    random = torch.Generator().manual_seed(0)
+    mixing = torch.randn(64, 64, generator=random) * torch.linspace(2, 0.1, 64) ** 2
+
+    def correlations(count: int) -> torch.Tensor:
+        tokens = torch.randn(count, 64, generator=random) @ mixing.T
+        moments = tokens.T @ tokens / count
+        roots = moments.diagonal().rsqrt()
+        return moments * roots * roots[:, None]
+
+    every, few = correlations(400_000), correlations(100)
+    plain = estimate_shrinkage(few, 100 * TOKENS_ALIKE * CAUTION)
+    off = {
+        share: (few.div(1 + share) - every).fill_diagonal_(0).square().sum().item() for share in (0, plain, 9 * plain)
+    }
+    assert min(off, key=off.__getitem__) == plain
+
+
+def test_what_says_nothing_is_not_shrunk() -> None:
+    assert estimate_shrinkage(torch.zeros(5, 5), 10) == 0
+    assert estimate_shrinkage(torch.ones(1, 1), 10) == 0
+    assert estimate_shrinkage(second_moments(20), float("inf")) == 0
 
 
 def test_float64_takes_over_where_float32_would_be_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from tests import emulator
 from vlmquant.algorithms import gptq, loops, rtn
 from vlmquant.algorithms.awq import output_error
-from vlmquant.algorithms.factor import factorize
+from vlmquant.algorithms.factor import estimate_shrinkage, factorize
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.grid import Grid, quantize_codes, quantize_nearest
 from vlmquant.kernels.cuda import rounding
@@ -79,6 +79,10 @@ def check_codes(make_stage, make_inputs, make_weight):
         scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
         weights = {"q": make_weight(12, columns), "k": make_weight(8, columns, seed=2)}
         stage = make_stage(weights, scheme, make_inputs(4 * columns, columns), options=ComponentSpec(gptq=options))
+        shrinkage = options.shrinkage
+        if shrinkage is None:
+            shrinkage = estimate_shrinkage(stage.hessian(), stage.tokens)
+            assert 0 < shrinkage <= 1
         for name, ours in gptq.quantize_stage(stage).items():
             expected = classical_gptq(
                 weights[name],
@@ -89,7 +93,7 @@ def check_codes(make_stage, make_inputs, make_weight):
                 group_size=group_size or columns,
                 damping=options.damping,
                 activation_order=options.activation_order,
-                shrinkage=options.shrinkage,
+                shrinkage=shrinkage,
             )
             assert torch.equal(ours.codes, expected)
             nearest = quantize_nearest(
@@ -108,7 +112,7 @@ def check_codes(make_stage, make_inputs, make_weight):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("name", CLASSICAL)
 def test_codes_are_those_of_the_classical_loop(check_codes, name, symmetric, activation_order) -> None:
-    for shrinkage in (0, 0.1, 1):
+    for shrinkage in (None, 0, 0.1, 1):
         options = GptqOptions(activation_order=activation_order, shrinkage=shrinkage)
         check_codes(*CLASSICAL[name], symmetric, options)
 
@@ -199,7 +203,7 @@ def test_inputs_that_never_fire_are_rounded_to_nearest(make_stage, make_inputs, 
         group_size=16,
         damping=0.01,
         activation_order=True,
-        shrinkage=GptqOptions().shrinkage,
+        shrinkage=estimate_shrinkage(stage.hessian(), stage.tokens),
     )
     assert torch.equal(quantized.codes[:, living], expected[:, living])
 
@@ -219,11 +223,9 @@ def test_fewer_tokens_than_inputs(make_stage, make_inputs, make_weight) -> None:
     assert stage.notes == []
 
 
-@pytest.mark.parametrize(("coupling", "damping"), [(1.15, 0.1), (1.6, 1), (6.0, 10)])
+@pytest.mark.parametrize(("coupling", "damping"), [(1.05, 0.1), (1.5, 1), (6.0, 10)])
 def test_a_singular_hessian_is_damped_more_and_noted(make_stage, make_weight, coupling, damping) -> None:
-    gram = torch.tensor(
-        [[1.0, coupling], [coupling, 1.0]]
-    )  # its smallest eigenvalue is 1 - coupling; shrinkage adds .1
+    gram = torch.tensor([[1.0, coupling], [coupling, 1.0]])  # its smallest eigenvalue is 1 - coupling
     stage = make_stage({"q": make_weight(4, 2)}, Scheme(bits=4, group_size=None), gram=gram)
     gptq.quantize_stage(stage)
     assert stage.notes == [f"the Hessian is singular at damping 0.01; used {damping:g}"]
@@ -254,7 +256,7 @@ def test_massive_activations_keep_their_precision(make_stage, make_inputs, make_
         group_size=16,
         damping=0.01,
         activation_order=True,
-        shrinkage=GptqOptions().shrinkage,
+        shrinkage=estimate_shrinkage(stage.hessian(), stage.tokens),
     )
     assert torch.equal(quantized.codes, expected)
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import target as room
-from vlmquant.algorithms.factor import factorize
+from vlmquant.algorithms.factor import estimate_shrinkage, factorize
 from vlmquant.algorithms.target import aim
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Moments, Rows
@@ -34,8 +34,10 @@ def expected(
 
     def correction(inputs: Tensor, shift: Tensor) -> Tensor:
         squares = inputs.T @ inputs / len(inputs)
-        own = squares.diagonal()
-        squares = squares + torch.diag(options.damping * own.mean() + options.shrinkage * own)
+        own, shrinkage = squares.diagonal(), options.shrinkage
+        if shrinkage is None:
+            shrinkage = estimate_shrinkage(squares, len(inputs))
+        squares = squares + torch.diag(options.damping * own.mean() + shrinkage * own)
         return torch.linalg.solve(squares, (weight.double() @ (shift.T @ inputs / len(inputs))).T).T
 
     exact = [one.double() for one in fit]
