@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmquant.algorithms import gptq
 from vlmquant.algorithms.rtn import quantize_weight
-from vlmquant.algorithms.target import aim
+from vlmquant.algorithms.target import aim_stage
 from vlmquant.grid import (
     Grid,
     QuantizedWeight,
@@ -43,10 +43,8 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
     if stage.is_aimed:
-        scaled = weights
-        target = stage.of_moments(lambda moments: aim(scaled, moments.divided(channel_scales), stage.options.gptq))
+        target = aim_stage(stage, weights, channel_scales)
         weights, hessian = target.weights, _damped(target.factor.hessian(), options)
-        stage.aimed(target.alpha)
     else:
         hessian = divided(_damped(stage.hessian(), options).clone(), channel_scales)
     grid = stage.grid.fitted(*weights.values())

@@ -17,7 +17,7 @@ from vlmquant.algorithms import loops
 from vlmquant.algorithms.coupled import COLUMN_BLOCK, round_both
 from vlmquant.algorithms.factor import Factor, factorize
 from vlmquant.algorithms.scales import search_scales
-from vlmquant.algorithms.target import aim, factor_of
+from vlmquant.algorithms.target import aim_stage, factor_of
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
 from vlmquant.kernels.cuda import rounding
 from vlmquant.recipe import GptqOptions
@@ -39,10 +39,8 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
     if channel_scales is not None:
         weights = {name: weight.float() * channel_scales for name, weight in weights.items()}
     if stage.is_aimed:
-        scaled = weights
-        target = stage.of_moments(lambda moments: aim(scaled, moments.divided(channel_scales), options))
+        target = aim_stage(stage, weights, channel_scales)
         factor, weights = target.factor, target.weights
-        stage.aimed(target.alpha)
     else:
         factor = stage.of_hessian(lambda hessian, tokens: factor_of(divided(hessian, channel_scales), tokens, options))
     if dead := int(dead_inputs(factor.mean_square).sum()):

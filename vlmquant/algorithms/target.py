@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlmquant.algorithms.factor import Factor, estimate_shrinkage, factorize
 from vlmquant.recipe import GptqOptions
-from vlmquant.stream import Moments, Rows
+from vlmquant.stream import Moments, Rows, Stage
 
 ROWS = 256
 """Rows of a weight, evenly drawn, that alpha is found by."""
@@ -57,6 +57,13 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
         for name, weight in weights.items():
             weights[name] = _correction(weight, cross, factor).mul_(alpha).add_(weight)
     return Target(factor, weights, alpha)
+
+
+def aim_stage(stage: Stage, weights: Mapping[str, Tensor], channel_scales: Tensor | None) -> Target:
+    """What a stage's weights, multiplied by channel_scales (in,) where there are any, are to be rounded from."""
+    target = stage.of_moments(lambda moments: aim(weights, moments.divided(channel_scales), stage.options.gptq))
+    stage.aimed(target.alpha)
+    return target
 
 
 def factor_of(hessian: Tensor, tokens: float, options: GptqOptions) -> Factor:
