@@ -409,7 +409,7 @@ class CalibrationSpec(Data):
     @property
     def count(self) -> int:
         """Samples that are asked for."""
-        return sum(self.strata.values()) if self.strata else self.at("default").samples or 0
+        return sum(self.strata.values()) if self.strata else self.samples or SAMPLES["default"]
 
 
 def _short_kv_cache(value: Any) -> Any:
