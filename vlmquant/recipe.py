@@ -234,7 +234,7 @@ class GptqOptions(Data):
     shrinkage: Annotated[Number, Field(ge=0, le=10)] | None = None
     """Added to each input's own second moment, as a fraction of it, where errors are fed back: how inputs go together
     in few samples holds less in others, so that it counts for as much less. Null: by the number of tokens (Schaefer and
-    Strimmer, 2005)."""
+    Strimmer, 2005) with target: outputs, and 0 with target: weights, which loses no less by it."""
     activation_order: bool = True
     """Quantize columns by falling Hessian diagonal; groups keep their original columns: nothing is permuted on disk."""
     scale_search: Literal["minmax", "mse", "weighted"] = "weighted"

@@ -327,8 +327,6 @@ class Stage:
         self.stored = {linear.local: block.stream.read(linear.name + ".weight").to(device) for linear in linears}
         self._line, self._inputs = line, inputs
         self._hessian: Tensor | None = None
-        self._tokens = 0.0
-        """In it."""
         self._mean_square: Tensor | None = None
         self._largest: Tensor | None = None
         self._measured: dict[str, tuple[float, float]] = {}
@@ -375,21 +373,20 @@ class Stage:
         if self._hessian is None:
             total, tokens, holder = self._second_moments()
             self.ranks.spread(upper_slices(total), holder)
-            self._hessian, self._tokens = self._mean_of_squares(total, tokens), tokens
+            self._hessian = self._mean_of_squares(total, tokens)
         return self._hessian
 
-    def of_hessian(self, make: Callable[[Tensor, float], T]) -> T:
-        """What an algorithm makes of the same, in its memory, and of the number of tokens: where it was summed up, for
-        all processes."""
+    def of_hessian(self, make: Callable[[Tensor], T]) -> T:
+        """What an algorithm makes of the same, in its memory: where it was summed up, for all processes."""
         if self._hessian is not None:
             taken, self._hessian = [self._hessian], None
-            return self.ranks.first(lambda: make(taken.pop(), self._tokens))
+            return self.ranks.first(lambda: make(taken.pop()))
         total, tokens, holder = self._second_moments()
         kept = [total]  # which is let go of before others' results arrive
         del total
         if self.ranks.rank != holder:
             kept.clear()
-        return self.ranks.made_by(holder, lambda: make(self._mean_of_squares(kept.pop(), tokens), tokens))
+        return self.ranks.made_by(holder, lambda: make(self._mean_of_squares(kept.pop(), tokens)))
 
     def _second_moments(self) -> tuple[Tensor, float, int]:
         """The upper block triangle of the sum of x x^T, the tokens in it, and which process it is right in."""

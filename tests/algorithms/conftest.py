@@ -1,6 +1,5 @@
 """A stage without a model: what an algorithm sees of vlmquant.stream.Stage, computed from inputs that a test gives."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,13 +54,8 @@ class FakeStage:
         assert self.inputs is not None
         return self.inputs.T @ self.inputs / len(self.inputs)
 
-    def of_hessian(self, make: Callable[[Tensor, float], Any]) -> Any:
-        return make(self.hessian().clone(), self.tokens)
-
-    @property
-    def tokens(self) -> float:
-        """Of a Hessian that a test gives, so many that it is known exactly."""
-        return math.inf if self.inputs is None or self.gram is not None else len(self.inputs)
+    def of_hessian(self, make: Callable[[Tensor], Any]) -> Any:
+        return make(self.hessian().clone())
 
     def of_moments(self, make: Callable[[Moments], Any]) -> Any:
         assert self.moments is not None

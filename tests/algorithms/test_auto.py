@@ -62,7 +62,7 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
             hessian = moments.squares / moments.tokens
             if target == "weights":
                 factor, grid = (
-                    factor_of(hessian.clone(), moments.tokens, stage.options.gptq),
+                    factor_of(hessian.clone(), stage.options.gptq),
                     stage.grid.fitted(*stage.weights.values()),
                 )
                 codes = {

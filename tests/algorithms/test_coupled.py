@@ -13,7 +13,7 @@ from tests.algorithms.test_loops import GRIDS, NOT_THEIRS
 from vlmquant import stream
 from vlmquant.algorithms import coupled, gptq, loops
 from vlmquant.algorithms.coupled import round_both
-from vlmquant.algorithms.factor import estimate_shrinkage, factorize
+from vlmquant.algorithms.factor import factorize
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.grid import Grid
 from vlmquant.recipe import ComponentSpec, GptqOptions, Scheme
@@ -170,9 +170,7 @@ def test_a_stage_is_told_what_its_outputs_do(make_stage, make_inputs, make_weigh
     plain = gptq.quantize_stage(make_stage(weights, Scheme(bits=4, group_size=32), inputs, options=options))
     stage = make_stage(weights, Scheme(bits=4, group_size=32), inputs, options=options, output_moments=told)
     found = gptq.quantize_stage(stage)
-    factor = factorize(
-        stage.hessian().clone(), 0.01, activation_order=True, shrinkage=estimate_shrinkage(stage.hessian(), 512)
-    )
+    factor = factorize(stage.hessian().clone(), 0.01, activation_order=True)
     outputs = factorize(told["q"][0].clone(), 0.5, activation_order=True)
     expected, _ = coupled.round_both(weights["q"], found["q"].scales, None, factor, outputs, found["q"].grid)
     assert torch.equal(found["q"].codes, expected)

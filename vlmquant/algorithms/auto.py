@@ -76,7 +76,7 @@ def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, a
         seen.squares.div_(fit.tokens)
     grid = stage.grid.fitted(*weights.values())
     if method in WITH_FEEDBACK:
-        factor = factor or factor_of(seen.squares, fit.tokens, options.gptq)
+        factor = factor or factor_of(seen.squares, options.gptq)
         codes = {name: gptq.quantize_weight(one, factor, grid, options.gptq)[0] for name, one in weights.items()}
     else:
         hessian = factor.hessian() if factor else seen.squares

@@ -42,7 +42,7 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
         target = aim_stage(stage, weights, channel_scales)
         factor, weights = target.factor, target.weights
     else:
-        factor = stage.of_hessian(lambda hessian, tokens: factor_of(divided(hessian, channel_scales), tokens, options))
+        factor = stage.of_hessian(lambda hessian: factor_of(divided(hessian, channel_scales), options))
     if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
             f"{dead} of {len(factor.order)} inputs never fired during calibration; "

@@ -41,7 +41,7 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
     weights = {name: weight.float() for name, weight in stored.items()}
     alpha = 0.0
     if held and moments.tokens:
-        factor = factor_of(squares.div_(moments.tokens), moments.tokens, options)
+        factor = factor_of(squares.div_(moments.tokens), options, tokens=moments.tokens)
         cross.div_(moments.tokens)
         some = (weight[:: -(-len(weight) // ROWS)] for weight in weights.values())
         alpha = shrink(some, lambda weight: _correction(weight, cross, factor), held)
@@ -51,7 +51,7 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
         squares.addmm_(inputs.T, inputs)
         if rows.shift is not None:
             cross.addmm_(rows.scaled(rows.shift).T, inputs)
-    factor = factor_of(squares.div_(tokens or 1), tokens, options)
+    factor = factor_of(squares.div_(tokens or 1), options, tokens=tokens)
     if alpha:
         cross.div_(tokens or 1)
         for name, weight in weights.items():
@@ -66,9 +66,11 @@ def aim_stage(stage: Stage, weights: Mapping[str, Tensor], channel_scales: Tenso
     return target
 
 
-def factor_of(hessian: Tensor, tokens: float, options: GptqOptions) -> Factor:
-    """In the memory of H (in, in), which is that of so many tokens."""
-    shrinkage = estimate_shrinkage(hessian, tokens) if options.shrinkage is None else options.shrinkage
+def factor_of(hessian: Tensor, options: GptqOptions, *, tokens: float | None = None) -> Factor:
+    """In the memory of H (in, in). tokens: that it was found from, where it is to be shrunk by their number."""
+    shrinkage = options.shrinkage
+    if shrinkage is None:
+        shrinkage = 0.0 if tokens is None else estimate_shrinkage(hessian, tokens)
     return factorize(hessian, options.damping, activation_order=options.activation_order, shrinkage=shrinkage)
 
 

@@ -350,9 +350,7 @@ def _changes(
     weights: dict[str, Tensor] = {name: modules[name].weight for name in stage}  # type: ignore[misc]
     columns = weights[stage[0]].shape[1]
     mean = None if moments is None else moments.mean(columns).to(weights[stage[0]].device)
-    factor = None
-    if mean is not None and moments is not None and unit.method in WITH_FEEDBACK:
-        factor = factor_of(mean, moments.tokens, spec.gptq)
+    factor = factor_of(mean, spec.gptq) if mean is not None and unit.method in WITH_FEEDBACK else None
     found: dict[str, dict[str, _Change]] = {name: {} for name in stage}
     for choice in unit.choices:
         schemes = {line.name.removesuffix(".weight"): line.scheme for line in choice.lines}
