@@ -5,6 +5,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -116,16 +117,22 @@ def lossy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quantized(tmp_path_factory.mktemp("lossy"), symmetric="true")
 
 
-def test_more_samples_are_of_the_tasks_that_the_recipe_chose(
-    lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def asked_of(room: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[CalibrationSpec]:
+    """What a room asks for, which ends there with InputError."""
     asked = list[CalibrationSpec]()
 
     def choose(sample_set: Any, spec: CalibrationSpec) -> Any:
         asked.append(spec)
         raise InputError("enough")
 
-    monkeypatch.setattr(polish, "choose_samples", choose)
+    monkeypatch.setattr(room, "choose_samples", choose)
+    return asked
+
+
+def test_more_samples_are_of_the_tasks_that_the_recipe_chose(
+    lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asked_of(polish, monkeypatch)
     content = json.loads((lossy / "vlmquant.json").read_text())
     for strata, samples, expected in (
         ({"caption": 96, "vqa": 16, "chart": 16}, 448, {"caption": 336, "vqa": 56, "chart": 56}),
@@ -157,31 +164,19 @@ def test_high_effort_looks_at_more_samples_unless_a_recipe_says_how_many(
         f"calibration: {{{said}}}\n",
         name="some",
     )
-    asked = list[int]()
-
-    def choose(sample_set: Any, spec: CalibrationSpec) -> Any:
-        asked.append(spec.count)
-        raise InputError("enough")
-
-    monkeypatch.setattr(pipeline, "choose_samples", choose)
+    asked = asked_of(pipeline, monkeypatch)
     with pytest.raises(InputError, match="enough"):
         quantize(MODEL, recipe, Path("nowhere"), calibration=CALIBRATION, device="cpu")
-    assert asked == [expected]
+    assert [spec.count for spec in asked] == [expected]
 
 
 def test_polish_takes_more_samples_than_a_recipe_that_does_not_say_how_many(
     lossy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = list[int]()
-
-    def choose(sample_set: Any, spec: CalibrationSpec) -> Any:
-        asked.append(spec.count)
-        raise InputError("enough")
-
-    monkeypatch.setattr(polish, "choose_samples", choose)
+    asked = asked_of(polish, monkeypatch)
     with pytest.raises(InputError, match="enough"):
         polish.polish(lossy, MODEL, tmp_path / "p", calibration=CALIBRATION, device="cpu")
-    assert asked == [512]
+    assert [spec.count for spec in asked] == [512]
 
 
 @pytest.mark.parametrize("most", [1, 2, polish.ANSWERS])

@@ -511,7 +511,7 @@ LOSSES: dict[Effort, Literal["layer", "answers"] | None] = {"fast": "layer", "de
 """What GPTQ keeps small, by effort: answers take gradients of the whole model. None: the answers in a language model of
 at most SMALL_MODEL weights, and otherwise the layer."""
 SAMPLES: dict[Effort, int] = {"fast": 128, "default": 128, "high": 512}
-"""Calibration samples, by effort: with four times as many 4 bits lose a third less, in three times the time
+"""Calibration samples, by effort: with four times as many 4 bits lose 29 % less, in three times the time
 (benchmarks/accuracy/LOG.md)."""
 SMALL_MODEL = 1 << 29
 """Weights in the linears of a language model that loses most by few bits, and whose gradients are soon there."""
