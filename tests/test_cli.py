@@ -152,6 +152,16 @@ def test_verify_finds_a_flipped_bit(run: Run, tiny_llava: Path, tmp_path: Path) 
     assert shard.name in out
 
 
+@pytest.mark.parametrize(("effort", "asked"), [("fast", 128), ("default", 128), ("high", 512)])
+def test_calibrate_draws_as_many_as_quantizing_would(run: Run, tmp_path: Path, effort: str, asked: int) -> None:
+    recipe = tmp_path / "some.yaml"
+    language = "{scheme: w4a16, method: gptq}"
+    recipe.write_text(f"name: some\neffort: {effort}\ncomponents: {{language: {language}}}\n")
+    code, out, _ = run("calibrate", "--recipe", recipe, "-o", tmp_path / "set", "--json")
+    assert code == 0
+    assert json.loads(out)["asked"] == asked
+
+
 def test_calibrate_draws_from_ones_own_data(run: Run, small_set: Path, tmp_path: Path) -> None:
     out_dir = tmp_path / "mine"
     code, out, _ = run("calibrate", "--source", small_set, "-o", out_dir, "--samples", 5, "--json")

@@ -111,7 +111,8 @@ def calibrate(
     """Make the calibration set that a recipe asks for from your own data: the short form of `data`."""
     from vlmquant.recipe import load_recipe
 
-    spec = load_recipe(recipe_name(recipe)).calibration
+    wanted = load_recipe(recipe_name(recipe))
+    spec = wanted.calibration.at(wanted.effort)
     changes = {"samples": samples, "seed": seed}
     spec = spec.model_copy(update={key: value for key, value in changes.items() if value is not None})
     from vlmquant.calibration.build import build_set, draw_set
