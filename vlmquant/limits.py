@@ -90,6 +90,11 @@ def is_allocation_failure(error: BaseException) -> bool:
     )
 
 
+def memory_ran_out(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that memory ran out."""
+    return error is not None and (is_allocation_failure(error) or memory_ran_out(error.__cause__))
+
+
 def _limit(more_bytes: int) -> int | None:
     """The address space of a process that may take so much more than now; None where that cannot be set, or the limit
     that it has is lower."""

@@ -180,19 +180,19 @@ def test_damaged_generation_settings_are_named(
 def test_a_full_memory_is_tried_again_with_smaller_batches(
     plain_answers: Run, tiny_llava: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, inner = [], scoring.teacher_forced
+    sizes, inner = [], scoring.Follower.__call__
 
-    def full(model: Any, encoder: Any, rows: Any) -> Any:
-        sizes.append(len(rows))
-        if len(rows) > 2:
+    def full(follow: Any, prompts: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 1:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
-        return inner(model, encoder, rows)
+        return inner(follow, prompts)
 
-    monkeypatch.setattr(scoring, "teacher_forced", full)
-    run = score_here(tiny_llava, samples, replace(SETTINGS, batch_size=8), reference=None, record=None)
-    assert sizes[0] > 2 >= max(sizes[1:])
-    assert run.settings["batch_size"] == 2
-    assert any("memory ran out at 8 sequences in a batch; scored again with 2" in note for note in run.notes)
+    monkeypatch.setattr(scoring.Follower, "__call__", full)
+    run = score_here(tiny_llava, samples, replace(SETTINGS, batch_size=4), reference=None, record=None)
+    assert sizes[0] > 1 >= max(sizes[1:])
+    assert run.settings["batch_size"] == 1
+    assert any("memory ran out at 4 sequences in a batch; scored again with 1" in note for note in run.notes)
     assert [sample.nll for sample in run.samples] == pytest.approx([sample.nll for sample in plain_answers.samples])
 
 

@@ -261,12 +261,15 @@ class Encoder:
             raise SentinelError(
                 f"sample {shown(sample.id)}: no image tokens in the prompt after processing; check the processor"
             )
-        ids = self.answer_ids(prompt, self.answer_text(sample, answer)) if answer is not None else []
-        if ids:
-            inputs = {key: self._append(key, value, ids) for key, value in inputs.items()}
-        answer_mask = torch.zeros(length + len(ids), dtype=torch.bool)
-        answer_mask[length:] = True
-        return Encoded(sample, inputs, answer_mask, self.pad_id, self.image_id)
+        item = Encoded(sample, inputs, torch.zeros(length, dtype=torch.bool), self.pad_id, self.image_id)
+        return item if answer is None else self.followed(item, answer)
+
+    def followed(self, prompt: Encoded, answer: str) -> Encoded:
+        """An encoded prompt with an answer behind it, as `encode` gives both."""
+        sample = prompt.sample
+        ids = self.answer_ids(self.prompt(sample), self.answer_text(sample, answer))
+        inputs = {key: self._append(key, value, ids) for key, value in prompt.inputs.items()}
+        return replace(prompt, inputs=inputs, answer_mask=torch.cat([prompt.answer_mask, torch.ones(len(ids)).bool()]))
 
     def image_tokens(self, inputs: dict[str, Tensor]) -> int:
         """How many of the input tokens stand for image features."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,20 +56,37 @@ class Scored:
 def measure_rows(
     pairs: Sequence[tuple[Sample, str | None]], encoder: Encoder, *, with_digests: bool = False
 ) -> list[Row]:
-    """A row for each (sample, answer), keyed by position; encodes each once to learn its length."""
-    rows = []
+    """A row for each (sample, answer), keyed by position; encodes each sample once to learn its length."""
+    rows: list[Row] = []
+    prompt = None
     for key, (sample, answer) in enumerate(pairs):
-        item = encoder.encode(sample, answer)
+        if prompt is None or prompt.sample != sample:
+            prompt = encoder.encode(sample, None)
+        item = prompt if answer is None else encoder.followed(prompt, answer)
         inputs = digests(item) if with_digests else {}
         rows.append(Row(key, sample, answer, item.tokens, int(item.answer_mask.sum()), inputs))
         signals.check()
     return rows
 
 
-def batches_of(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+class Measured(Protocol):
+    """What batches are made of: a row, or a prompt with all that follows it."""
+
+    @property
+    def key(self) -> int: ...
+    @property
+    def sample(self) -> Sample: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+Some = TypeVar("Some", bound=Measured)
+
+
+def batches_of(rows: Sequence[Some], batch_size: int) -> list[list[Some]]:
     """Rows of like length together, longest first, so that memory peaks at once; all of a batch have as many images."""
     ordered = sorted(rows, key=lambda row: (-len(row.sample.images), -row.tokens, row.key))
-    batches: list[list[Row]] = []
+    batches: list[list[Some]] = []
     for row in ordered:
         fits = batches and len(batches[-1]) < batch_size
         if fits and len(batches[-1][0].sample.images) == len(row.sample.images):
@@ -198,7 +215,7 @@ def decode(model: Any, batch: Batch, inputs: dict[str, Tensor], config: Generati
 
 
 @torch.inference_mode()
-def generate(model: Any, encoder: Encoder, rows: Sequence[Row], *, max_new_tokens: int) -> list[str]:
+def generate(model: Any, encoder: Encoder, rows: Sequence[Measured], *, max_new_tokens: int) -> list[str]:
     """The greedy answers to rows of one batch (left-padded), special tokens dropped, stripped."""
     batch = collate([encoder.encode(row.sample, None) for row in rows], "left")
     config = greedy(model, encoder, max_new_tokens=max_new_tokens)

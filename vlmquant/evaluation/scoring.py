@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,6 +20,7 @@ from vlmquant.checkpoint import read_manifest
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, SentinelError, VlmquantError, first_line, shown
 from vlmquant.evaluation.environment import environment
+from vlmquant.evaluation.following import Followed, Follower, Prompt, prompts_of
 from vlmquant.evaluation.inputs import ANSWER, difference, refuse_difference
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.memory import HOST, Meter, bring_in, held_bytes
@@ -27,11 +28,9 @@ from vlmquant.evaluation.metrics import is_caption, is_exact, is_short_answer
 from vlmquant.evaluation.passes import (
     Scored,
     batches_of,
-    generate,
     measure_rows,
     set_aside,
     special_tokens,
-    teacher_forced,
     time_decoding,
 )
 from vlmquant.evaluation.records import Costs, Memory, Run, SampleScore, Timing
@@ -39,7 +38,7 @@ from vlmquant.evaluation.settings import LEAST_TOKENS, Settings
 from vlmquant.evaluation.turns import rounds_of, with_timings
 from vlmquant.kernels.probe import compute_dtype
 from vlmquant.kvcache import simulate
-from vlmquant.limits import is_allocation_failure
+from vlmquant.limits import memory_ran_out
 from vlmquant.loading import give_back_freed_memory, load_model, reading_part
 from vlmquant.progress import bar, stderr
 from vlmquant.shards import some
@@ -64,7 +63,7 @@ class Answering:
         try:
             return {what: getattr(self, f"_{what}")(asked)}
         except Exception as error:
-            if _memory_ran_out(error):
+            if memory_ran_out(error):
                 error = DoesNotFitError(
                     f"{self._who}: needs more memory than there is to be loaded and scored ({first_line(error)}); "
                     "free some, or evaluate on a machine with more"
@@ -94,11 +93,6 @@ class Answering:
     def _loaded(self) -> "Scorer":
         assert self._scorer is not None, "the first request is to load"
         return self._scorer
-
-
-def _memory_ran_out(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that memory ran out."""
-    return error is not None and (is_allocation_failure(error) or _memory_ran_out(error.__cause__))
 
 
 def sample_from_dict(data: Mapping[str, Any]) -> Sample:
@@ -199,11 +193,12 @@ class Scorer:
         samples, encoder, answers = self.samples, self.encoder, self.answers
         other = _compare_inputs(self.model_dir, answers, reference, self.settings)
 
+        follow = Follower(self.model, encoder)
+
         def score(settings: Settings) -> tuple[list[_Sums], dict[int, float], dict[int, str]]:
-            model = self.model
-            sums = _score_answers(model, encoder, answers, settings, reference=reference, record=record)
-            wrong = _score_wrong_images(model, encoder, samples, answers, settings) if settings.wrong_image else {}
-            return sums, wrong, _generate_answers(model, encoder, samples, settings) if settings.generate else {}
+            sums, written = _score_answers(follow, answers, settings, reference=reference, record=record)
+            wrong = _score_wrong_images(follow, encoder, samples, answers, settings) if settings.wrong_image else {}
+            return sums, wrong, written
 
         found, batch_size = _with_room(score, self.settings)
         notes = self._notes(batch_size)
@@ -286,7 +281,7 @@ def _with_room(score: Callable[[Settings], Scores], settings: Settings) -> tuple
     try:
         return score(settings), settings.batch_size
     except Exception as error:
-        if settings.batch_size == 1 or not _memory_ran_out(error):
+        if settings.batch_size == 1 or not memory_ran_out(error):
             raise
     smaller = max(1, settings.batch_size // SMALLER)
     return score(replace(settings, batch_size=smaller)), smaller
@@ -336,6 +331,16 @@ class _Answers:
             if mine != row.inputs:
                 mine[ANSWER] += f", {row.inputs[ANSWER]}"
 
+    def prompts(self, settings: Settings) -> list[Prompt]:
+        """With their answers, and what is to be written where anything is: captions and short answers."""
+        write = {}
+        for index, sample in enumerate(self.samples if settings.generate else ()):
+            if is_caption(sample.task, sample.answers):
+                write[index] = settings.caption_tokens
+            elif is_short_answer(sample.task, sample.answers):
+                write[index] = settings.answer_tokens
+        return prompts_of(self.rows, self.owners, write)
+
 
 def _scored_answers(sample: Sample, settings: Settings) -> tuple[str, ...]:
     count = settings.references_per_caption if is_caption(sample.task, sample.answers) else 1
@@ -360,42 +365,50 @@ def _compare_inputs(model_dir: Path, answers: _Answers, reference: LogProbs | No
 
 
 def _score_answers(
-    model: Any,
-    encoder: Encoder,
-    answers: _Answers,
-    settings: Settings,
-    *,
-    reference: LogProbs | None,
-    record: Path | None,
-) -> list[_Sums]:
-    """Likelihoods of all answers, divergence from the reference where there is one, recorded where asked for."""
+    follow: Follower, answers: _Answers, settings: Settings, *, reference: LogProbs | None, record: Path | None
+) -> tuple[list[_Sums], dict[int, str]]:
+    """Likelihoods of all answers, divergence from the reference where there is one, recorded where asked for; and what
+    the model writes, by the index of the sample."""
     recorded = None
     sums = [_Sums(kl=0.0, flips=0) if reference is not None else _Sums() for _ in answers.samples]
-    with bar("score answers", total=len(answers.rows)) as progress:
-        for batch in batches_of(answers.rows, settings.batch_size):
-            for scored in teacher_forced(model, encoder, batch):
-                sample, offset = scored.row.sample.id, answers.offsets[scored.row.key]
-                logprobs = _log_softmax(scored)
-                mine = sums[answers.owners[scored.row.key]]
-                nll = _nll(logprobs, scored)
-                mine.tokens += len(scored.answer_ids)
-                mine.nll += nll
-                mine.all_tokens += len(scored.answer_ids)
-                mine.all_nll += nll
-                if offset == 0:  # the prompt counts once
-                    mine.all_tokens += len(scored.prompt_nll)
-                    mine.all_nll += float(scored.prompt_nll.double().sum())
-                if reference is not None:
-                    kl, flips = divergence(reference.read(sample, offset, len(logprobs)), logprobs)
-                    mine.kl = (mine.kl or 0.0) + kl
-                    mine.flips = (mine.flips or 0) + flips
-                if record is not None:
-                    if recorded is None:
-                        recorded = LogProbs.create(record, answers.counts, logprobs.shape[1], answers.inputs)
-                    recorded.write(sample, offset, logprobs)
-                progress.step()
+    written: dict[int, str] = {}
+    for prompt, followed in _follow_all(follow, answers.prompts(settings), settings, label="answers"):
+        if followed.text is not None:
+            written[prompt.key] = followed.text
+        for scored in followed.scored:
+            sample, offset = scored.row.sample.id, answers.offsets[scored.row.key]
+            logprobs = _log_softmax(scored)
+            mine = sums[prompt.key]
+            nll = _nll(logprobs, scored)
+            mine.tokens += len(scored.answer_ids)
+            mine.nll += nll
+            mine.all_tokens += len(scored.answer_ids)
+            mine.all_nll += nll
+            if offset == 0:  # the prompt counts once
+                mine.all_tokens += len(scored.prompt_nll)
+                mine.all_nll += float(scored.prompt_nll.double().sum())
+            if reference is not None:
+                kl, flips = divergence(reference.read(sample, offset, len(logprobs)), logprobs)
+                mine.kl = (mine.kl or 0.0) + kl
+                mine.flips = (mine.flips or 0) + flips
+            if record is not None:
+                if recorded is None:
+                    recorded = LogProbs.create(record, answers.counts, logprobs.shape[1], answers.inputs)
+                recorded.write(sample, offset, logprobs)
     _check_finite(answers.samples, sums)
-    return sums
+    return sums, written
+
+
+def _follow_all(
+    follow: Follower, prompts: Sequence[Prompt], settings: Settings, *, label: str
+) -> Iterator[tuple[Prompt, Followed]]:
+    """Each prompt with what follows it, batch by batch: prompts behind which as much is to be written together."""
+    with bar(label, total=len(prompts)) as progress:
+        for write in sorted({prompt.write for prompt in prompts}, reverse=True):
+            for batch in batches_of([prompt for prompt in prompts if prompt.write == write], settings.batch_size):
+                for prompt, followed in zip(batch, follow(batch), strict=True):
+                    yield prompt, followed
+                    progress.step()
 
 
 def _log_softmax(scored: Scored) -> Tensor:
@@ -437,7 +450,7 @@ def _check_finite(samples: Sequence[Sample], sums: Sequence[_Sums]) -> None:
 
 
 def _score_wrong_images(
-    model: Any, encoder: Encoder, samples: Sequence[Sample], answers: _Answers, settings: Settings
+    follow: Follower, encoder: Encoder, samples: Sequence[Sample], answers: _Answers, settings: Settings
 ) -> dict[int, float]:
     """Sample index -> nats of its answers beside the images of the next sample of its task that has other ones."""
     swapped = {index: with_wrong_images(samples, index) for index in range(len(samples))}
@@ -445,13 +458,10 @@ def _score_wrong_images(
     pairs, owners = _pairs(
         [swapped[index] or samples[index] for index in chosen], [answers.of_sample[index] for index in chosen]
     )
-    rows = measure_rows(pairs, encoder)
+    prompts = prompts_of(measure_rows(pairs, encoder), owners, {})
     nll = dict.fromkeys(chosen, 0.0)
-    with bar("score with wrong images", total=len(rows)) as progress:
-        for batch in batches_of(rows, settings.batch_size):
-            for scored in teacher_forced(model, encoder, batch):
-                nll[chosen[owners[scored.row.key]]] += _nll(_log_softmax(scored), scored)
-                progress.step()
+    for prompt, followed in _follow_all(follow, prompts, settings, label="score with wrong images"):
+        nll[chosen[prompt.key]] += sum(_nll(_log_softmax(scored), scored) for scored in followed.scored)
     return nll
 
 
@@ -464,18 +474,3 @@ def with_wrong_images(samples: Sequence[Sample], index: int) -> Sample | None:
     images = (other.images for other in others if other.task == sample.task and other.images)
     wrong = next((found for found in images if not set(found) & set(sample.images)), None)
     return None if wrong is None else replace(sample, images=wrong)
-
-
-def _generate_answers(model: Any, encoder: Encoder, samples: Sequence[Sample], settings: Settings) -> dict[int, str]:
-    """Sample index -> greedy answer, for captions and short answers."""
-    captions = [index for index, sample in enumerate(samples) if is_caption(sample.task, sample.answers)]
-    short = [index for index, sample in enumerate(samples) if is_short_answer(sample.task, sample.answers)]
-    generated = {}
-    with bar("generate", total=len(captions) + len(short)) as progress:
-        for chosen, tokens in ((captions, settings.caption_tokens), (short, settings.answer_tokens)):
-            rows = measure_rows([(samples[index], None) for index in chosen], encoder)
-            for batch in batches_of(rows, settings.batch_size):
-                for row, text in zip(batch, generate(model, encoder, batch, max_new_tokens=tokens), strict=True):
-                    generated[chosen[row.key]] = text
-                    progress.step()
-    return generated

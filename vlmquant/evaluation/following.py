@@ -1,0 +1,223 @@
+"""What follows prompts, from one pass of each: the likelihoods of its answers, and the answer that the model writes.
+
+A prompt with its image is nearly all that is passed, and each of its references, and generation, would pass it anew.
+`generate` makes the pass, as for any answer; behind it, before the first token is chosen, the answers are passed each
+by itself on a copy of its cache.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vlmquant.calibration.encode import TOKEN_ALIGNED, Batch, Encoded, Encoder, collate
+from vlmquant.calibration.samples import Sample
+from vlmquant.evaluation.passes import Row, Scored, decode, generate, greedy, teacher_forced, to_model
+from vlmquant.kvcache import ARGUMENTS
+from vlmquant.limits import memory_ran_out
+from vlmquant.notices import LOGGER
+
+ALIKE = 2
+"""A trial's logits may differ by so many times the square root of the dtype's precision, of their own spread: of passes
+that are the same but for rounding, a hundredth of that was seen in float32, a third in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample's prompt, and what is wanted behind it."""
+
+    key: int
+    """The caller's number for it."""
+    sample: Sample
+    tokens: int
+    rows: tuple[Row, ...]
+    """One for each answer whose likelihood is wanted; at least one."""
+    write: int = 0
+    """Most tokens that the model is to write; 0 for none."""
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What was found behind a prompt."""
+
+    scored: tuple[Scored, ...]
+    text: str | None
+    """What the model wrote greedily, special tokens dropped, stripped; None where nothing was asked for."""
+
+
+def prompts_of(rows: Sequence[Row], owners: Sequence[int], write: Mapping[int, int]) -> list[Prompt]:
+    """A prompt for each owner of rows, whose number is its key. owners: of each row; write: as of Prompt, by owner."""
+    mine: dict[int, list[Row]] = {}
+    for row, owner in zip(rows, owners, strict=True):
+        mine.setdefault(owner, []).append(row)
+    return [
+        Prompt(owner, of[0].sample, of[0].tokens - of[0].answer_tokens, tuple(of), write.get(owner, 0))
+        for owner, of in mine.items()
+    ]
+
+
+class Follower:
+    """Passes batches of prompts, all of a batch with one `write`.
+
+    The first batch tells whether the model can go on from a prompt that was passed: of its longest and its shortest
+    prompt, the answers are also passed whole. Where it cannot, or gives other logits, all are.
+    """
+
+    def __init__(self, model: Any, encoder: Encoder) -> None:
+        self.model, self.encoder = model, encoder
+        self._follow: Callable[[Any, Encoder, Sequence[Prompt]], list[Followed]] | None = None
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Followed]:
+        if self._follow is None:
+            self._follow = together if self._goes_on([prompts[0], *prompts[1:][-1:]]) else apart
+        return self._follow(self.model, self.encoder, prompts)
+
+    def _goes_on(self, prompts: Sequence[Prompt]) -> bool:
+        prompts = [replace(prompt, rows=prompt.rows[:1], write=0) for prompt in prompts]
+        whole = apart(self.model, self.encoder, prompts)
+        try:
+            problem = _difference(together(self.model, self.encoder, prompts), whole, self.model.dtype)
+        except Exception as error:  # models can raise nearly anything where they are asked to go on
+            if memory_ran_out(error):
+                raise
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            LOGGER.info("prompts are passed anew for each of their answers: %s", problem)
+        return not problem
+
+
+def _difference(found: Sequence[Followed], wanted: Sequence[Followed], dtype: torch.dtype) -> str:
+    """By how much logits differ, in words; empty where rounding explains it."""
+    mine, other = (
+        torch.cat([one.scored[0].answer_logits for one in all_]).float().log_softmax(-1) for all_ in (found, wanted)
+    )
+    share = float((mine - other).norm() / (other - other.mean(-1, keepdim=True)).norm())
+    return "" if share <= ALIKE * torch.finfo(dtype).eps ** 0.5 else f"logits differ by {share:.2g} of their spread"
+
+
+def apart(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> list[Followed]:
+    """Each answer by a pass of its own, prompt and all, and generation by another."""
+    scored: list[list[Scored]] = [[] for _ in prompts]
+    for number in range(max(len(prompt.rows) for prompt in prompts)):
+        having = [index for index, prompt in enumerate(prompts) if len(prompt.rows) > number]
+        rows = [prompts[index].rows[number] for index in having]
+        for index, found in zip(having, teacher_forced(model, encoder, rows), strict=True):
+            scored[index].append(found)
+    write = prompts[0].write
+    texts = generate(model, encoder, prompts, max_new_tokens=write) if write else [None] * len(prompts)
+    return [Followed(tuple(mine), text) for mine, text in zip(scored, texts, strict=True)]
+
+
+@torch.inference_mode()
+def together(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> list[Followed]:
+    """All answers, and generation, from one left-padded pass of the prompts."""
+    items = [encoder.encode(prompt.sample, None) for prompt in prompts]
+    batch, write = collate(items, "left"), prompts[0].write
+    behind = _Behind(encoder, prompts, items, batch)
+    config = greedy(model, encoder, max_new_tokens=max(write, 1))
+    with behind.of(model):
+        output = decode(model, batch, to_model(batch, model), config)
+    written = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
+    texts = [str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip() if write else None for ids in written]
+    return [Followed(tuple(mine), text) for mine, text in zip(behind.scored, texts, strict=True)]
+
+
+class _Behind:
+    """The answers to a batch of prompts, passed as soon as `generate` has passed the prompts."""
+
+    def __init__(self, encoder: Encoder, prompts: Sequence[Prompt], items: Sequence[Encoded], batch: Batch) -> None:
+        self.encoder, self.prompts, self.items, self.batch = encoder, prompts, items, batch
+        self.scored: list[list[Scored]] = [[] for _ in prompts]
+        there = batch.inputs["attention_mask"].bool()
+        predicted = there.clone()
+        if encoder.image_id is not None:
+            predicted &= batch.inputs["input_ids"] != encoder.image_id
+        predicted &= there.cumsum(1) > 1  # a row's first token is predicted by none
+        self.predicted = predicted
+        self.keep = predicted.roll(-1, dims=1)  # the logits that predict token t stand at t - 1
+        self.keep[:, -1] = True  # those of the answer's first token
+
+    @contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        """Inside, the first pass of a model is followed by the passes of the answers."""
+        self._waits = True
+        handles = (
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, model: Any, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self._waits and "logits_to_keep" in inputs:
+            inputs = inputs | {"logits_to_keep": self.keep.to(model.device)}
+        return arguments, inputs
+
+    def _after(self, model: Any, arguments: Any, inputs: dict[str, Any], output: Any) -> Any:
+        if not self._waits:
+            return None
+        self._waits = False
+        logits = output.logits
+        if logits.shape[:-1] == self.keep.shape:  # all of them
+            logits = logits[self.keep.to(logits.device)]
+        counts = self.keep.sum(1).tolist()
+        assert len(logits) == sum(counts), "the model did not take logits_to_keep as a mask"
+        of_rows = torch.split(logits, counts)
+        prompt_nll = [
+            functional.cross_entropy(mine[:-1].float(), ids[known].to(mine.device), reduction="none")
+            for mine, ids, known in zip(of_rows, self.batch.inputs["input_ids"], self.predicted, strict=True)
+        ]
+        name, cache = next(
+            (name, found[name]) for found in (inputs, output) for name in ARGUMENTS if found.get(name) is not None
+        )
+        most = max(len(prompt.rows) for prompt in self.prompts)
+        for number in range(most):
+            used_up = number + 1 == most and not self.prompts[0].write
+            behind = self._answers(number)
+            ids = behind["input_ids"]
+            passed = model(
+                **_continued(inputs, behind), **{name: cache if used_up else copy.deepcopy(cache)}, use_cache=True
+            ).logits
+            for index, prompt in enumerate(self.prompts):
+                if number < len(prompt.rows):
+                    row = prompt.rows[number]
+                    mine = torch.cat([of_rows[index][-1:], passed[index, : row.answer_tokens - 1]])
+                    answer = ids[index, : row.answer_tokens].cpu()
+                    self.scored[index].append(Scored(row, answer, mine, prompt_nll[index]))
+        output.logits = torch.stack([mine[-1:] for mine in of_rows])
+        return output
+
+    def _answers(self, number: int) -> dict[str, Tensor]:
+        """Inputs of the answers with this number, those aligned with tokens: (batch, tokens), padded on the right.
+
+        Where a prompt has no such answer, its last stands in.
+        """
+        items = []
+        for prompt, item in zip(self.prompts, self.items, strict=True):
+            whole = self.encoder.followed(item, prompt.rows[min(number, len(prompt.rows) - 1)].answer or "")
+            tail = {key: value[:, item.tokens :] for key, value in whole.inputs.items() if key in TOKEN_ALIGNED}
+            items.append(replace(whole, inputs=tail, answer_mask=whole.answer_mask[item.tokens :]))
+        return collate(items, "right").inputs
+
+
+def _continued(before: Mapping[str, Any], behind: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a model is given for tokens behind those that it was given before; its cache not among it.
+
+    As `generate` goes on: the mask covers both, positions count on from the last, all else is of the new tokens.
+    """
+    device = before["input_ids"].device
+    inputs: dict[str, Any] = {key: value.to(device) for key, value in behind.items() if key in before}
+    ids = inputs["input_ids"]
+    if (mask := before.get("attention_mask")) is not None:  # what is padded now stands behind all that is looked at
+        inputs["attention_mask"] = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
+    if (positions := before.get("position_ids")) is not None:
+        inputs["position_ids"] = positions[..., -1:] + 1 + torch.arange(ids.shape[1], device=positions.device)
+    return inputs
