@@ -32,7 +32,7 @@ def samples(tmp_path: Path) -> list[Sample]:
     for number, words in enumerate((9, 1, 4)):
         image = tmp_path / f"{number}.png"
         Image.effect_noise((40 + 30 * number, 60), 80 + number).convert("RGB").save(image)
-        answers = tuple(" ".join(["two dogs"] * length) for length in range(1, number + 2))
+        answers = tuple(" ".join(["two dogs"] * length) for length in (2, 3, 1)[: number + 1])
         question = " ".join(["what is in the picture?"] * words)
         found.append(Sample(f"s{number}", "vqa", question, answers, (image,)))
     return found

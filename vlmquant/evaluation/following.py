@@ -40,6 +40,11 @@ class Prompt:
     write: int = 0
     """Most tokens that the model is to write; 0 for none."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """What it is put among others by: all prompts of a batch are padded to one length, and then their answers."""
+        return (self.tokens, *sorted((row.answer_tokens for row in self.rows), reverse=True))
+
 
 @dataclass(frozen=True)
 class Followed:
@@ -132,6 +137,8 @@ class _Behind:
 
     def __init__(self, encoder: Encoder, prompts: Sequence[Prompt], items: Sequence[Encoded], batch: Batch) -> None:
         self.encoder, self.prompts, self.items, self.batch = encoder, prompts, items, batch
+        self.orders = [sorted(range(len(mine.rows)), key=lambda row: -mine.rows[row].answer_tokens) for mine in prompts]
+        """Of each prompt's answers, so that long ones are passed with long ones."""
         self.scored: list[list[Scored]] = [[] for _ in prompts]
         there = batch.inputs["attention_mask"].bool()
         predicted = there.clone()
@@ -186,23 +193,25 @@ class _Behind:
             passed = model(
                 **_continued(inputs, behind), **{name: cache if used_up else copy.deepcopy(cache)}, use_cache=True
             ).logits
-            for index, prompt in enumerate(self.prompts):
-                if number < len(prompt.rows):
-                    row = prompt.rows[number]
+            for index, (prompt, order) in enumerate(zip(self.prompts, self.orders, strict=True)):
+                if number < len(order):
+                    row = prompt.rows[order[number]]
                     mine = torch.cat([of_rows[index][-1:], passed[index, : row.answer_tokens - 1]])
-                    answer = ids[index, : row.answer_tokens].cpu()
-                    self.scored[index].append(Scored(row, answer, mine, prompt_nll[index]))
+                    self.scored[index].append(Scored(row, ids[index, : row.answer_tokens], mine, prompt_nll[index]))
+        for order, scored in zip(self.orders, self.scored, strict=True):
+            scored[:] = [scored[order.index(row)] for row in range(len(order))]
         output.logits = torch.stack([mine[-1:] for mine in of_rows])
         return output
 
     def _answers(self, number: int) -> dict[str, Tensor]:
-        """Inputs of the answers with this number, those aligned with tokens: (batch, tokens), padded on the right.
+        """Inputs of the answers with this number in their order, those aligned with tokens: (batch, tokens), padded on
+        the right.
 
-        Where a prompt has no such answer, its last stands in.
+        Where a prompt has no such answer, its shortest stands in.
         """
         items = []
-        for prompt, item in zip(self.prompts, self.items, strict=True):
-            whole = self.encoder.followed(item, prompt.rows[min(number, len(prompt.rows) - 1)].answer or "")
+        for prompt, order, item in zip(self.prompts, self.orders, self.items, strict=True):
+            whole = self.encoder.followed(item, prompt.rows[order[min(number, len(order) - 1)]].answer or "")
             tail = {key: value[:, item.tokens :] for key, value in whole.inputs.items() if key in TOKEN_ALIGNED}
             items.append(replace(whole, inputs=tail, answer_mask=whole.answer_mask[item.tokens :]))
         return collate(items, "right").inputs

@@ -39,6 +39,11 @@ class Row:
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Digests of its inputs, where asked for."""
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """What it is put among others by, to be padded to their length."""
+        return (self.tokens,)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -77,7 +82,7 @@ class Measured(Protocol):
     @property
     def sample(self) -> Sample: ...
     @property
-    def tokens(self) -> int: ...
+    def lengths(self) -> tuple[int, ...]: ...
 
 
 Some = TypeVar("Some", bound=Measured)
@@ -85,7 +90,7 @@ Some = TypeVar("Some", bound=Measured)
 
 def batches_of(rows: Sequence[Some], batch_size: int) -> list[list[Some]]:
     """Rows of like length together, longest first, so that memory peaks at once; all of a batch have as many images."""
-    ordered = sorted(rows, key=lambda row: (-len(row.sample.images), -row.tokens, row.key))
+    ordered = sorted(rows, key=lambda row: (len(row.sample.images), row.lengths, -row.key), reverse=True)
     batches: list[list[Some]] = []
     for row in ordered:
         fits = batches and len(batches[-1]) < batch_size
