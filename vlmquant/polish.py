@@ -26,6 +26,7 @@ from vlmquant.checkpoint.coded import Coded, open_coded
 from vlmquant.components import ComponentMap, locate_model
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, PlanError, shown
+from vlmquant.evaluation.following import Follower, prompts_of
 from vlmquant.evaluation.passes import Row, answer_logits, batches_of, measure_rows, with_answers
 from vlmquant.export import carried_by, plan_of, recipe_of, units_of
 from vlmquant.gradients import TokensFollowed, followed_bytes, most_followed, place_in
@@ -377,13 +378,17 @@ def _ask(
     """The original model's answers, by row. components: of the checkpoint, which has the same modules."""
     model = reading_part(load_model(base, dtype=torch.float32, device=device).eval())
     _multiply_in(dtype, model, components)
-    found: dict[int, _Teacher] = {}
-    with bar("polish", total=len(rows)) as progress:
-        for batch in batches_of(rows, BATCH):
+    follow, found = Follower(model, encoder, dtype=dtype), dict[int, _Teacher]()
+    owners = [answers[0].key for answers in _by_sample(rows) for _ in answers]
+    prompts = prompts_of([row for answers in _by_sample(rows) for row in answers], owners, {})
+    with bar("polish", total=len(prompts)) as progress:
+        for batch in batches_of(prompts, BATCH):
             signals.check()
-            for row, logits in zip(batch, answer_logits(model, encoder, batch), strict=True):
+            for scored in (scored for followed in follow(batch) for scored in followed.scored):
+                logits = scored.answer_logits.clone()  # which gradients may go by, where those of inference may not
                 log_probs, ids = logits.float().log_softmax(-1).topk(min(TOP, logits.shape[-1]))
-                found[row.key] = _Teacher(ids.cpu(), log_probs.cpu())
+                found[scored.row.key] = _Teacher(ids.cpu(), log_probs.cpu())
+            for _ in batch:
                 progress.step("polish: ask the original")
     del model
     give_back_freed_memory()

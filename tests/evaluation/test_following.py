@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tests import zoo
+from tests.test_linear import round_to
 from tests.tiny_vlm import PROCESSORS
 from tests.zoo_processors import KINDS, add_processor
 from vlmquant.calibration.encode import Encoder
@@ -18,7 +19,9 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.evaluation import following
 from vlmquant.evaluation.following import Followed, Follower, Prompt, apart, prompts_of, together
 from vlmquant.evaluation.passes import measure_rows
+from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model, reading_part
+from vlmquant.recipe import SHORT_SCHEMES
 
 QUICK = ("qwen3_5_moe", "gemma4", "minicpmv4_6")
 TOLERANCE = 2e-4
@@ -123,6 +126,20 @@ def test_a_model_that_cannot_go_on_is_passed_anew(
     for broken in (raises, elsewhere):
         monkeypatch.setattr(following, "_continued", broken)
         assert_same(Follower(model, encoder)(asked), wanted)
+
+
+def test_logits_may_differ_by_what_is_rounded(tiny_llava: Path) -> None:
+    """By the dtype of products, and more where inputs are rounded to 8 bits; not by the codes of weights."""
+    model, encoder = loaded(tiny_llava)
+    alike = [Follower(model, encoder, dtype=dtype).alike for dtype in (None, torch.bfloat16)]
+    assert alike[0] < 1e-3 < alike[1] < 0.25
+    for name in ("w4a16", "w8a8-dynamic"):
+        scheme = SHORT_SCHEMES[name]
+        model.lm_head = QuantLinear(round_to(scheme, *model.lm_head.weight.shape), scheme, None)
+        alike.append(Follower(model, encoder).alike)
+        model, _ = loaded(tiny_llava)
+    assert alike[2] == alike[0]
+    assert alike[3] > alike[1]
 
 
 def test_a_full_memory_is_no_reason_to_pass_anew(

@@ -20,11 +20,14 @@ from vlmquant.calibration.samples import Sample
 from vlmquant.evaluation.passes import Row, Scored, decode, generate, greedy, teacher_forced, to_model
 from vlmquant.kvcache import ARGUMENTS
 from vlmquant.limits import memory_ran_out
+from vlmquant.linear import PackedRows
 from vlmquant.notices import LOGGER
 
 ALIKE = 2
 """A trial's logits may differ by so many times the square root of the dtype's precision, of their own spread: of passes
 that are the same but for rounding, a hundredth of that was seen in float32, a third in bfloat16."""
+ROUNDED_ALIKE = 0.5
+"""Where inputs are rounded to 8 bits: a quarter was seen."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,13 @@ class Follower:
     prompt, the answers are also passed whole. Where it cannot, or gives other logits, all are.
     """
 
-    def __init__(self, model: Any, encoder: Encoder) -> None:
+    def __init__(self, model: Any, encoder: Encoder, *, dtype: torch.dtype | None = None) -> None:
+        """dtype: of the model's products, where that is not the model's."""
         self.model, self.encoder = model, encoder
+        rounds = any(
+            module.scheme.activations != "none" for module in model.modules() if isinstance(module, PackedRows)
+        )
+        self.alike = ROUNDED_ALIKE if rounds else ALIKE * torch.finfo(dtype or model.dtype).eps ** 0.5
         self._follow: Callable[[Any, Encoder, Sequence[Prompt]], list[Followed]] | None = None
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Followed]:
@@ -86,7 +94,7 @@ class Follower:
         prompts = [replace(prompt, rows=prompt.rows[:1], write=0) for prompt in prompts]
         whole = apart(self.model, self.encoder, prompts)
         try:
-            problem = _difference(together(self.model, self.encoder, prompts), whole, self.model.dtype)
+            problem = _difference(together(self.model, self.encoder, prompts), whole, self.alike)
         except Exception as error:  # models can raise nearly anything where they are asked to go on
             if memory_ran_out(error):
                 raise
@@ -96,13 +104,13 @@ class Follower:
         return not problem
 
 
-def _difference(found: Sequence[Followed], wanted: Sequence[Followed], dtype: torch.dtype) -> str:
-    """By how much logits differ, in words; empty where rounding explains it."""
+def _difference(found: Sequence[Followed], wanted: Sequence[Followed], alike: float) -> str:
+    """By how much logits differ, in words; empty where that is little."""
     mine, other = (
         torch.cat([one.scored[0].answer_logits for one in all_]).float().log_softmax(-1) for all_ in (found, wanted)
     )
     share = float((mine - other).norm() / (other - other.mean(-1, keepdim=True)).norm())
-    return "" if share <= ALIKE * torch.finfo(dtype).eps ** 0.5 else f"logits differ by {share:.2g} of their spread"
+    return "" if share <= alike else f"logits differ by {share:.2g} of their spread"
 
 
 def apart(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> list[Followed]:
