@@ -149,7 +149,7 @@ METHODS = {
     "int8": "INT8 with the scales that `search` finds for it",
     "gptq": "GPTQ (arXiv:2210.17323): each column's rounding error is corrected in the columns after it",
     "awq": "AWQ (arXiv:2306.00978): channels are scaled by how large their inputs are, then rounded",
-    "awq+gptq": "channels are scaled as by AWQ, then rounded as by GPTQ",
+    "awq+gptq": "channels are scaled so that GPTQ loses least, as it foretells, then rounded by it",
     "auto": "of gptq, awq+gptq, awq and search the one that loses least, at each stage, on samples held out",
     "bitsandbytes": "the library's own quantization, as a baseline",
 }

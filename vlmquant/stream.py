@@ -64,6 +64,10 @@ more than HELD_TOKENS tokens."""
 HELD_TOKENS = 4096
 ROW_ELEMENTS = 1 << 23
 """Of a weight, that algorithms work on at a time."""
+EIGHT = 8
+"""Bits of a weight that is rounded about as finely as numbers of 16 bits are."""
+SCALE_ROUNDING = 2.0**-8
+"""What a scale may change by where it is divided, as it is rounded to 16 bits: codes of fewer bits lose far more."""
 MOST_LOST = 0.1
 """Of the mean square of inputs that are rounded to integers by one scale: where more is lost, it is told."""
 ROWS_TOGETHER = 1024
@@ -593,14 +597,18 @@ class Stage:
     def admissible(self, channel_scales: Tensor) -> Tensor:
         """The nearest channel scales (in,) that fold without any rounding of the producer's stored weights.
 
-        Into a norm: s = w / round(w / s), with round() to the model's dtype. Into a linear: powers of two. A
-        channel whose producer would over- or underflow keeps the scale 1.
+        Into a norm: s = w / round(w / s), with round() to the model's dtype. Into a linear: powers of two; into one
+        of few bits, any, beside which the rounding of its scales is nothing. A channel whose producer would over- or
+        underflow keeps the scale 1.
         """
         rule = self.fold_rule
         assert rule is not None
         if rule.kind == "linear":
             powers = torch.exp2(channel_scales.log2().round())
-            return torch.where(self.block.divides_exactly(rule.producer, powers), powers, 1.0)
+            taken = torch.where(self.block.divides(rule.producer, powers), powers, 1.0)
+            if self.block.is_coarse(rule.producer):
+                taken = torch.where(self.block.divides(rule.producer, channel_scales), channel_scales, taken)
+            return taken
         gain = self.block.value(f"{rule.producer}.weight").to(channel_scales.device).float() + rule.gain_offset
         stored = (gain / channel_scales - rule.gain_offset).to(self.model_dtype).float() + rule.gain_offset
         scales = gain / stored
@@ -1216,20 +1224,23 @@ class Block:
         if self._walks:
             self._biases[linear] = self.stream.cast(corrected, local, self.module)
 
-    def divides_exactly(self, linear: str, divisors: Tensor) -> Tensor:
-        """bool (out,): the rows of a linear whose stored weights, or scales, can be divided without being rounded."""
-        name = self._weight_name(linear)
-        if name in self.quantized:
-            weight = self.quantized[name]
+    def is_coarse(self, linear: str) -> bool:
+        """Whether a linear has its codes, of fewer than 8 bits."""
+        weight = self.quantized.get(self._weight_name(linear))
+        return weight is not None and weight.grid.bits < EIGHT
+
+    def divides(self, linear: str, divisors: Tensor) -> Tensor:
+        """bool (out,): the rows of a linear whose stored weights can be divided without being rounded; of codes, whose
+        scales can be divided and are then rounded by no more than a dtype does."""
+        if weight := self.quantized.get(self._weight_name(linear)):
             smaller = weight.scales / divisors[:, None]
             if weight.grid.group_rows > 1:
                 return torch.zeros(len(divisors), dtype=torch.bool, device=divisors.device)
-            stored = weight.grid.round_scales(smaller)
-        else:
-            value = self.value(f"{linear}.weight")
-            smaller = value.to(divisors.device).float() / divisors[:, None]
-            stored = smaller.to(value.dtype).float()
-        return (stored == smaller).all(1)
+            moved = (weight.grid.round_scales(smaller) - smaller).abs()
+            return (moved <= smaller.abs() * SCALE_ROUNDING).all(1)
+        value = self.value(f"{linear}.weight")
+        smaller = value.to(divisors.device).float() / divisors[:, None]
+        return (smaller.to(value.dtype).float() == smaller).all(1)
 
     def put(self, local: str, weight: QuantizedWeight, *, error: float) -> None:
         """The codes of a linear: recorded, and in the weight's place from here on."""

@@ -10,6 +10,7 @@ from tests.test_original_passes import copy_of
 from tests.test_stream import batches_of, stream_of
 from tests.tiny_vlm import build
 from vlmquant.algorithms import ALGORITHMS, auto, awq, gptq
+from vlmquant.algorithms.folding import Find, finder
 from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.recipe import Recipe, parse_recipe
@@ -48,6 +49,27 @@ def by_hand(weight: Tensor, effective: Tensor, moments: Moments) -> float:
     return (x @ weight.double().T - z @ effective.double().T).square().sum().item()
 
 
+def losses_of_feedback(stage: Stage, moments: Moments, find: Find, *, aimed: bool) -> float:
+    """Of awq+gptq, whose scales are told before they are divided by."""
+    options, weights = stage.options.gptq, stage.weights
+    shown = auto._apart(copy_of(moments))[0]
+    tokens = moments.tokens if aimed else None  # which correlations are shrunk by
+    scales = find(factor_of(moments.squares / moments.tokens, options, tokens=tokens))
+    if scales is not None:
+        weights = {name: weight * scales for name, weight in weights.items()}
+    if aimed:
+        target = aim(weights, shown.divided(scales), options)
+        weights, factor = target.weights, target.factor
+    else:
+        hessian = moments.squares / moments.tokens
+        factor = factor_of(hessian if scales is None else hessian / scales / scales[:, None], options)
+    lost = 0.0
+    for name, weight in stage.weights.items():
+        value = gptq.quantize_weight(weights[name], factor, stage.grid, options)[0].dequantize()
+        lost += by_hand(weight, value if scales is None else value / scales, moments)
+    return lost
+
+
 @pytest.mark.parametrize("target", ["weights", "outputs"])
 def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap) -> None:
     """Of all methods, for codes that are found from what is not held out alone."""
@@ -57,7 +79,8 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
             mean_abs = stage.mean_abs() if stage.can_fold else None
             moments = stage.of_moments(copy_of)
             assert any(rows.shift is not None for rows in moments.held) == (target == "outputs")
-            found = auto.held_losses(stage, copy_of(moments), mean_abs, aimed=target == "outputs")
+            find = finder(stage)
+            found = auto.held_losses(stage, copy_of(moments), mean_abs, aimed=target == "outputs", find=find)
             assert set(found) == set(auto.METHODS if mean_abs is not None else ("gptq", "search"))
             hessian = moments.squares / moments.tokens
             if target == "weights":
@@ -72,6 +95,9 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
                 wanted = sum(by_hand(stage.weights[name], codes[name], moments) for name in codes)
                 assert found["gptq"] == pytest.approx(wanted, rel=1e-3)
             if mean_abs is not None:
+                assert find is not None
+                wanted = losses_of_feedback(stage, copy_of(moments), find, aimed=target == "outputs")
+                assert found["awq+gptq"] == pytest.approx(wanted, rel=1e-2)  # codes at ties tip by how H was divided
                 scales = awq.find_scales(stage, mean_abs, hessian)
                 grid = stage.grid.fitted(*stage.weights.values())
                 scaled, divided = stage.weights, hessian.clone()
@@ -97,7 +123,7 @@ def test_losses_are_those_of_unseen_tokens(target: str, components: ComponentMap
 def test_the_chosen_method_rounds_as_it_does_alone(
     method: str, components: ComponentMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
+    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, **asked: Any) -> dict[str, float]:
         return {name: float(name != method) for name in auto.METHODS}
 
     monkeypatch.setattr(auto, "held_losses", losses)
@@ -116,8 +142,8 @@ def test_the_chosen_method_rounds_as_it_does_alone(
 def test_the_least_loss_wins(components: ComponentMap, monkeypatch: pytest.MonkeyPatch) -> None:
     real, found = auto.held_losses, dict[str, dict[str, float]]()
 
-    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
-        tried = real(stage, moments, mean_abs, aimed=aimed)
+    def losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, **asked: Any) -> dict[str, float]:
+        tried = real(stage, moments, mean_abs, **asked)
         found.update({linear.name + ".weight": tried for linear in stage.linears.values()})
         return tried
 

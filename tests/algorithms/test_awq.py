@@ -6,6 +6,7 @@ import torch
 
 from vlmquant.algorithms import awq, gptq, rtn
 from vlmquant.algorithms.factor import factorize
+from vlmquant.algorithms.folding import finder
 from vlmquant.grid import Grid, mid_code
 from vlmquant.recipe import AwqOptions, ComponentSpec, GptqOptions, Scheme
 from vlmquant.stream import Moments, Rows
@@ -126,12 +127,13 @@ def test_without_a_producer_only_clipping_is_searched(make_stage, make_inputs, m
 
 def test_with_feedback_it_is_gptq_on_the_folded_weights(make_stage, make_inputs, make_weight) -> None:
     stage, normalized = norm_stage(make_stage, make_inputs, make_weight)
-    plain, _ = norm_stage(make_stage, make_inputs, make_weight)
-    awq.quantize_stage(plain)
+    find = finder(stage)
+    assert find is not None
+    told = find(factorize(stage.hessian(), 0.01, activation_order=True))
     quantized = awq.quantize_stage_with_feedback(stage)
     scales = stage.channel_scales
     assert scales is not None
-    assert torch.equal(scales, plain.channel_scales)  # the same fold
+    assert torch.equal(scales, told)
     served = normalized * stage.gain.float()  # what the folded norm gives
     factor = factorize(served.T @ served / len(served), 0.01, activation_order=True)
     for name, weight in stage.weights.items():

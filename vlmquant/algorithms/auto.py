@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import awq, gptq, search
+from vlmquant.algorithms.folding import Find, finder
 from vlmquant.algorithms.target import aim, factor_of
 from vlmquant.grid import QuantizedWeight
-from vlmquant.recipe import AIMING, WITH_FEEDBACK, WITH_FOLDS
+from vlmquant.recipe import AIMING, WITH_FEEDBACK
 from vlmquant.stream import Moments, Rows, Stage
 
 METHODS = {
@@ -27,23 +28,29 @@ METHODS = {
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage by one of METHODS; by the first where no sample is held out."""
-    mean_abs, aimed = stage.mean_abs() if stage.can_fold else None, stage.is_aimed
-    losses = stage.of_moments(lambda moments: held_losses(stage, moments, mean_abs, aimed=aimed))
+    mean_abs, find, aimed = stage.mean_abs() if stage.can_fold else None, finder(stage), stage.is_aimed
+    losses = stage.of_moments(lambda moments: held_losses(stage, moments, mean_abs, aimed=aimed, find=find))
     method = min(losses, key=losses.__getitem__)
     stage.chosen(method)
     return METHODS[method](stage)
 
 
-def held_losses(stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool) -> dict[str, float]:
+def held_losses(
+    stage: Stage, moments: Moments, mean_abs: Tensor | None, *, aimed: bool, find: Find | None = None
+) -> dict[str, float]:
     """By method, summed over tokens and outputs; mean_abs (in,): E|x_j|, None where scales cannot be folded.
 
-    aimed: whether methods are to be told the original's outputs. One process runs this: nothing here may ask others.
+    aimed: whether methods are to be told the original's outputs. find: what finds scales for awq+gptq. One process runs
+    this: nothing here may ask others.
     """
-    methods = [method for method in METHODS if mean_abs is not None or method not in WITH_FOLDS]
+    absent = {"awq": mean_abs is None, "awq+gptq": find is None}
+    methods = [method for method in METHODS if not absent.get(method)]
     fit, judges = _apart(moments)
     if not judges or not fit.tokens:
         return dict.fromkeys(methods, 0.0)
-    return {method: _loss(stage.weights, _rounded(stage, method, fit, mean_abs, aimed), judges) for method in methods}
+    return {
+        method: _loss(stage.weights, _rounded(stage, method, fit, mean_abs, find, aimed), judges) for method in methods
+    }
 
 
 def _apart(moments: Moments) -> tuple[Moments, list[Rows]]:
@@ -59,19 +66,27 @@ def _apart(moments: Moments) -> tuple[Moments, list[Rows]]:
     return Moments(moments.squares, moments.cross, moments.tokens, shown), judges
 
 
-def _rounded(stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, aimed: bool) -> dict[str, Tensor]:
+def _rounded(
+    stage: Stage, method: str, fit: Moments, mean_abs: Tensor | None, find: Find | None, aimed: bool
+) -> dict[str, Tensor]:
     """What weights (out, in) become, as their inputs meet them."""
     options, weights, channel_scales = stage.options, stage.weights, None
-    if method in WITH_FOLDS:
+    seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held)
+    if method == "awq":
         assert mean_abs is not None
         channel_scales = awq.find_scales(stage, mean_abs, fit.squares / fit.tokens)
+        seen = seen.divided(channel_scales)
+    elif method == "awq+gptq" and not aimed:
+        assert find is not None
+        channel_scales = find(factor_of(fit.squares / fit.tokens, options.gptq))
+        seen = seen.divided(channel_scales)
     if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
-    seen = Moments(fit.squares.clone(), fit.cross.clone(), fit.tokens, fit.held).divided(channel_scales)
     factor = None
     if aimed and method in AIMING:
-        target = aim(weights, seen, options.gptq)
+        target = aim(weights, seen, options.gptq, find=find if method == "awq+gptq" else None)
         weights, factor = target.weights, target.factor
+        channel_scales = channel_scales if target.channel_scales is None else target.channel_scales
     else:
         seen.squares.div_(fit.tokens)
     grid = stage.grid.fitted(*weights.values())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms import gptq
+from vlmquant.algorithms.folding import finder
 from vlmquant.algorithms.rtn import quantize_weight
 from vlmquant.algorithms.target import aim_stage
 from vlmquant.grid import (
@@ -61,8 +62,11 @@ def rounded(weight: Tensor, hessian: Tensor, grid: Grid, options: AwqOptions) ->
 
 
 def quantize_stage_with_feedback(stage: Stage) -> dict[str, QuantizedWeight]:
-    """Scale and fold in the same way; round by GPTQ."""
-    return gptq.quantize_stage(stage, channel_scales=fold_scales(stage))
+    """Scale and fold by what GPTQ will lose, which is known on grids of integers, and round by it."""
+    if stage.grid.kind == "int" or not stage.can_fold:
+        return gptq.round_stage(stage, finder(stage))
+    known = find_scales(stage, stage.mean_abs(), stage.hessian(), ranks=stage.ranks)
+    return gptq.round_stage(stage, lambda factor: known)
 
 
 def _damped(hessian: Tensor, options: AwqOptions) -> Tensor:

@@ -43,6 +43,11 @@ class Factor:
     added: Tensor
     """What damping and shrinkage have added to the diagonal, float64 (in,), in the order of processing."""
 
+    def unexplained(self) -> Tensor:
+        """The diagonal of D in the order of the weight's columns, float32 (in,): of an input's mean square, what those
+        processed after it do not tell."""
+        return self.pivots[self.order.argsort()]
+
     def energy(self, rows: Tensor) -> Tensor:
         """rows X (out, in), columns as in the weight -> the diagonal of X H X^T, float32 (out,). Overwrites nothing."""
         found = torch.zeros(len(rows), device=rows.device)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from vlmquant.algorithms import loops
 from vlmquant.algorithms.coupled import COLUMN_BLOCK, round_both
-from vlmquant.algorithms.factor import Factor, factorize
+from vlmquant.algorithms.factor import Factor
+from vlmquant.algorithms.folding import Find, factors_of
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.algorithms.target import aim_stage, factor_of
 from vlmquant.grid import Grid, QuantizedWeight, join_rows
@@ -30,19 +31,25 @@ DEAD_FRACTION = 1e-12
 """An input whose mean square is at most this share of the largest never fires: no more is known of it."""
 
 
-def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dict[str, QuantizedWeight]:
+def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
+    return round_stage(stage)
+
+
+def round_stage(stage: Stage, find: Find | None = None) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent.
 
-    channel_scales (in,): what weights are multiplied by, where the producer of their inputs is divided by it.
+    find: what finds channel scales (in,), by which weights are multiplied and the producer of their inputs is divided.
     """
     options, weights = stage.options.gptq, stage.stored
-    if channel_scales is not None:
-        weights = {name: weight.float() * channel_scales for name, weight in weights.items()}
     if stage.is_aimed:
-        target = aim_stage(stage, weights, channel_scales)
-        factor, weights = target.factor, target.weights
+        target = aim_stage(stage, weights, find=find)
+        factor, weights, channel_scales = target.factor, target.weights, target.channel_scales
     else:
-        factor = stage.of_hessian(lambda hessian: factor_of(divided(hessian, channel_scales), options))
+        factor, channel_scales = stage.of_hessian(partial(_scaled, options=options, find=find))
+        if channel_scales is not None:
+            weights = {name: weight.float() * channel_scales for name, weight in weights.items()}
+    if channel_scales is not None:
+        stage.fold(channel_scales)
     if dead := int(dead_inputs(factor.mean_square).sum()):
         stage.note(
             f"{dead} of {len(factor.order)} inputs never fired during calibration; "
@@ -67,6 +74,13 @@ def quantize_stage(stage: Stage, *, channel_scales: Tensor | None = None) -> dic
         whole = factor.energy(some.float()).double().mean().item() * len(wanted)
         stage.measured(name, torch.cat([lost for _, lost in parts]).sum().item(), whole)
     return quantized
+
+
+def _scaled(hessian: Tensor, *, options: GptqOptions, find: Find | None) -> tuple[Factor, Tensor | None]:
+    """The factor of H, in its memory, as it is with inputs divided by the channel scales that are found; and these."""
+    factor = factor_of(hessian, options)
+    scales = None if find is None else find(factor)
+    return (factor if scales is None else factor_of(divided(factor.hessian(), scales), options)), scales
 
 
 def dead_inputs(mean_square: Tensor) -> Tensor:
@@ -96,15 +110,9 @@ def _rounded_for_answers(
 ) -> list[tuple[QuantizedWeight, Tensor]]:
     """quantize_weight of some rows after the other, by the second moments of their gradients: see of_output_moments."""
     device, factor, found = weight.device, factor.to("cpu"), []
-    mean = sum(square.diagonal().double().sum().item() for square in squares) / len(weight)
-    for rows, square in zip(torch.split(weight, list(map(len, squares))), squares, strict=True):
-        some = rows.float().cpu()
-        alive = some.any(1)  # what puts out nothing is to go on so, and makes up for nothing
-        square = square * alive * alive[:, None]
-        own = square.diagonal().double().mean().item()
-        damping = options.output_damping * (mean / own if own else 1.0)  # as much is added to all
-        outputs = factorize(square, damping, activation_order=True)
-        quantized, lost = quantize_weight(some, factor, grid, options, outputs=outputs)
+    factors = factors_of(squares, options, alive=weight.any(1))
+    for rows, outputs in zip(torch.split(weight, list(map(len, squares))), factors, strict=True):
+        quantized, lost = quantize_weight(rows.float().cpu(), factor, grid, options, outputs=outputs)
         found.append((quantized.to(device), lost))
     return found
 

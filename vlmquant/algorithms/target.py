@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vlmquant.algorithms.factor import Factor, estimate_shrinkage, factorize
+from vlmquant.algorithms.folding import Find
 from vlmquant.recipe import GptqOptions
 from vlmquant.stream import Moments, Rows, Stage
 
@@ -32,20 +33,28 @@ class Target:
     """By local name, W + alpha D, float32 (out, in)."""
     alpha: float
     """The share of the correction that pays on samples that it was not fitted to, 0 to 1."""
+    channel_scales: Tensor | None = None
+    """(in,): what was found to scale inputs by; the factor and the weights are as they are with it."""
 
 
-def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) -> Target:
-    """stored: weights (out, in) of linears that share their inputs. moments: which are used up."""
+def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions, *, find: Find | None = None) -> Target:
+    """stored: weights (out, in) of linears that share their inputs. moments: which are used up. find: what finds
+    channel scales."""
     squares, cross, held = moments.squares, moments.cross, moments.held
     tokens = moments.tokens + sum(rows.count for rows in held)
     weights = {name: weight.float() for name, weight in stored.items()}
-    alpha = 0.0
-    if held and moments.tokens:
+    alpha, channel_scales = 0.0, None
+    if (held or find) and moments.tokens:
         factor = factor_of(squares.div_(moments.tokens), options, tokens=moments.tokens)
         cross.div_(moments.tokens)
         some = (weight[:: -(-len(weight) // ROWS)] for weight in weights.values())
         alpha = shrink(some, lambda weight: _correction(weight, cross, factor), held)
+        channel_scales = None if find is None else find(factor)
         squares, cross = factor.hessian().mul_(moments.tokens), cross.mul_(moments.tokens)
+    if channel_scales is not None:
+        moments = Moments(squares, cross, moments.tokens, held).divided(channel_scales)
+        squares, cross, held = moments.squares, moments.cross, moments.held
+        weights = {name: weight * channel_scales for name, weight in weights.items()}
     for rows in held:
         inputs = rows.scaled(rows.inputs)
         squares.addmm_(inputs.T, inputs)
@@ -56,12 +65,18 @@ def aim(stored: Mapping[str, Tensor], moments: Moments, options: GptqOptions) ->
         cross.div_(tokens or 1)
         for name, weight in weights.items():
             weights[name] = _correction(weight, cross, factor).mul_(alpha).add_(weight)
-    return Target(factor, weights, alpha)
+    return Target(factor, weights, alpha, channel_scales)
 
 
-def aim_stage(stage: Stage, weights: Mapping[str, Tensor], channel_scales: Tensor | None) -> Target:
-    """What a stage's weights, multiplied by channel_scales (in,) where there are any, are to be rounded from."""
-    target = stage.of_moments(lambda moments: aim(weights, moments.divided(channel_scales), stage.options.gptq))
+def aim_stage(
+    stage: Stage, weights: Mapping[str, Tensor], channel_scales: Tensor | None = None, *, find: Find | None = None
+) -> Target:
+    """What a stage's weights, multiplied by channel_scales (in,) where there are any, are to be rounded from.
+
+    find: what finds channel scales, where they are not known.
+    """
+    options = stage.options.gptq
+    target = stage.of_moments(lambda moments: aim(weights, moments.divided(channel_scales), options, find=find))
     stage.aimed(target.alpha)
     return target
 
