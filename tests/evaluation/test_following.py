@@ -75,7 +75,7 @@ def test_one_pass_gives_what_passes_of_each_answer_give(
         assert [len(one.scored) for one in wanted] == [1, 2, 3]
         assert all((one.text is not None) == bool(write) for one in wanted)
         assert_same(together(model, encoder, asked), wanted)
-        assert Follower(model, encoder)._goes_on(asked)
+        assert Follower(model, encoder).goes_on(asked)
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,11 @@ class Follower:
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Followed]:
         if self._follow is None:
-            self._follow = together if self._goes_on([prompts[0], *prompts[1:][-1:]]) else apart
+            self._follow = together if self.goes_on([prompts[0], *prompts[1:][-1:]]) else apart
         return self._follow(self.model, self.encoder, prompts)
 
-    def _goes_on(self, prompts: Sequence[Prompt]) -> bool:
+    def goes_on(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether the model says the same of answers behind prompts that were passed."""
         prompts = [replace(prompt, rows=prompt.rows[:1], write=0) for prompt in prompts]
         whole = apart(self.model, self.encoder, prompts)
         try:

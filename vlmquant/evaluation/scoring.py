@@ -146,7 +146,7 @@ class Scorer:
         self.images = [tuple(pixel_sha256(path) for path in sample.images) for sample in self.samples]
         tidy = are_tokenized(self.samples) if settings.tidy_captions is None else settings.tidy_captions
         self.encoder = Encoder(load_processor(model_dir), tidy_captions=tidy)
-        self.answers = _Answers(self.samples, self.encoder, settings)
+        self.answers = Answers(self.samples, self.encoder, settings)
         self._load()
         self.prompts = long_prompts(self.answers, settings.speed_prompts) if settings.generate else []
         """Indices of the samples whose prompts are timed."""
@@ -267,7 +267,7 @@ class Scorer:
         )
 
 
-def long_prompts(answers: "_Answers", count: int) -> list[int]:
+def long_prompts(answers: "Answers", count: int) -> list[int]:
     """Indices of the samples with the longest prompts, of those with images where there are any."""
     tokens: dict[int, int] = {}
     for row, owner in zip(answers.rows, answers.owners, strict=True):
@@ -309,7 +309,7 @@ class _Sums:
     flips: int | None = None
 
 
-class _Answers:
+class Answers:
     """The answers that are scored by likelihood, each with its prompt encoded once, before the model is loaded."""
 
     def __init__(self, samples: Sequence[Sample], encoder: Encoder, settings: Settings) -> None:
@@ -353,7 +353,7 @@ def _pairs(samples: Sequence[Sample], answers: Sequence[Sequence[str]]) -> tuple
     return [(samples[index], answer) for index, mine in enumerate(answers) for answer in mine], owners
 
 
-def _compare_inputs(model_dir: Path, answers: _Answers, reference: LogProbs | None, settings: Settings) -> str | None:
+def _compare_inputs(model_dir: Path, answers: Answers, reference: LogProbs | None, settings: Settings) -> str | None:
     """How the inputs differ from the reference's, where that is allowed; InputError where not."""
     if reference is None:
         return None
@@ -365,7 +365,7 @@ def _compare_inputs(model_dir: Path, answers: _Answers, reference: LogProbs | No
 
 
 def _score_answers(
-    follow: Follower, answers: _Answers, settings: Settings, *, reference: LogProbs | None, record: Path | None
+    follow: Follower, answers: Answers, settings: Settings, *, reference: LogProbs | None, record: Path | None
 ) -> tuple[list[_Sums], dict[int, str]]:
     """Likelihoods of all answers, divergence from the reference where there is one, recorded where asked for; and what
     the model writes, by the index of the sample."""
@@ -450,7 +450,7 @@ def _check_finite(samples: Sequence[Sample], sums: Sequence[_Sums]) -> None:
 
 
 def _score_wrong_images(
-    follow: Follower, encoder: Encoder, samples: Sequence[Sample], answers: _Answers, settings: Settings
+    follow: Follower, encoder: Encoder, samples: Sequence[Sample], answers: Answers, settings: Settings
 ) -> dict[int, float]:
     """Sample index -> nats of its answers beside the images of the next sample of its task that has other ones."""
     swapped = {index: with_wrong_images(samples, index) for index in range(len(samples))}
