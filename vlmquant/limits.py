@@ -11,7 +11,8 @@ import struct
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -122,6 +123,7 @@ class Confined:
         self._child: int | None = None
         self._owner = 0
         self._requests = self._answers = -1
+        self._end: Callable[[], None] | None = None
         self._limit: int | None = None
 
     def __call__(self, *arguments: Any) -> Any:
@@ -170,6 +172,8 @@ class Confined:
                 os._exit(0)
         os.close(request_end)
         os.close(answer_end)
+        # Also where the interpreter ends, before what it would take is gone.
+        self._end = weakref.finalize(self, _end, self._owner, self._child, (self._requests, self._answers))
 
     def _serve(self, requests: int, answers: int) -> None:
         for number in STOPPING:
@@ -201,18 +205,21 @@ class Confined:
 
     def close(self) -> None:
         """End the child."""
-        if self._child is not None and self._owner == os.getpid():
-            for descriptor in (self._requests, self._answers):
-                os.close(descriptor)
-            with suppress(ProcessLookupError):
-                os.kill(self._child, signal.SIGKILL)
-            with suppress(ChildProcessError):
-                os.waitpid(self._child, 0)
-        self._child = None
+        if self._end is not None:
+            self._end()
+        self._child = self._end = None
 
-    def __del__(self) -> None:
-        with suppress(Exception):
-            self.close()
+
+def _end(owner: int, child: int, descriptors: Iterable[int]) -> None:
+    """End a child process, in the process that started it."""
+    if owner != os.getpid():
+        return
+    for descriptor in descriptors:
+        os.close(descriptor)
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(child, 0)
 
 
 def end_with_parent() -> None:
