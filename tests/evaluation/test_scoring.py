@@ -171,9 +171,9 @@ def test_the_longest_prompts_with_an_image_are_timed(tiny_llava: Path, samples: 
         replace(samples[0], id="text", question=10 * long, images=()),
     ]
     encoder = Encoder(load_processor(tiny_llava), tidy_captions=False)
-    of = scoring._Answers(asked, encoder, SETTINGS)
+    of = scoring.Answers(asked, encoder, SETTINGS)
     assert scoring.long_prompts(of, 3) == [4, 3, 0]  # "how many circles?" has more tokens than "describe the image."
-    only_text = scoring._Answers([replace(one, images=()) for one in asked], encoder, SETTINGS)
+    only_text = scoring.Answers([replace(one, images=()) for one in asked], encoder, SETTINGS)
     assert scoring.long_prompts(only_text, 1) == [5]
 
 
