@@ -20,9 +20,9 @@ from provenance import provenance
 from vlmquant.calibration.encode import Encoder, are_tokenized
 from vlmquant.calibration.processor import load_processor
 from vlmquant.cli.words import parse_counts
-from vlmquant.evaluation.following import Followed, Follower, apart, together
-from vlmquant.evaluation.passes import batches_of, special_tokens
-from vlmquant.evaluation.scoring import Answers, compute_dtype_of
+from vlmquant.evaluation.following import Followed, Follower, apart, batches_of_prompts, together
+from vlmquant.evaluation.passes import special_tokens
+from vlmquant.evaluation.scoring import Answers, compute_dtype_of, divergence
 from vlmquant.evaluation.settings import Settings
 from vlmquant.loading import load_model, reading_part
 from vlmquant.pipeline import choose_held_out
@@ -38,7 +38,7 @@ def differ(one: list[Followed], other: list[Followed]) -> tuple[float, int, int]
     for mine, theirs in zip(one, other, strict=True):
         for left, right in zip(mine.scored, theirs.scored, strict=True):
             p, q = (scored.answer_logits.float().log_softmax(-1) for scored in (left, right))
-            total += float((p.exp() * (p - q)).sum())
+            total += divergence(p, q)[0]
             tokens += len(p)
     return total, tokens, sum(mine.text != theirs.text for mine, theirs in zip(one, other, strict=True))
 
@@ -50,11 +50,7 @@ def measure(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     model = reading_part(load_model(directory, dtype=dtype, generation=special_tokens(directory)).eval())
     encoder = Encoder(load_processor(directory), tidy_captions=are_tokenized(samples))
     prompts = Answers(samples, encoder, settings).prompts(settings)
-    batches = [
-        batch
-        for write in sorted({prompt.write for prompt in prompts}, reverse=True)
-        for batch in batches_of([prompt for prompt in prompts if prompt.write == write], settings.batch_size)
-    ]
+    batches = batches_of_prompts(prompts, settings.batch_size)
     goes_on = Follower(model, encoder).goes_on([batches[0][0], batches[0][-1]])
     together(model, encoder, batches[0])  # what is made at first use is made
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}

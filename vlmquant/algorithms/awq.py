@@ -64,9 +64,9 @@ def rounded(weight: Tensor, hessian: Tensor, grid: Grid, options: AwqOptions) ->
 def quantize_stage_with_feedback(stage: Stage) -> dict[str, QuantizedWeight]:
     """Scale and fold by what GPTQ will lose, which is known on grids of integers, and round by it."""
     if stage.grid.kind == "int" or not stage.can_fold:
-        return gptq.round_stage(stage, finder(stage))
+        return gptq.quantize_stage(stage, finder(stage))
     known = find_scales(stage, stage.mean_abs(), stage.hessian(), ranks=stage.ranks)
-    return gptq.round_stage(stage, lambda factor: known)
+    return gptq.quantize_stage(stage, lambda factor: known)
 
 
 def _damped(hessian: Tensor, options: AwqOptions) -> Tensor:

@@ -31,11 +31,7 @@ DEAD_FRACTION = 1e-12
 """An input whose mean square is at most this share of the largest never fires: no more is known of it."""
 
 
-def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
-    return round_stage(stage)
-
-
-def round_stage(stage: Stage, find: Find | None = None) -> dict[str, QuantizedWeight]:
+def quantize_stage(stage: Stage, find: Find | None = None) -> dict[str, QuantizedWeight]:
     """Quantize all linears of a stage with one Hessian and one factorization: their rows are independent.
 
     find: what finds channel scales (in,), by which weights are multiplied and the producer of their inputs is divided.

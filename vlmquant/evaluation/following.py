@@ -17,7 +17,18 @@ from torch.nn import functional
 
 from vlmquant.calibration.encode import TOKEN_ALIGNED, Batch, Encoded, Encoder, collate
 from vlmquant.calibration.samples import Sample
-from vlmquant.evaluation.passes import Row, Scored, decode, generate, greedy, teacher_forced, to_model
+from vlmquant.evaluation.passes import (
+    Row,
+    Scored,
+    batches_of,
+    decode,
+    generate,
+    greedy,
+    predicted_tokens,
+    teacher_forced,
+    to_model,
+    written,
+)
 from vlmquant.kvcache import ARGUMENTS
 from vlmquant.limits import memory_ran_out
 from vlmquant.linear import PackedRows
@@ -66,6 +77,15 @@ def prompts_of(rows: Sequence[Row], owners: Sequence[int], write: Mapping[int, i
     return [
         Prompt(owner, of[0].sample, of[0].tokens - of[0].answer_tokens, tuple(of), write.get(owner, 0))
         for owner, of in mine.items()
+    ]
+
+
+def batches_of_prompts(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
+    """Prompts behind which as much is to be written together, most first."""
+    return [
+        batch
+        for write in sorted({prompt.write for prompt in prompts}, reverse=True)
+        for batch in batches_of([prompt for prompt in prompts if prompt.write == write], batch_size)
     ]
 
 
@@ -136,8 +156,7 @@ def together(model: Any, encoder: Encoder, prompts: Sequence[Prompt]) -> list[Fo
     config = greedy(model, encoder, max_new_tokens=max(write, 1))
     with behind.of(model):
         output = decode(model, batch, to_model(batch, model), config)
-    written = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
-    texts = [str(encoder.tokenizer.decode(ids, skip_special_tokens=True)).strip() if write else None for ids in written]
+    texts = written(encoder, batch, output) if write else [None] * len(prompts)
     return [Followed(tuple(mine), text) for mine, text in zip(behind.scored, texts, strict=True)]
 
 
@@ -149,13 +168,8 @@ class _Behind:
         self.orders = [sorted(range(len(mine.rows)), key=lambda row: -mine.rows[row].answer_tokens) for mine in prompts]
         """Of each prompt's answers, so that long ones are passed with long ones."""
         self.scored: list[list[Scored]] = [[] for _ in prompts]
-        there = batch.inputs["attention_mask"].bool()
-        predicted = there.clone()
-        if encoder.image_id is not None:
-            predicted &= batch.inputs["input_ids"] != encoder.image_id
-        predicted &= there.cumsum(1) > 1  # a row's first token is predicted by none
-        self.predicted = predicted
-        self.keep = predicted.roll(-1, dims=1)  # the logits that predict token t stand at t - 1
+        self.predicted = predicted_tokens(batch, encoder)
+        self.keep = self.predicted.roll(-1, dims=1)  # the logits that predict token t stand at t - 1
         self.keep[:, -1] = True  # those of the answer's first token
 
     @contextmanager

@@ -113,10 +113,7 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
     """One right-padded forward pass over the rows of a batch. The head runs only where a text token is predicted."""
     batch = collate([encoder.encode(row.sample, row.answer) for row in rows], "right")
     ids, answers = batch.inputs["input_ids"], batch.answer_mask
-    predicted = batch.inputs["attention_mask"].bool()
-    if encoder.image_id is not None:
-        predicted &= ids != encoder.image_id
-    predicted[:, 0] = False
+    predicted = predicted_tokens(batch, encoder)
     keep = predicted.roll(-1, dims=1)  # the logits that predict token t stand at t - 1
     logits = _logits(model, batch, keep.to(model.device))
     ids, answers = ids[predicted], answers[predicted]
@@ -129,6 +126,13 @@ def teacher_forced(model: Any, encoder: Encoder, rows: Sequence[Row]) -> Iterato
         )
         yield Scored(row, own[answer], mine[answer], prompt)
         start += count
+
+
+def predicted_tokens(batch: Batch, encoder: Encoder) -> Tensor:
+    """bool (batch, tokens): the tokens of text that something comes before: of each row all but its first."""
+    there = batch.inputs["attention_mask"].bool()
+    predicted = there & (there.cumsum(1) > 1)
+    return predicted if encoder.image_id is None else predicted & (batch.inputs["input_ids"] != encoder.image_id)
 
 
 def answer_logits(
@@ -224,7 +228,11 @@ def generate(model: Any, encoder: Encoder, rows: Sequence[Measured], *, max_new_
     """The greedy answers to rows of one batch (left-padded), special tokens dropped, stripped."""
     batch = collate([encoder.encode(row.sample, None) for row in rows], "left")
     config = greedy(model, encoder, max_new_tokens=max_new_tokens)
-    output = decode(model, batch, to_model(batch, model), config)
+    return written(encoder, batch, decode(model, batch, to_model(batch, model), config))
+
+
+def written(encoder: Encoder, batch: Batch, output: Tensor) -> list[str]:
+    """What `decode` has put behind the prompts of a batch, special tokens dropped, stripped."""
     answers = output[:, batch.inputs["input_ids"].shape[1] :].cpu()
     return [str(encoder.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 

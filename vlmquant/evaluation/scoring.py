@@ -20,14 +20,13 @@ from vlmquant.checkpoint import read_manifest
 from vlmquant.devices import find_device
 from vlmquant.errors import DoesNotFitError, InputError, SentinelError, VlmquantError, first_line, shown
 from vlmquant.evaluation.environment import environment
-from vlmquant.evaluation.following import Followed, Follower, Prompt, prompts_of
+from vlmquant.evaluation.following import Followed, Follower, Prompt, batches_of_prompts, prompts_of
 from vlmquant.evaluation.inputs import ANSWER, difference, refuse_difference
 from vlmquant.evaluation.logprobs import LogProbs
 from vlmquant.evaluation.memory import HOST, Meter, bring_in, held_bytes
 from vlmquant.evaluation.metrics import is_caption, is_exact, is_short_answer
 from vlmquant.evaluation.passes import (
     Scored,
-    batches_of,
     measure_rows,
     set_aside,
     special_tokens,
@@ -404,11 +403,10 @@ def _follow_all(
 ) -> Iterator[tuple[Prompt, Followed]]:
     """Each prompt with what follows it, batch by batch: prompts behind which as much is to be written together."""
     with bar(label, total=len(prompts)) as progress:
-        for write in sorted({prompt.write for prompt in prompts}, reverse=True):
-            for batch in batches_of([prompt for prompt in prompts if prompt.write == write], settings.batch_size):
-                for prompt, followed in zip(batch, follow(batch), strict=True):
-                    yield prompt, followed
-                    progress.step()
+        for batch in batches_of_prompts(prompts, settings.batch_size):
+            for prompt, followed in zip(batch, follow(batch), strict=True):
+                yield prompt, followed
+                progress.step()
 
 
 def _log_softmax(scored: Scored) -> Tensor:
