@@ -51,7 +51,6 @@ def main() -> None:
         dataset=batches(loaded, tokenizer.pad_token_id),
         nsamples=len(loaded),
         batch_size=BATCH,
-        group_size=128,
         device_map="cpu",
         **json.loads(settings),
     )

@@ -52,7 +52,7 @@ def main() -> None:
         options["gptaq"] = GPTAQConfig(**options["gptaq"])
     auto.MODEL_MAP["llava"] = Llava
     auto.SUPPORTED_MODELS.append("llava")
-    config = QuantizeConfig(group_size=128, offload_to_disk=False, device="cpu", **options)
+    config = QuantizeConfig(offload_to_disk=False, device="cpu", **options)
     loaded = GPTQModel.load(model, config, dtype=torch.float32)
     loaded.quantize(torch.load(inputs), batch_size=1)
     loaded.save(out)

@@ -31,13 +31,13 @@ MAPPINGS = {
 """AWQ's, of the language layers alone: its own of the architecture match the vision tower as well."""
 
 
-def recipe(method: str, bits: int, symmetric: bool, observer: str, **options: Any) -> Any:
+def recipe(method: str, bits: int, group_size: int, symmetric: bool, observer: str, **options: Any) -> Any:
     weights = {
         "num_bits": bits,
         "type": "int",
         "symmetric": symmetric,
         "strategy": "group",
-        "group_size": 128,
+        "group_size": group_size,
         "observer": observer,
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}

@@ -1,13 +1,14 @@
 """Other tools, at the best settings that their documentation has, beside our default: same samples, same scoring.
 
     OMP_NUM_THREADS=1 python benchmarks/accuracy/peers.py MODEL --calibration SET --test SET --work DIR
-        --environments FOLDER [--rows NAME=DRAW,... ...] [--strata TASK=N,...] [--test-strata TASK=N,...]
-        [--out FILE]
+        --environments FOLDER [--ours RECIPE] [--rows NAME=DRAW,... ...] [--strata TASK=N,...]
+        [--test-strata TASK=N,...] [--out FILE]
 
-Each row of ROWS is made by peer_TOOL.py, in a process of its own and by FOLDER/TOOL/bin/python, from the inputs that
-our own run would make of the draw: one sample a batch, the whole chat with its image and answer. All their passes are
-in float32, and checkpoints are read as the tools write them. Beside each stands its difference to our default, on the
-draws that the row has. What is done is kept in DIR, as run.py does it. Writes
+RECIPE: what they are held against, our default for 4 bits if not said; they round by groups of its size. Each row of
+ROWS is made by peer_TOOL.py, in a process of its own and by FOLDER/TOOL/bin/python, from the inputs that our own run
+would make of the draw: one sample a batch, the whole chat with its image and answer. All their passes are in float32,
+and checkpoints are read as the tools write them. Beside each stands its difference to ours, on the draws that the row
+has. What is done is kept in DIR, as run.py does it. Writes
 benchmarks/results/accuracy_peers.{json,md}. In FOLDER there were, each with torch==2.13.0: llmcompressor==0.14.0.1;
 auto-round==0.16.1 and pillow; gptqmodel==7.6.0, installed with BUILD_CUDA_EXT=0 and --no-build-isolation.
 """
@@ -28,10 +29,10 @@ from vlmquant.calibration.processor import load_processor
 from vlmquant.calibration.sampling import choose_samples
 from vlmquant.calibration.sets import load_set
 from vlmquant.cli.words import parse_counts
-from vlmquant.recipe import CalibrationSpec
+from vlmquant.recipe import CalibrationSpec, load_recipe
 
 HERE = Path(__file__).resolve().parent
-OURS = "gptq-w4-default"
+OURS = HERE / "recipes" / "gptq-w4-default.yaml"
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,13 @@ def save_inputs(model: Path, draw: int, out: Path, *, calibration: Path, strata:
 def make(arguments: argparse.Namespace, name: str, draw: int, out: Path) -> dict[str, Any]:
     """The checkpoint of a row, at `out`."""
     chosen = {"calibration": arguments.calibration, "strata": arguments.strata}
-    if name == OURS:
-        return quantize(arguments.model, str(HERE / "recipes" / f"{OURS}.yaml"), draw, out, **chosen)
+    if name == arguments.ours.stem:
+        return quantize(arguments.model, str(arguments.ours), draw, out, **chosen)
     row = ROWS[name]
+    settings = {**row.settings, "group_size": arguments.group_size}
     inputs = save_inputs(arguments.model, draw, arguments.work / f"inputs-{draw}.pt", **chosen)
     script, model = HERE / f"peer_{row.tool}.py", arguments.model.resolve()
-    words = [arguments.environments / row.tool / "bin" / "python", script, model, inputs, out, json.dumps(row.settings)]
+    words = [arguments.environments / row.tool / "bin" / "python", script, model, inputs, out, json.dumps(settings)]
     text, used = run_apart(list(map(str, words)), cwd=arguments.work)
     for file in arguments.model.iterdir():  # some do not write the processor's
         if file.suffix != ".safetensors" and not file.name.endswith(".index.json") and not (out / file.name).exists():
@@ -123,23 +125,29 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for draw, out in zip(arguments.rows[name], outs, strict=True):
             make_once(out, partial(make, arguments, name, draw))
     scored = score_new(arguments, found)
-    ours = dict(zip(arguments.rows[OURS], scored[OURS], strict=True))
-    rows = {OURS: summary(scored[OURS], scored[OURS])}
+    recipe = arguments.ours.stem
+    first = scored.pop(recipe)
+    ours = dict(zip(arguments.rows[recipe], first, strict=True))
+    rows = {recipe: summary(first, first)}
     for name, runs in scored.items():
-        if name != OURS:
-            draws = arguments.rows[name]
-            told = {"draws": draws, "settings": ROWS[name].settings, "versions": runs[0]["versions"]}
-            rows[name] = summary(runs, [ours[draw] for draw in draws]) | told
+        draws = arguments.rows[name]
+        told = {"draws": draws, "settings": ROWS[name].settings, "versions": runs[0]["versions"]}
+        rows[name] = summary(runs, [ours[draw] for draw in draws]) | told
     return rows
 
 
 def notes(rows: dict[str, Any]) -> str:
     lines = ["", "| row | draws | why | with |", "|---|---|---|---|"]
     for name, one in rows.items():
-        if name != OURS:
+        if name in ROWS:
             versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
             lines.append(f"| {name} | {', '.join(map(str, one['draws']))} | {ROWS[name].why} | {versions} |")
     return "\n".join(lines) + "\n"
+
+
+def group_size(recipe: Path) -> int | None:
+    """Of the language layers."""
+    return load_recipe(str(recipe)).components["language"].scheme.group_size
 
 
 def pair(word: str) -> tuple[str, str]:
@@ -150,15 +158,20 @@ def pair(word: str) -> tuple[str, str]:
 def main() -> None:
     parser = parser_of(__doc__, RESULTS.with_name("accuracy_peers"))
     parser.add_argument("--environments", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--ours", type=Path, default=OURS, metavar="RECIPE")
     parser.add_argument("--rows", nargs="+", type=pair, default=[], metavar="NAME=DRAW,...")
     arguments = parser.parse_args()
     arguments.work, arguments.environments = arguments.work.resolve(), arguments.environments.absolute()
     arguments.work.mkdir(parents=True, exist_ok=True)
     wanted = {name: tuple(map(int, draws.split(","))) for name, draws in arguments.rows}
     wanted = wanted or {name: row.draws for name, row in ROWS.items()}
-    arguments.rows = {OURS: tuple(sorted({draw for draws in wanted.values() for draw in draws})), **wanted}
+    arguments.group_size, draws = (
+        group_size(arguments.ours),
+        sorted({draw for some in wanted.values() for draw in some}),
+    )
+    arguments.rows = {arguments.ours.stem: tuple(draws), **wanted}
     rows = measure(arguments)
-    write(rows, arguments.rows[OURS], arguments.out, notes=notes(rows))
+    write(rows, draws, arguments.out, notes=notes(rows))
 
 
 if __name__ == "__main__":
