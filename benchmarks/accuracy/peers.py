@@ -147,7 +147,8 @@ def notes(rows: dict[str, Any]) -> str:
 
 def group_size(recipe: Path) -> int | None:
     """Of the language layers."""
-    return load_recipe(str(recipe)).components["language"].scheme.group_size
+    wanted = load_recipe(recipe).components.language
+    return wanted.scheme.group_size
 
 
 def pair(word: str) -> tuple[str, str]:
