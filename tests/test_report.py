@@ -23,8 +23,9 @@ from vlmquant.evaluation.records import Estimate, Memory, Round
 from vlmquant.gate import judge
 from vlmquant.recipe import GateSpec
 from vlmquant.report.cells import column_axis, loss_cell
-from vlmquant.report.charts import layer_errors_plot, log_axis
+from vlmquant.report.charts import labels_beside, layer_errors_plot, log_axis, tick_text
 from vlmquant.report.data import REPORT_VERSION, Report, read_json, write_json, write_text
+from vlmquant.report.eval_page import error_figures
 from vlmquant.report.html import Headline, _tiles, to_html
 from vlmquant.report.manifest import LayerError, component_bytes, layer_errors, work_of
 from vlmquant.report.markdown import to_markdown
@@ -473,6 +474,41 @@ def test_kinds_of_modules_have_the_same_colour_whatever_the_model(one: Report) -
     assert len(set(series(names).values())) == 7
     assert series(names) == series(names[::-1])
     assert series(("down_proj",))["down_proj"] == series(names)["down_proj"]
+
+
+PLACES = st.lists(st.tuples(st.floats(60, 1000), st.floats(20, 280)), min_size=1, max_size=8)
+
+
+@given(places=PLACES)
+def test_labels_of_points_lie_neither_on_each_other_nor_outside(places: list[tuple[float, float]]) -> None:
+    names = [f"w{number}a16-g128" for number in range(len(places))]
+    drawn = labels_beside(names, places, width=1040, css=["label"] * len(names))
+    boxes = []
+    for label, name in zip(drawn, names, strict=True):
+        x, y, anchor = re.findall(r'x="([-.0-9]+)" y="([-.0-9]+)" text-anchor="(\w+)"', label)[0]
+        start = float(x) - (6.5 * len(name) if anchor == "end" else 0)
+        boxes.append((start, start + 6.5 * len(name), float(y)))
+    for number, (start, end, y) in enumerate(boxes):
+        assert start >= 0
+        assert end <= 1040
+        for other_start, other_end, other_y in boxes[:number]:
+            assert end <= other_start or other_end <= start or abs(y - other_y) > 11
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.00033, "3.3e-4"), (0.001, "0.001"), (1e-9, "1e-9"), (0.25, "0.25"), (2e4, "2e4")]
+)
+def test_a_tick_is_short(value: float, shown: str) -> None:
+    assert tick_text(value) == shown
+
+
+def test_what_lies_in_one_layer_has_no_plot(one: Report) -> None:
+    several = [LayerError("language", layer, "q_proj", 0.1) for layer in (0, 3)]
+    figures = error_figures([*several, LayerError("lm_head", 0, "lm_head", 0.2)])
+    assert [(figure.component, bool(figure.wide), len(figure.worst)) for figure in figures] == [
+        ("language", True, 2),
+        ("lm_head", False, 1),
+    ]
 
 
 def test_the_worst_layers_are_named_beside_their_plot(one: Report) -> None:

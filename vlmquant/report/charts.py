@@ -48,6 +48,14 @@ def log_axis(values: Sequence[float], start: float, end: float) -> tuple[Axis, l
     return Axis(low, high, start, end, log=True), ticks
 
 
+def tick_text(value: float) -> str:
+    """Of few letters, however small the value is."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def layer_errors_plot(errors: Sequence[LayerError], *, width: float) -> Markup:
     """Relative output error by layer on a logarithmic scale; lines join the largest of each kind."""
     height, left, right, bottom, top = 300.0, 50.0, 12.0, 40.0, 12.0
@@ -57,7 +65,7 @@ def layer_errors_plot(errors: Sequence[LayerError], *, width: float) -> Markup:
     parts: list[Markup] = []
     for tick in ticks:
         parts.append(line(left, up.at(tick), width - right, up.at(tick), "grid"))
-        parts.append(text(left - 8, up.at(tick) + 4, f"{tick:.3g}", "end"))
+        parts.append(text(left - 8, up.at(tick) + 4, tick_text(tick), "end"))
     step = max(1, math.ceil((layers + 1) / (16 if width > NARROW else 8)))
     parts += [
         text(across.at(layer), height - bottom + 18, str(layer), "middle") for layer in range(0, layers + 1, step)
@@ -77,8 +85,8 @@ def layer_errors_plot(errors: Sequence[LayerError], *, width: float) -> Markup:
     return svg(width, height, parts, label="relative output error by layer")
 
 
-LABEL_WIDTH, LABEL_HEIGHT, LETTER = 140.0, 15.0, 7.0
-"""Of the labels beside points, pixels: how near they may come, and of one letter."""
+LABEL_HEIGHT, LETTER, BESIDE, MARK = 14.0, 7.0, 10.0, 4.0
+"""Pixels: of a label beside a point and of one letter of it, how far beside it stands, and of a mark to each side."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def tradeoff_plot(points: Sequence[Tradeoff], *, original: float, width: float) 
     parts: list[Markup] = []
     for tick in ticks:
         parts.append(line(left, up.at(tick), width - right, up.at(tick), "grid"))
-        parts.append(text(left - 8, up.at(tick) + 4, f"{tick:.3g}", "end"))
+        parts.append(text(left - 8, up.at(tick) + 4, tick_text(tick), "end"))
     for size in _round_steps(across.high, 6 if width > NARROW else 3):
         parts.append(text(across.at(size), height - bottom + 18, size_text(size) if size else "0", "middle"))
     parts.append(text((left + width - right) / 2, height - 6, "size on disk", "middle"))
@@ -116,13 +124,11 @@ def tradeoff_plot(points: Sequence[Tradeoff], *, original: float, width: float) 
         parts.append(text(across.at(original) - 6, height - bottom - 8, f"original, {size_text(original)}", "end"))
     parts.append(_frontier(points, across, up))
     places = [(across.at(point.size), up.at(max(point.kl, up.low))) for point in points]
-    label_at = _apart(places)
-    for point, (x, y), label_y in zip(points, places, label_at, strict=True):
+    for point, (x, y) in zip(points, places, strict=True):
         parts.append(line(x, up.at(max(point.low, up.low)), x, up.at(min(max(point.high, up.low), up.high)), "reach"))
         parts.append(mark(x, y, point.rank - 1, f"{point.label}: {size_text(point.size)}, KL {point.kl:.4g}"))
-        label = f"{point.rank} {point.label[:24]}" if width > NARROW else str(point.rank)
-        fits = x + 10 + LETTER * len(label) < width
-        parts.append(text(x + (10 if fits else -10), label_y - 5, label, "start" if fits else "end", css="strong"))
+    labels = [f"{point.rank} {point.label[:24]}" if width > NARROW else str(point.rank) for point in points]
+    parts += labels_beside(labels, places, width=width, css=["strong"] * len(labels))
     return svg(width, height, parts, label="size against KL")
 
 
@@ -145,11 +151,22 @@ def _round_steps(high: float, most: int) -> list[float]:
     return [step * index for index in range(math.floor(high / step) + 1)]
 
 
-def _apart(places: Sequence[tuple[float, float]]) -> list[float]:
-    """Heights of the labels beside these places, moved down where two would lie on each other."""
-    heights = [y for _, y in places]
-    order = sorted(range(len(places)), key=lambda index: heights[index])
-    for position, index in enumerate(order):
-        near = [heights[other] for other in order[:position] if abs(places[other][0] - places[index][0]) < LABEL_WIDTH]
-        heights[index] = max([heights[index], *(height + LABEL_HEIGHT for height in near)])
-    return heights
+def labels_beside(
+    labels: Sequence[str], places: Sequence[tuple[float, float]], *, width: float, css: Sequence[str]
+) -> list[Markup]:
+    """Of points: to the right of each, or to the left where the plot ends; lower where another label or point is."""
+    taken = [(x - MARK, x + MARK, y - MARK, y + MARK) for x, y in places]
+    parts: dict[int, Markup] = {}
+    for index in sorted(range(len(places)), key=lambda index: places[index][1]):
+        (x, y), long = places[index], LETTER * len(labels[index])
+        fits = x + BESIDE + long < width
+        left = x + BESIDE if fits else x - BESIDE - long
+        while any(
+            left < end and start < left + long and y - LABEL_HEIGHT < below and above < y
+            for start, end, above, below in taken
+        ):
+            y += 1
+        taken.append((left, left + long, y - LABEL_HEIGHT, y))
+        at = (left, "start") if fits else (left + long, "end")
+        parts[index] = text(at[0], y - LABEL_HEIGHT / 3, labels[index], at[1], css=css[index])
+    return [parts[index] for index in range(len(places))]

@@ -12,7 +12,7 @@ from vlmquant.evaluation.records import Run
 from vlmquant.report import charts, plots
 from vlmquant.report.cells import LOSS_TITLE, LOSSES, column_axis, loss_cell
 from vlmquant.report.data import Report
-from vlmquant.report.manifest import LayerError, layer_errors
+from vlmquant.report.manifest import LayerError
 from vlmquant.report.numbers import METRIC_TEXT
 from vlmquant.report.pictures import picture
 from vlmquant.report.worst import Changed, changed_answers, word_changes
@@ -55,24 +55,26 @@ class ErrorFigure:
     component: str
     wide: Markup
     narrow: Markup
+    """Empty where all that there is lies in one layer."""
     legend: Sequence[tuple[str, Markup]]
     """Kinds of module and their marks."""
     worst: Sequence[tuple[LayerError, str]]
     """The layers with the largest errors, and how many times the median's each is."""
 
 
-def error_figures(run: Run) -> list[ErrorFigure]:
-    """A plot for every component with errors by layer, and its worst layers by name."""
-    errors = layer_errors(run)
+def error_figures(errors: Sequence[LayerError]) -> list[ErrorFigure]:
+    """For every component its worst layers by name, and a plot where it has several."""
     figures = []
     for component in dict.fromkeys(error.component for error in errors):
         own = [error for error in errors if error.component == component]
-        wide, narrow = (charts.layer_errors_plot(own, width=width) for width in (ERRORS_WIDE, plots.NARROW))
+        wide = narrow = Markup("")
         kinds = sorted(dict.fromkeys(error.kind for error in own), key=charts.series_of)
+        if len({error.layer for error in own}) > 1:
+            wide, narrow = (charts.layer_errors_plot(own, width=width) for width in (ERRORS_WIDE, plots.NARROW))
+        legend = [(kind, plots.legend_mark(charts.series_of(kind))) for kind in kinds] if wide else []
         usual = median(error.error for error in own)
         worst = sorted(own, key=lambda error: -error.error)[:LAYERS_NAMED]
         named = [(error, f"{error.error / usual:.1f}×") for error in worst]
-        legend = [(kind, plots.legend_mark(charts.series_of(kind))) for kind in kinds]
         figures.append(ErrorFigure(component, wide, narrow, legend, named))
     return figures
 

@@ -15,7 +15,7 @@ from vlmquant.report.cells import LOSS_TITLE, LOSSES, change_note, values_text
 from vlmquant.report.compare_page import compare_values
 from vlmquant.report.data import Report, Verdict, overall
 from vlmquant.report.eval_page import error_figures, eval_values
-from vlmquant.report.manifest import component_bytes, recipe_text
+from vlmquant.report.manifest import component_bytes, layer_errors, recipe_text
 from vlmquant.report.markdown import facts, run_facts
 from vlmquant.report.numbers import (
     TIMES,
@@ -67,7 +67,7 @@ def to_html(
         bytes=[(run, component_bytes(run)) for run in report.candidates],
         bytes_bars=lambda parts: [plots.bytes_bars(parts, width=width) for width in (plots.WIDE, plots.NARROW)],
         size_text=size_text,
-        errors=[(run, error_figures(run)) for run in report.candidates],
+        errors=[(run, error_figures(layer_errors(run))) for run in report.candidates],
         command=shlex.join(report.command),
         facts=facts(report),
         runs=[(run, run_facts(run), recipe_text(run)) for run in report.runs],

@@ -1,14 +1,13 @@
 """What units lose, and what a budget bought, as rows of text and as an offline page."""
 
 from collections.abc import Mapping, Sequence
-from statistics import median
 
 from markupsafe import Markup
 
 from vlmquant.pages import render_page
 from vlmquant.recipe import KEEP, recipe_text
 from vlmquant.report import charts, plots
-from vlmquant.report.eval_page import ERRORS_WIDE, LAYERS_NAMED, ErrorFigure
+from vlmquant.report.eval_page import error_figures
 from vlmquant.report.manifest import LayerError
 from vlmquant.report.numbers import count_text
 from vlmquant.sensitivity import Allocation, Scores, UnitLoss
@@ -66,7 +65,7 @@ def to_html(scores: Scores, allocation: Allocation | None, *, model: str) -> str
         allocation=allocation,
         headlines=_headlines(allocation) if allocation else [],
         frontier=[frontier_plot(allocation, width=width) for width in (plots.WIDE, plots.NARROW)] if allocation else [],
-        figures=_figures(scores),
+        figures=error_figures([one for one in map(_drawn, scores.units) if one.error > 0]),
         shown=SHOWN[0],
         columns=columns,
         rows=rows,
@@ -83,24 +82,6 @@ def _headlines(found: Allocation) -> list[tuple[str, str, str]]:
         bits = f"{found.bits(found.control.nbytes):.3f} bits, {found.control.label} for all"
         heads.append(("uniform control", loss_text(found.control.loss), bits))
     return heads
-
-
-def _figures(scores: Scores) -> list[ErrorFigure]:
-    """A plot for each component: by layer, the loss of each kind of unit."""
-    figures = []
-    for component in dict.fromkeys(unit.component for unit in scores.units):
-        losses = [_drawn(unit) for unit in scores.units if unit.component == component]
-        losses = [one for one in losses if one.error > 0]
-        if not losses:
-            continue
-        wide, narrow = (charts.layer_errors_plot(losses, width=width) for width in (ERRORS_WIDE, plots.NARROW))
-        kinds = sorted(dict.fromkeys(one.kind for one in losses), key=charts.series_of)
-        usual = median(one.error for one in losses)
-        worst = sorted(losses, key=lambda one: -one.error)[:LAYERS_NAMED]
-        named = [(one, f"{one.error / usual:.1f}\u00d7") for one in worst]
-        legend = [(kind, plots.legend_mark(charts.series_of(kind))) for kind in kinds]
-        figures.append(ErrorFigure(component, wide, narrow, legend, named))
-    return figures
 
 
 def _drawn(unit: UnitLoss) -> LayerError:
@@ -121,7 +102,7 @@ def frontier_plot(found: Allocation, *, width: float) -> Markup:
     parts: list[Markup] = []
     for tick in ticks:
         parts.append(plots.line(left, up.at(tick), width - right, up.at(tick), "grid"))
-        parts.append(plots.text(left - 8, up.at(tick) + 4, f"{tick:.2g}", "end"))
+        parts.append(plots.text(left - 8, up.at(tick) + 4, charts.tick_text(tick), "end"))
     for bits in range(1, 17):
         if across.low <= bits <= across.high and (width > plots.NARROW or bits % 2 == 0):
             parts.append(plots.text(across.at(bits), height - bottom + 18, str(bits), "middle"))
@@ -129,12 +110,13 @@ def frontier_plot(found: Allocation, *, width: float) -> Markup:
     parts.append(plots.text(left, top - 10, "predicted KL, nats per token", "start"))
     points = [(across.at(found.bits(nbytes)), up.at(max(loss, up.low))) for nbytes, loss in curve]
     parts.append(plots.polyline(points, "frontier"))
-    for number, (label, nbytes, loss) in enumerate(marks, 1):
-        x, y = across.at(found.bits(nbytes)), up.at(max(loss, up.low))
-        parts.append(plots.mark(x, y, number, f"{label}: {found.bits(nbytes):.3f} bits, {loss:.3g}"))
-        parts.append(plots.text(x + 8, y - 6, label, "start"))
     if found.loss > 0:
-        x, y = across.at(found.bits(found.nbytes)), up.at(max(found.loss, up.low))
-        parts.append(plots.mark(x, y, 0, f"chosen: {found.bits(found.nbytes):.3f} bits, {found.loss:.3g}"))
-        parts.append(plots.text(x - 8, y + 14, "chosen", "end", css="strong"))
+        marks.insert(0, ("chosen", found.nbytes, found.loss))
+    places = [(across.at(found.bits(nbytes)), up.at(max(loss, up.low))) for _, nbytes, loss in marks]
+    for number, ((label, nbytes, loss), (x, y)) in enumerate(zip(marks, places, strict=True)):
+        parts.append(plots.mark(x, y, number, f"{label}: {found.bits(nbytes):.3f} bits, {loss:.3g}"))
+    names = [label for label, _, _ in marks]
+    parts += charts.labels_beside(
+        names, places, width=width, css=["strong" if name == "chosen" else "label" for name in names]
+    )
     return plots.svg(width, height, parts, label="bits per weight against predicted loss")
