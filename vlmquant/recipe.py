@@ -371,8 +371,8 @@ class ExpertOptions(Data):
 
 
 class TokenWeights(Data):
-    """How much tokens of the language model count in what a layer is calibrated on: all alike where all are 1
-    (benchmarks/accuracy/LOG.md, benchmarks/results/token_gradients.md)."""
+    """How much tokens of the language model count in what a layer is calibrated on: all alike where all are 1 and
+    nothing is clipped (benchmarks/accuracy/LOG.md, benchmarks/results/token_gradients.md)."""
 
     image: Annotated[Number, Field(ge=0, le=100)] = 0.1
     """Those whose place image features take. What is asked of a model are answers, and there are many more of these."""
@@ -381,6 +381,10 @@ class TokenWeights(Data):
     tokens that are much alike, and what is summed over them is most of the work."""
     prompt: Annotated[Number, Field(ge=0, le=100)] = 1.0
     answer: Annotated[Number, Field(gt=0, le=100)] = 1.0
+    clip: Annotated[Number, Field(gt=0, le=1e6)] | None = 2.0
+    """Tokens whose inputs are larger, in the mean square, than so many times the median token's count for as much less:
+    a few massive ones would else decide how a layer is rounded, and the next norm divides their errors away. Null: they
+    count as they are."""
 
     @property
     def equal(self) -> bool:

@@ -365,12 +365,26 @@ class Stage:
         rows, weights = flat[kept].float(), None if counts is None else counts[kept]
         if weights is not None and (weights.dtype == torch.bool or bool((weights == 1).all())):
             weights = None
+        weights = self._clipped(rows, weights)
         if not originals:
             return Rows(rows, weights)
         held = self.block.stream.held_out(number, given.inputs)[kept]
         if given.original is None or given.original.shape != given.inputs.shape:
             return Rows(rows, weights, None, held)
         return Rows(rows, weights, given.original.reshape(flat.shape)[kept].float() - rows, held)
+
+    def _clipped(self, rows: Tensor, weights: Tensor | None) -> Tensor | None:
+        """How much tokens (tokens,) count, with less for those whose inputs (tokens, in) are massive beside others of the
+        batch: see TokenWeights.clip. What is not finite, or overflows, counts as before, so that it is met."""
+        most = self.block.stream.clip if self.block.info.component == "language" else None
+        sizes = torch.linalg.vector_norm(rows, dim=1)
+        usual = sizes[sizes > 0]
+        if most is None or not len(usual) or not sizes.isfinite().all():
+            return weights
+        clipped = (usual.median() / sizes).square().mul_(most).clamp_max_(1)
+        if bool((clipped == 1).all()):
+            return weights
+        return clipped if weights is None else weights * clipped
 
     def hessian(self) -> Tensor:
         """E[x x^T] over all tokens, float32 (in, in)."""
@@ -1472,6 +1486,7 @@ class BlockStream:
         self.dtype, self.device = dtype, device
         self.expert_options = experts or ExpertOptions()
         self._token_weights = token_weights or TokenWeights()
+        self.clip = self._token_weights.clip
         self.model_dtype = components.dtype
         self._batches, self._outside, self._restore = batches, outside, restore
         self._current: Block | None = None
