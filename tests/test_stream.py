@@ -17,7 +17,7 @@ from vlmquant.components import ComponentMap, resolve_components
 from vlmquant.errors import SentinelError
 from vlmquant.grid import QuantizedWeight
 from vlmquant.planning import make_plan
-from vlmquant.recipe import Recipe, parse_recipe
+from vlmquant.recipe import Recipe, TokenWeights, parse_recipe
 from vlmquant.stream import BlockResult, BlockStream
 
 RECIPE = """
@@ -42,11 +42,17 @@ def batches_of(kind: str, seeds: tuple[int, ...] = (0, 1)) -> list[Any]:
     return [lambda seed=seed: make(seed) for seed in seeds]
 
 
+NOT_CLIPPED = TokenWeights(clip=None)
+"""So that sums are over tokens that all count alike."""
+
+
 def stream_of(
     components: ComponentMap,
     recipe: Recipe,
     batches: list[Any],
     restore: dict[str, BlockResult] | None = None,
+    *,
+    token_weights: TokenWeights | None = NOT_CLIPPED,
     **more: Any,
 ) -> BlockStream:
     return BlockStream(
@@ -58,6 +64,7 @@ def stream_of(
         restore=lambda info: (restore or {}).get(info.name),
         dtype=torch.float32,
         device=torch.device("cpu"),
+        token_weights=token_weights,
         **more,
     )
 

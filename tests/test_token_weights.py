@@ -1,19 +1,20 @@
 """How much tokens count in calibration, against sums written out."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.test_stream import batches_of, same_weight, stream_of
+from tests.test_stream import NOT_CLIPPED, batches_of, same_weight, stream_of
 from tests.tiny_vlm import build
 from vlmquant import stream
 from vlmquant.algorithms import ALGORITHMS
 from vlmquant.calibration.encode import Batch
 from vlmquant.components import resolve_components
 from vlmquant.recipe import TokenWeights, parse_recipe
-from vlmquant.stream import BlockResult
+from vlmquant.stream import BlockResult, Stage
 
 RECIPE = "name: test\ncomponents:\n  language: {scheme: w4a16, method: gptq}\n"
 
@@ -58,7 +59,7 @@ def first_inputs(model_dir: Path, batches: list[Batch], name: str) -> list[Tenso
 @pytest.mark.parametrize("rerun", [False, True])
 def test_second_moments_are_those_of_weighted_tokens(tmp_path: Path, rerun: bool) -> None:
     model_dir = build("llava", tmp_path / "llava")
-    counts = TokenWeights(image=0.1, image_share=1, prompt=0.5, answer=2)
+    counts = TokenWeights(image=0.1, image_share=1, prompt=0.5, answer=2, clip=None)
     hessians, _, batches = run(model_dir, counts, rerun=rerun)
     name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
     total, sum_of_weights = torch.zeros_like(hessians[name]).double(), 0.0
@@ -77,17 +78,39 @@ def test_second_moments_are_those_of_weighted_tokens(tmp_path: Path, rerun: bool
 
 def test_weights_of_1_change_no_bit(tmp_path: Path) -> None:
     model_dir = build("llava", tmp_path / "llava")
-    _, plain, _ = run(model_dir, None, marks=False)
-    _, equal, _ = run(model_dir, TokenWeights(image=1, image_share=1, prompt=1, answer=1))
-    _, other, _ = run(model_dir, None)
+    _, plain, _ = run(model_dir, NOT_CLIPPED, marks=False)
+    _, equal, _ = run(model_dir, TokenWeights(image=1, image_share=1, prompt=1, answer=1, clip=None))
+    _, high, _ = run(model_dir, TokenWeights(image=1, image_share=1, prompt=1, answer=1, clip=1e6))
+    _, other, _ = run(model_dir, NOT_CLIPPED)
     pairs = [(name, weight) for name, result in plain.items() for weight in result.quantized]
     assert all(same_weight(plain[n].quantized[w], equal[n].quantized[w]) for n, w in pairs)
+    assert all(same_weight(plain[n].quantized[w], high[n].quantized[w]) for n, w in pairs)
     assert not all(same_weight(plain[n].quantized[w], other[n].quantized[w]) for n, w in pairs)
+
+
+@pytest.mark.parametrize("clip", [0.5, 1.0])
+def test_tokens_with_massive_inputs_count_for_less(clip: float, tmp_path: Path) -> None:
+    """By the median of a batch's tokens that count at all: padding and images left out do not."""
+    model_dir = build("llava", tmp_path / "llava")
+    hessians, _, batches = run(model_dir, TokenWeights(image=0, clip=clip))
+    full = next(one for one in hessians if one.endswith("layers.0.self_attn.q_proj"))
+    total, sum_of_weights, clipped = torch.zeros_like(hessians[full]).double(), 0.0, 0
+    for batch, inputs in zip(batches, first_inputs(model_dir, batches, full), strict=True):
+        rows = inputs[batch.inputs["input_ids"] != 500].double()
+        power = rows.square().mean(1)
+        usual = sorted(power.tolist())[(len(power) - 1) // 2]
+        for x, own in zip(rows, power.tolist(), strict=True):
+            weight = min(1.0, clip * usual / own)
+            clipped += weight < 1
+            total += weight * torch.outer(x, x)
+            sum_of_weights += weight
+    assert clipped
+    torch.testing.assert_close(hessians[full].double(), total / sum_of_weights, rtol=1e-3, atol=1e-5)
 
 
 def test_images_that_count_for_nothing_are_as_if_left_out(tmp_path: Path) -> None:
     model_dir = build("llava", tmp_path / "llava")
-    hessians, _, batches = run(model_dir, TokenWeights(image=0))
+    hessians, _, batches = run(model_dir, TokenWeights(image=0, clip=None))
     name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
     rows = [
         inputs[batch.inputs["input_ids"] != 500]
@@ -95,6 +118,31 @@ def test_images_that_count_for_nothing_are_as_if_left_out(tmp_path: Path) -> Non
     ]
     x = torch.cat(rows).double()
     torch.testing.assert_close(hessians[name].double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def stage_of(component: str, clip: float | None) -> Stage:
+    stage = object.__new__(Stage)
+    stage.block = SimpleNamespace(  # type: ignore[assignment]
+        info=SimpleNamespace(component=component), stream=SimpleNamespace(clip=clip)
+    )
+    return stage
+
+
+def test_a_token_counts_as_if_it_were_so_many_times_the_median() -> None:
+    """Mean squares 1, 1, 4, 9 and 0: the median of those that are not 0 is the lower of the middle ones."""
+    rows = torch.tensor([[1.0, -1], [1, 1], [2, 2], [0, 18**0.5], [0, 0]])
+    given = torch.tensor([1.0, 0.5, 1, 0.1, 1])
+    wanted = torch.tensor([1, 1, 0.5, 2 / 9, 1])
+    clipped = stage_of("language", 2.0)._clipped
+    torch.testing.assert_close(clipped(rows, None), wanted)
+    torch.testing.assert_close(clipped(rows, given), wanted * given)
+    assert clipped(rows[:2], None) is None
+    assert clipped(rows[4:], None) is None
+    for bad in (torch.inf, torch.nan, 1e30):  # the last one's square overflows
+        rows[0, 0] = bad
+        assert clipped(rows, given) is given
+    assert stage_of("vision_encoder", 2.0)._clipped(rows[1:], None) is None
+    assert stage_of("language", None)._clipped(rows[1:], None) is None
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3])
@@ -118,7 +166,7 @@ def test_so_many_of_an_images_tokens_are_drawn_spread_evenly(share: float) -> No
 def test_drawn_tokens_count_for_the_others(tmp_path: Path) -> None:
     """By sums over the tokens that are drawn: the second moments, and which tokens the layer's inputs hold."""
     model_dir = build("llava", tmp_path / "llava")
-    counts = TokenWeights(image=0.5, image_share=0.5)
+    counts = TokenWeights(image=0.5, image_share=0.5, clip=None)
     hessians, _, batches = run(model_dir, counts)
     name = next(name for name in hessians if name.endswith("layers.0.self_attn.q_proj"))
     total, sum_of_weights = torch.zeros_like(hessians[name]).double(), 0.0

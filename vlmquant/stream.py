@@ -381,7 +381,7 @@ class Stage:
         usual = sizes[sizes > 0]
         if most is None or not len(usual) or not sizes.isfinite().all():
             return weights
-        clipped = (usual.median() / sizes).square().mul_(most).clamp_max_(1)
+        clipped: Tensor = (usual.median() / sizes).square().mul_(most).clamp_max_(1)
         if bool((clipped == 1).all()):
             return weights
         return clipped if weights is None else weights * clipped
