@@ -294,6 +294,7 @@ CODE: Mapping[str, Callable[[], str]] = {
     "awq_keys": lambda: keys_of(recipe.AwqOptions),
     "calibration_keys": lambda: keys_of(recipe.CalibrationSpec),
     "expert_keys": lambda: keys_of(recipe.ExpertOptions),
+    "token_keys": lambda: keys_of(recipe.TokenWeights),
     "cache_keys": lambda: keys_of(recipe.KvCacheSpec),
     "output_keys": lambda: keys_of(recipe.OutputSpec),
     "budget_keys": lambda: keys_of(recipe.BudgetSpec),

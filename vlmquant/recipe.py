@@ -380,7 +380,9 @@ class TokenWeights(Data):
     """Of an image's tokens, those that are looked at, spread evenly; they count for the others, too. Images have many
     tokens that are much alike, and what is summed over them is most of the work."""
     prompt: Annotated[Number, Field(ge=0, le=100)] = 1.0
+    """Those of what is asked, with its template."""
     answer: Annotated[Number, Field(gt=0, le=100)] = 1.0
+    """Those of the sample's answer."""
     clip: Annotated[Number, Field(gt=0, le=1e6)] | None = 2.0
     """Tokens whose inputs are larger, in the mean square, than so many times the median token's count for as much less:
     a few massive ones would else decide how a layer is rounded, and the next norm divides their errors away. Null: they
