@@ -42,7 +42,8 @@ def batches_of(kind: str, seeds: tuple[int, ...] = (0, 1)) -> list[Any]:
     return [lambda seed=seed: make(seed) for seed in seeds]
 
 
-NOT_CLIPPED = TokenWeights(clip=None)
+NO_CLIP = 1e9
+NOT_CLIPPED = TokenWeights(clip=NO_CLIP)
 """So that sums are over tokens that all count alike."""
 
 

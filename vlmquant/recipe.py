@@ -383,10 +383,11 @@ class TokenWeights(Data):
     """Those of what is asked, with its template."""
     answer: Annotated[Number, Field(gt=0, le=100)] = 1.0
     """Those of the sample's answer."""
-    clip: Annotated[Number, Field(gt=0, le=1e6)] | None = 2.0
+    clip: Annotated[Number, Field(gt=0)] | None = None
     """Tokens whose inputs are larger, in the mean square, than so many times the median token's count for as much less:
-    a few massive ones would else decide how a layer is rounded, and the next norm divides their errors away. Null: they
-    count as they are."""
+    a few massive ones would else decide how a layer is rounded, and the next norm divides their errors away. Null: 2
+    where the original's outputs are the target (see gptq.target), and none is clipped where weights are, which lose
+    more by it. A large number clips none."""
 
     @property
     def equal(self) -> bool:

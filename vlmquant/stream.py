@@ -75,6 +75,8 @@ ROWS_TOGETHER = 1024
 them lose no less (benchmarks/accuracy/LOG.md)."""
 SECTIONS = (0.6180339887498949, 0.7548776662466927)
 """Fractions whose multiples spread evenly over 0 to 1: the golden section, and that of two dimensions."""
+CLIPPED_AT = 2.0
+"""Times the median token's mean square, where a layer is told the original's outputs: see TokenWeights.clip."""
 LEAST_ENERGY = 1e-30
 """Outputs are taken for no smaller, where a loss is divided by them."""
 
@@ -374,10 +376,9 @@ class Stage:
         return Rows(rows, weights, given.original.reshape(flat.shape)[kept].float() - rows, held)
 
     def _clipped(self, rows: Tensor, weights: Tensor | None) -> Tensor | None:
-        """How much tokens (tokens,) count, with less for those whose inputs (tokens, in) are massive beside others of the
+        """How much tokens (tokens,) count, less for those whose inputs (tokens, in) are massive beside others of the
         batch: see TokenWeights.clip. What is not finite, or overflows, counts as before, so that it is met."""
-        most = self.block.stream.clip if self.block.info.component == "language" else None
-        sizes = torch.linalg.vector_norm(rows, dim=1)
+        most, sizes = self._clip, torch.linalg.vector_norm(rows, dim=1)
         usual = sizes[sizes > 0]
         if most is None or not len(usual) or not sizes.isfinite().all():
             return weights
@@ -385,6 +386,13 @@ class Stage:
         if bool((clipped == 1).all()):
             return weights
         return clipped if weights is None else weights * clipped
+
+    @property
+    def _clip(self) -> float | None:
+        if self.block.info.component != "language":
+            return None
+        given = self.block.stream.clip
+        return CLIPPED_AT if given is None and self._line.needs_original else given
 
     def hessian(self) -> Tensor:
         """E[x x^T] over all tokens, float32 (in, in)."""
