@@ -5,9 +5,9 @@ accuracy first, the most bits that fit, GPTQ where these are 4; else 4 bits by o
 they lose less than any 4: a fifth of GPTQ's KL on the reference model (benchmarks/results/reference.md).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,7 +18,7 @@ from vlmquant.errors import DoesNotFitError, PlanError, UsageError, first_line, 
 from vlmquant.pipeline import find_components, plan_components
 from vlmquant.planning import Plan, as_written, make_plan, needs_class
 from vlmquant.recipe import TargetSpec, load_recipe, parse_recipe, parse_target, shipped
-from vlmquant.serving import USABLE, Serving, Wish, count_image_tokens, serve
+from vlmquant.serving import USABLE, Serving, Wish, cache_layers, count_image_tokens, serve
 
 Goal = Literal["balanced", "latency", "accuracy"]
 GOALS: tuple[str, ...] = get_args(Goal)
@@ -209,13 +209,12 @@ def recommend(
     """
     components = find_components(model, trust_remote_code=trust_remote_code)
     image_tokens = count_image_tokens(components.model_dir, wish.image_size, wish.images)
-    choices = tuple(
-        _choice(CANDIDATES[name], components, wish, target, image_tokens=image_tokens) for name in GUIDE[goal]
-    )
+    served = partial(serve, image_tokens=image_tokens, cached=cache_layers(components))
+    choices = tuple(_choice(CANDIDATES[name], components, wish, target, served) for name in GUIDE[goal])
     fitting = [one for one in choices if one.fits]
     chosen = next((one for one in fitting if not (goal == "latency" and one.emulated)), next(iter(fitting), None))
     if chosen is None:
-        reason = _what_would(choices, components, wish, target, image_tokens=image_tokens)
+        reason = _what_would(choices, components, wish, target, served)
     else:
         reason = _reason(chosen, choices, goal)
     return Recommendation(str(model), goal, wish, target, choices, chosen, reason)
@@ -242,7 +241,11 @@ def _planned(
 
 
 def _choice(
-    candidate: Candidate, components: ComponentMap, wish: Wish, target: TargetSpec | None, *, image_tokens: int
+    candidate: Candidate,
+    components: ComponentMap,
+    wish: Wish,
+    target: TargetSpec | None,
+    served: Callable[..., Serving],
 ) -> Choice:
     try:
         written, plan, contract = _planned(candidate, components, target)
@@ -253,7 +256,7 @@ def _choice(
     return Choice(
         candidate,
         bytes_after=plan.bytes_after,
-        serving=serve(written, plan, wish, image_tokens=image_tokens),
+        serving=served(written, plan, wish),
         refused=f"{target.engine} refuses it, {refusals[0].what}" if target and refusals else "",
         slow="; ".join(dict.fromkeys(notes)),
     )
@@ -293,8 +296,7 @@ def _what_would(
     components: ComponentMap,
     wish: Wish,
     target: TargetSpec | None,
-    *,
-    image_tokens: int,
+    served: Callable[..., Serving],
 ) -> str:
     """What would fit, where nothing does: of the smallest candidate that the engine takes."""
     able = [one for one in choices if one.possible]
@@ -311,7 +313,7 @@ def _what_would(
             continue
         split = replace(wish, tp=tp)
         shared = target.model_copy(update={"tp": tp}) if target else None
-        again = (_choice(one.candidate, components, split, shared, image_tokens=image_tokens) for one in able)
+        again = (_choice(one.candidate, components, split, shared, served) for one in able)
         if any(one.fits for one in again):
             would.append(f"{tp} GPUs of this size (--tp {tp})")
             break

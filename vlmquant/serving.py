@@ -66,7 +66,10 @@ class LayerCache:
         return heads * self.numbers * tokens * itemsize
 
 
-def cache_layers(components: ComponentMap) -> tuple[list[LayerCache], list[str]]:
+CacheLayers = tuple[list[LayerCache], list[str]]
+
+
+def cache_layers(components: ComponentMap) -> CacheLayers:
     """What each language layer keeps of a sequence; and a sentence for every kind of layer that is not counted."""
     model, found, unknown = components.skeleton(), [], Counter[str]()
     text = components.config.get_text_config(decoder=True)
@@ -200,9 +203,18 @@ def weight_bytes(components: ComponentMap, plan: Plan, tp: int) -> int:
     return total + (plan.cache.nbytes if plan.cache else 0)
 
 
-def serve(components: ComponentMap, plan: Plan, wish: Wish, *, image_tokens: int | None = None) -> Serving:
-    """What serving the planned checkpoint takes. image_tokens: of a sequence; None asks the model's own processor."""
-    layers, notes = cache_layers(components)
+def serve(
+    components: ComponentMap,
+    plan: Plan,
+    wish: Wish,
+    *,
+    image_tokens: int | None = None,
+    cached: CacheLayers | None = None,
+) -> Serving:
+    """What serving the planned checkpoint takes. image_tokens: of a sequence; None asks the model's own processor.
+    cached: the model's cache_layers, where several plans of it are asked for."""
+    layers, known = cache_layers(components) if cached is None else cached
+    notes = list(known)
     if image_tokens is None:
         image_tokens = count_image_tokens(components.model_dir, wish.image_size, wish.images)
     stored = E4M3 if plan.cache else components.dtype
