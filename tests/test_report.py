@@ -496,7 +496,8 @@ def test_labels_of_points_lie_neither_on_each_other_nor_outside(places: list[tup
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(0.00033, "3.3e-4"), (0.001, "0.001"), (1e-9, "1e-9"), (0.25, "0.25"), (2e4, "2e4")]
+    ("value", "shown"),
+    [(0.00033, "3.3e-4"), (0.001, "0.001"), (1e-9, "1e-9"), (0.25, "0.25"), (1e3, "1e3"), (2e4, "2e4")],
 )
 def test_a_tick_is_short(value: float, shown: str) -> None:
     assert tick_text(value) == shown

@@ -378,9 +378,12 @@ class Stage:
     def _clipped(self, rows: Tensor, weights: Tensor | None) -> Tensor | None:
         """How much tokens (tokens,) count, less for those whose inputs (tokens, in) are massive beside others of the
         batch: see TokenWeights.clip. What is not finite, or overflows, counts as before, so that it is met."""
-        most, sizes = self._clip, torch.linalg.vector_norm(rows, dim=1)
+        most = self._clip
+        if most is None:
+            return weights
+        sizes = torch.linalg.vector_norm(rows, dim=1)
         usual = sizes[sizes > 0]
-        if most is None or not len(usual) or not sizes.isfinite().all():
+        if not len(usual) or not sizes.isfinite().all():
             return weights
         clipped: Tensor = (usual.median() / sizes).square().mul_(most).clamp_max_(1)
         if bool((clipped == 1).all()):

@@ -50,7 +50,7 @@ def log_axis(values: Sequence[float], start: float, end: float) -> tuple[Axis, l
 
 def tick_text(value: float) -> str:
     """Of few letters, however small the value is."""
-    if 1e-3 <= value < 1e4:
+    if 1e-3 <= value < 1e3:
         return f"{value:.3g}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
