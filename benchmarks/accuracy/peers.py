@@ -101,13 +101,17 @@ def save_inputs(model: Path, draw: int, out: Path, *, calibration: Path, strata:
     return out
 
 
+def settings_of(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Of a row, with our recipe's size of groups."""
+    return {**ROWS[name].settings, "group_size": arguments.group_size}
+
+
 def make(arguments: argparse.Namespace, name: str, draw: int, out: Path) -> dict[str, Any]:
     """The checkpoint of a row, at `out`."""
     chosen = {"calibration": arguments.calibration, "strata": arguments.strata}
     if name == arguments.ours.stem:
         return quantize(arguments.model, str(arguments.ours), draw, out, **chosen)
-    row = ROWS[name]
-    settings = {**row.settings, "group_size": arguments.group_size}
+    row, settings = ROWS[name], settings_of(arguments, name)
     inputs = save_inputs(arguments.model, draw, arguments.work / f"inputs-{draw}.pt", **chosen)
     script, model = HERE / f"peer_{row.tool}.py", arguments.model.resolve()
     words = [arguments.environments / row.tool / "bin" / "python", script, model, inputs, out, json.dumps(settings)]
@@ -131,7 +135,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = {recipe: summary(first, first)}
     for name, runs in scored.items():
         draws = arguments.rows[name]
-        told = {"draws": draws, "settings": ROWS[name].settings, "versions": runs[0]["versions"]}
+        told = {"draws": draws, "settings": settings_of(arguments, name), "versions": runs[0]["versions"]}
         rows[name] = summary(runs, [ours[draw] for draw in draws]) | told
     return rows
 
@@ -147,8 +151,7 @@ def notes(rows: dict[str, Any]) -> str:
 
 def group_size(recipe: Path) -> int | None:
     """Of the language layers."""
-    wanted = load_recipe(recipe).components.language
-    return wanted.scheme.group_size
+    return load_recipe(recipe).components.language.scheme.group_size
 
 
 def pair(word: str) -> tuple[str, str]:

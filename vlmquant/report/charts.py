@@ -56,16 +56,22 @@ def tick_text(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
+def grid_lines(ticks: Sequence[float], up: Axis, left: float, right: float) -> list[Markup]:
+    """A line across the plot for each tick, and what it stands for beside it."""
+    parts: list[Markup] = []
+    for tick in ticks:
+        parts.append(line(left, up.at(tick), right, up.at(tick), "grid"))
+        parts.append(text(left - 8, up.at(tick) + 4, tick_text(tick), "end"))
+    return parts
+
+
 def layer_errors_plot(errors: Sequence[LayerError], *, width: float) -> Markup:
     """Relative output error by layer on a logarithmic scale; lines join the largest of each kind."""
     height, left, right, bottom, top = 300.0, 50.0, 12.0, 40.0, 12.0
     up, ticks = log_axis([error.error for error in errors], height - bottom, top)
     layers = max(error.layer for error in errors)
     across = Axis(-0.5, layers + 0.5, left, width - right)
-    parts: list[Markup] = []
-    for tick in ticks:
-        parts.append(line(left, up.at(tick), width - right, up.at(tick), "grid"))
-        parts.append(text(left - 8, up.at(tick) + 4, tick_text(tick), "end"))
+    parts = grid_lines(ticks, up, left, width - right)
     step = max(1, math.ceil((layers + 1) / (16 if width > NARROW else 8)))
     parts += [
         text(across.at(layer), height - bottom + 18, str(layer), "middle") for layer in range(0, layers + 1, step)
@@ -111,10 +117,7 @@ def tradeoff_plot(points: Sequence[Tradeoff], *, original: float, width: float) 
     positive = [value for point in points for value in (point.kl, point.low, point.high) if value > 0]
     up, ticks = log_axis(positive, height - bottom, top)
     across = Axis(0.0, 1.06 * max(original, *(point.size for point in points)), left, width - right)
-    parts: list[Markup] = []
-    for tick in ticks:
-        parts.append(line(left, up.at(tick), width - right, up.at(tick), "grid"))
-        parts.append(text(left - 8, up.at(tick) + 4, tick_text(tick), "end"))
+    parts = grid_lines(ticks, up, left, width - right)
     for size in _round_steps(across.high, 6 if width > NARROW else 3):
         parts.append(text(across.at(size), height - bottom + 18, size_text(size) if size else "0", "middle"))
     parts.append(text((left + width - right) / 2, height - 6, "size on disk", "middle"))

@@ -99,10 +99,7 @@ def frontier_plot(found: Allocation, *, width: float) -> Markup:
     up, ticks = charts.log_axis([loss for loss in losses if loss > 0] or [1.0], height - bottom, top)
     sizes = [nbytes for nbytes, _ in curve] + [nbytes for _, nbytes, _ in marks] + [found.nbytes]
     across = plots.Axis(0.97 * found.bits(min(sizes)), 1.03 * found.bits(max(sizes)), left, width - right)
-    parts: list[Markup] = []
-    for tick in ticks:
-        parts.append(plots.line(left, up.at(tick), width - right, up.at(tick), "grid"))
-        parts.append(plots.text(left - 8, up.at(tick) + 4, charts.tick_text(tick), "end"))
+    parts = charts.grid_lines(ticks, up, left, width - right)
     for bits in range(1, 17):
         if across.low <= bits <= across.high and (width > plots.NARROW or bits % 2 == 0):
             parts.append(plots.text(across.at(bits), height - bottom + 18, str(bits), "middle"))
