@@ -226,17 +226,25 @@ def test_static_scales_map_the_largest_input_of_calibration_to_the_largest_code(
             assert largest / top <= scale.item() <= largest / top * (1 + 2**-7)
 
 
+def with_massive_inputs(model: Path, out: Path) -> Path:
+    """A copy of a model, of one of whose linears one input channel is far larger than the others, and its weights
+    smaller by as much: what it puts out is as before."""
+    source = shutil.copytree(model, out)
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["language_model.model.layers.1.mlp.up_proj.weight"][7] *= 4096
+    tensors["language_model.model.layers.1.mlp.down_proj.weight"][:, 7] /= 4096
+    save_file(tensors, file, {"format": "pt"})
+    return source
+
+
 def test_one_scale_for_inputs_of_which_one_is_massive_is_told_of(
     tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """How much is lost, against inputs that are really rounded; nothing is said of the layers that are as they were."""
     from vlmquant.stream import Stage
 
-    source, lost = shutil.copytree(tiny_llava, tmp_path / "model"), dict[str, float]()
-    (file,) = source.glob("*.safetensors")
-    tensors = load_file(file)
-    tensors["language_model.model.layers.1.mlp.up_proj.weight"][7] *= 3000
-    save_file(tensors, file, {"format": "pt"})
+    source, lost = with_massive_inputs(tiny_llava, tmp_path / "model"), dict[str, float]()
     finish = Stage.finish
 
     def listening(stage: Stage, quantized: dict[str, object]) -> None:
@@ -260,6 +268,30 @@ def test_one_scale_for_inputs_of_which_one_is_massive_is_told_of(
     assert told == pytest.approx(lost["model.language_model.layers.1.mlp.down_proj"], abs=0.1)
     assert told > 0.5
     assert all(share < 0.1 for name, share in lost.items() if not name.endswith("1.mlp.down_proj"))
+    assert "method: search with search.fold moves what makes them large into the weights" in note
+
+
+def test_search_folds_massive_inputs_of_one_scale_unless_it_is_told_not_to(tiny_llava: Path, tmp_path: Path) -> None:
+    source = with_massive_inputs(tiny_llava, tmp_path / "model")
+    calibration = write_small_set(tmp_path / "set")
+    tokens = torch.arange(1, 30)[None]
+
+    def logits(path: Path) -> Tensor:
+        with torch.no_grad():
+            return load_model(path, dtype=torch.float32)(input_ids=tokens).logits.double()
+
+    wanted, told, error = logits(source), dict[str, list[str]](), dict[str, float]()
+    for name, options in {"default": "", "off": ", search: {fold: false}", "on": ", search: {fold: true}"}.items():
+        language = f"{{scheme: w8a8-static, method: search{options}}}"
+        recipe = parse_recipe(f"version: 1\nname: x\ncomponents: {{language: {language}}}\n", name="x.yaml")
+        done = quantize(source, recipe, tmp_path / name, calibration=calibration)
+        told[name] = [note for note in done.notes if "input holds, on average" in note]
+        error[name] = ((logits(tmp_path / name) - wanted).square().sum() / wanted.square().sum()).item()
+    assert (len(told["default"]), len(told["off"])) == (0, 1)
+    assert error["default"] < 0.3 * error["off"]
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("default", "on"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), None], ids=str)

@@ -213,9 +213,10 @@ class RtnOptions(Data):
 class SearchOptions(Data):
     """Rounding to nearest on searched scales (methods search and int8), where inputs are rounded as well."""
 
-    fold: bool = False
+    fold: bool | None = None
     """Move what makes some input channels large into the weights, where a norm or a linear before can take the inverse
-    (SmoothQuant, arXiv:2211.10438), by as much as loses least."""
+    (SmoothQuant, arXiv:2211.10438), by as much as loses least. Null: where all inputs of a linear are rounded to
+    integers by one scale (static-int8), which a few massive ones ruin."""
     correct_bias: bool = False
     """Make up, in a layer's bias, for what rounding does to its outputs on average."""
     exempt_above: Annotated[Number, Field(gt=1)] | None = None

@@ -705,9 +705,11 @@ class Stage:
                 f"calibration, so there is no scale for their inputs; use {dynamic} there, or samples that reach them"
             )
         if self.scheme.int8_inputs and (lost := self._lost_to_steps(scale.item())) > MOST_LOST:
+            folds = "method: search with search.fold moves what makes them large into the weights, and "
             self.note(
                 f"inputs reach {largest:.3g}, so that steps of {scale.item():.3g} lose {lost:.0%} of what an "
-                f"input holds, on average; {dynamic} has a scale for every token"
+                f"input holds, on average; {folds if self.can_fold and self._channel_scales is None else ''}"
+                f"{dynamic} has a scale for every token"
             )
         return scale.item()
 

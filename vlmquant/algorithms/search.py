@@ -16,9 +16,10 @@ from vlmquant.stream import Stage
 
 def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     """Nearest codes on per-channel (or per-group) grids whose scales minimise sum_j E[x_j^2] |d_j|^3."""
-    options, rounds = stage.options.search, stage.scheme.activations != "none"
+    options, inputs = stage.options.search, stage.scheme.activations
+    folds = inputs == "static-int8" if options.fold is None else options.fold and inputs != "none"
     weights, mean_square = stage.weights, stage.mean_square()
-    channel_scales = rounded.fold_scales(stage) if rounds and options.fold else None
+    channel_scales = rounded.fold_scales(stage) if folds else None
     if channel_scales is not None:
         weights = {name: weight * channel_scales for name, weight in weights.items()}
         mean_square = mean_square / channel_scales**2
@@ -27,7 +28,7 @@ def quantize_stage(stage: Stage) -> dict[str, QuantizedWeight]:
     quantized = {
         name: join_rows(stage.by_rows(weight, nearest, work=STEPS * weight.numel())) for name, weight in weights.items()
     }
-    if rounds and options.correct_bias:
+    if options.correct_bias and inputs != "none":
         rounded.correct_biases(stage, quantized, channel_scales)
     return quantized
 
