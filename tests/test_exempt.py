@@ -16,9 +16,11 @@ from tests.test_ranks import Forked
 from tests.tiny_vlm import image_inputs
 from tests.written import written
 from vlmquant import pipeline, stream
+from vlmquant.algorithms import ALGORITHMS
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.errors import SentinelError
 from vlmquant.exempt import Score, chosen
+from vlmquant.grid import QuantizedWeight
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
 from vlmquant.planning import make_plan
@@ -92,6 +94,30 @@ def test_by_how_much_its_score_is_above_the_median_of_its_kind() -> None:
     assert set(chosen(scores, {"vision_encoder": 5})) == {"2.fc2", "3.qkv"}
     (told,) = chosen(scores, {"vision_encoder": 5.3}).values()
     assert told == "rounding takes 5.9 of its output's square, 5.4 times the median of qkv"
+
+
+def test_tokens_count_in_the_scores_as_in_the_codes(
+    planted: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "name: test\ncalibration: {token_weights: {image: 2.0, image_share: 0.5, prompt: 0.5}}\ncomponents:\n"
+        "  language: {scheme: w8a8-dynamic, method: search, search: {exempt_above: 1000}}\n"
+    )
+    seen: dict[str, list[Tensor | None]] = {}
+    real = ALGORITHMS["search"]
+
+    def listening(stage: stream.Stage) -> dict[str, QuantizedWeight]:
+        seen.setdefault(next(iter(stage.linears.values())).name, []).append(stage.drawn(64).weights)
+        return real(stage)
+
+    monkeypatch.setitem(ALGORITHMS, "search", listening)
+    pipeline.quantize(planted, parse_recipe(text, name="test"), tmp_path / "out", calibration=calibration)
+    assert len(seen) == 8  # two layers of four inputs
+    for scored, coded in seen.values():
+        assert scored is not None
+        assert coded is not None
+        assert set(scored.tolist()) == {4.0, 0.5, 1.0}
+        assert torch.equal(scored, coded)
 
 
 def test_plan_files_and_model_agree_on_what_stays(planted: Path, made: Path) -> None:

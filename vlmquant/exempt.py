@@ -64,6 +64,7 @@ def find_exempt(
         dtype=dtype,
         device=device,
         experts=recipe.calibration.experts,
+        token_weights=recipe.calibration.token_weights,
         rerun=rerun,
         ranks=ranks,
     )
