@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +96,41 @@ def test_by_how_much_its_score_is_above_the_median_of_its_kind() -> None:
     assert set(chosen(scores, {"vision_encoder": 5})) == {"2.fc2", "3.qkv"}
     (told,) = chosen(scores, {"vision_encoder": 5.3}).values()
     assert told == "rounding takes 5.9 of its output's square, 5.4 times the median of qkv"
+
+
+def test_a_linear_that_loses_far_more_than_its_like_is_told_of(
+    planted: Path, calibration: Path, tmp_path: Path
+) -> None:
+    """Weights before a large channel are so small that their codes are 0; in the other layers nothing is amiss."""
+    source = shutil.copytree(planted, tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(PLANTED.replace("fc2", "fc1.bias")):
+            tensor[6:12] = OUTLIER
+        if name.endswith(f"{PLANTED}.weight"):
+            tensor[:, 6:12] /= OUTLIER
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    text = "name: test\ncomponents: {vision_encoder: {scheme: w4a16, method: search}}\n"
+    done = pipeline.quantize(source, parse_recipe(text, name="test"), tmp_path / "out", calibration=calibration)
+    (note,) = [note for note in done.notes if note.startswith("errors: ")]
+    alike = sorted(error for name, error in done.errors.items() if name.endswith("mlp.fc2.weight"))
+    assert len(alike) == LAYERS
+    times = alike[-1] / ((alike[1] + alike[2]) / 2)
+    assert f" more from {FC2} ({alike[-1]:.2g}, {times:.0f} times the median of its like); where" in note
+
+
+def test_what_is_far_more_is_so_among_linears_of_one_scheme_and_place() -> None:
+    label = {0: "w4a16", 1: "w4a16", 2: "w4a16", 3: "w4a16", 4: "w4a16", 5: "w8a16"}
+    found = {
+        "layers.{}.mlp.up.weight": (0.01, 0.012, 0.051, 0.009, 0.0101, 0.3),  # the sixth is alone of its scheme
+        "layers.{}.mlp.down.weight": (0.01, 0.012, 0.049, 0.009, 0.0101, 0.01),
+        "layers.{}.attn.weight": (0.00001, 0.00001, 0.0009, 0.00001, 0.00001, 0.01),  # a thousandth is nothing
+        "layers.{}.mlp.experts.3.gate.weight": (0.0, 0.0, 0.5, 0.0, 0.0, 0.0),
+    }
+    errors = {name.format(layer): error for name, of in found.items() for layer, error in enumerate(of)}
+    lines = [SimpleNamespace(name=name, scheme_label=label[int(name.split(".")[1])]) for name in errors]
+    (note,) = pipeline._errors_note(errors, SimpleNamespace(lines=lines))  # type: ignore[arg-type]
+    assert " more from layers.2.mlp.up (0.051, 5 times the median of its like); where" in note
 
 
 def test_tokens_count_in_the_scores_as_in_the_codes(

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import re
 import resource
 import sys
 import tempfile
@@ -263,7 +264,8 @@ def quantize(
                     ranks=ranks,
                     output_moments=moments,
                 )
-                errors, notes = done.errors, [*notes, *done.notes, *_target_note(done.alphas)]
+                errors = done.errors
+                notes += [*done.notes, *_target_note(done.alphas), *_errors_note(errors, plan)]
                 if done.alphas:
                     manifest["alphas"] = {name: round(alpha, 4) for name, alpha in done.alphas.items()}
                 if done.methods:
@@ -861,6 +863,41 @@ def _target_note(alphas: Mapping[str, float]) -> list[str]:
     few = sum(alpha < LITTLE_HELD for alpha in alphas.values())
     advice = f"; {few} of {len(alphas)} are below {LITTLE_HELD:g}: more calibration samples would help" if few else ""
     return [f"target: of the correction by the original's outputs, held-out samples confirm (median): {told}{advice}"]
+
+
+OUTLYING = 5.0
+"""Times the median of its like in other layers: a linear that loses more is told of."""
+LEAST_TOLD = 1e-3
+"""Of the square of its outputs: a linear that loses less loses nothing to speak of, whatever its like lose."""
+LEAST_ALIKE = 4
+"""Linears whose median says what is usual."""
+MOST_TOLD = 5
+"""By name, in one note."""
+
+
+def _errors_note(errors: Mapping[str, float], plan: Plan) -> list[str]:
+    """Which linears lose far more than those of their name and scheme in other layers: where a model may be broken."""
+    labels = {line.name: line.scheme_label for line in plan.lines}
+    kinds: dict[tuple[str, str], dict[str, float]] = {}
+    for name, error in errors.items():
+        kinds.setdefault((re.sub(r"\.\d+(?=\.)", ".*", name), labels[name]), {})[name] = error
+    far: list[tuple[float, float, str]] = []
+    for alike in kinds.values():
+        usual = median(alike.values())
+        if len(alike) >= LEAST_ALIKE and usual > 0:
+            least = max(OUTLYING * usual, LEAST_TOLD)
+            far += [(error / usual, error, name) for name, error in alike.items() if error > least]
+    told = [
+        f"{name.removesuffix('.weight')} ({error:.2g}, {times:.0f} times the median of its like)"
+        for times, error, name in sorted(far, reverse=True)
+    ]
+    if not told:
+        return []
+    more = f" and {len(told) - MOST_TOLD} more" if len(told) > MOST_TOLD else ""
+    return [
+        f"errors: of the square of what it puts out, rounding takes far more from {', '.join(told[:MOST_TOLD])}{more}; "
+        "where eval shows a loss, more bits there may mend it (overrides in the recipe)"
+    ]
 
 
 def _methods_note(methods: Mapping[str, str]) -> str:
