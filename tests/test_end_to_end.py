@@ -1,6 +1,7 @@
 """The whole road on tiny models: quantize by every shipped recipe, load, compare weights and logits, evaluate, gate."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,19 +17,20 @@ from tests.conftest import NEEDS_BITSANDBYTES
 from tests.small_set import write_small_set
 from tests.tiny_vlm import image_inputs
 from tests.written import written
-from vlmquant.calibration.encode import Encoder, collate
+from vlmquant.calibration.encode import Encoded, Encoder, collate
 from vlmquant.calibration.processor import load_processor
+from vlmquant.calibration.samples import Sample
 from vlmquant.calibration.sets import load_set
 from vlmquant.checkpoint import read_manifest, verify_checkpoint
 from vlmquant.components import resolve_components
-from vlmquant.errors import InputError, UsageError
+from vlmquant.errors import InputError, SentinelError, UsageError
 from vlmquant.evaluation.settings import Settings
 from vlmquant.gate import exit_code, judge, recorded_gate
 from vlmquant.linear import QuantLinear
 from vlmquant.loading import load_model
 from vlmquant.pipeline import evaluate, quantize, write_report
 from vlmquant.planning import make_plan
-from vlmquant.recipe import load_recipe, shipped
+from vlmquant.recipe import load_recipe, parse_recipe, shipped
 from vlmquant.report.data import read_json
 
 RECIPES = sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
@@ -61,6 +63,36 @@ def test_every_shipped_recipe_gives_a_checkpoint_that_loads_and_runs(
     with torch.no_grad():
         logits = model(**image_inputs("llava")).logits
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("component", "place"),
+    [
+        ("vision_encoder: {scheme: w8a8-dynamic, method: int8}", r"vision_tower\.\S+layers\.0: "),
+        ("language: {scheme: w4a16, method: awq}", r"language_model\.\S*layers\.0: "),
+    ],
+)
+def test_samples_that_a_model_cannot_take_are_named(
+    component: str, place: str, tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever batch they are in; those beside them are not blamed."""
+    encode, broken = Encoder.encode, ("pair-2", "pair-17")
+
+    def broken_ones(self: Encoder, sample: Sample, answer: str | None = None) -> Encoded:
+        item = encode(self, sample, answer)
+        if sample.id in broken:
+            item.inputs["pixel_values"].view(-1)[40] = torch.inf
+        return item
+
+    monkeypatch.setattr(Encoder, "encode", broken_ones)
+    calibration = write_small_set(tmp_path / "set", pairs=20)
+    text = f"name: x\ncalibration: {{token_weights: {{image_share: 1}}}}\ncomponents: {{{component}}}\n"
+    recipe = parse_recipe(text, name="x")
+    with pytest.raises(
+        SentinelError, match=place + r".* received NaN or infinite inputs .*, in 2 of 2\d samples"
+    ) as told:
+        quantize(tiny_llava, recipe, tmp_path / "out", calibration=calibration)
+    assert set(re.findall(r"pair-\d+", str(told.value))) == set(broken)
 
 
 @pytest.mark.parametrize("kind", SERVED)

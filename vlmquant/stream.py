@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from vlmquant import signals
 from vlmquant.calibration.encode import Batch, BatchMaker
 from vlmquant.calibration.refusals import passing
+from vlmquant.calibration.samples import Sample
 from vlmquant.components import BlockInfo, ComponentMap, LinearInfo
 from vlmquant.errors import SentinelError, StarvedExpertsError
 from vlmquant.experts import Experts
@@ -606,9 +607,29 @@ class Stage:
             raise SentinelError(f"{where} saw no token of the calibration set; add samples that reach this layer")
         if not values.isfinite().all():
             raise SentinelError(
-                f"{where} received NaN or infinite inputs during calibration, or such that their squares are; "
-                f"{self.block.suspect()}"
+                f"{where} received NaN or infinite inputs during calibration, or such that their squares are"
+                f"{self._bad_samples()}; {self.block.suspect()}"
             )
+
+    def _bad_samples(self) -> str:
+        """In which samples of this process they were met, where other samples have none."""
+        bad: list[str] = []
+        whole, numbers = 0, iter(self.block.numbers)
+        for given in self._inputs or ():
+            number = next(numbers)
+            if given is None:
+                continue
+            samples = self.block.stream.samples_of(number)
+            whole += len(samples)
+            values = given.inputs.float().square().isfinite().all(-1)
+            if given.counts is not None:
+                values |= given.counts == 0
+            alike = values.ndim > 1 and len(values) == len(samples)
+            fine = values.flatten(1).all(1).tolist() if alike else [bool(values.all())] * len(samples)
+            bad += [sample.id for sample, good in zip(samples, fine, strict=True) if not good]
+        if not bad or len(bad) == whole:
+            return ""
+        return f", in {len(bad)} of {whole} samples: {some(bad)}; without them in the calibration set it would go on"
 
     @property
     def fold_rule(self) -> Fold | None:
@@ -1631,6 +1652,10 @@ class BlockStream:
         """Decide which samples are held out where a method wants that: of so many tokens that they fit into memory."""
         tokens = sum(self.ranks.gather(sum(walk.batch.answer_mask.numel() for walk in walks if walk.batch)))
         self._held_every = HELD_EVERY * max(-(-tokens // (HELD_EVERY * HELD_TOKENS)), 1)
+
+    def samples_of(self, number: int) -> tuple[Sample, ...]:
+        """Those of a batch, which is made anew."""
+        return self._batches[number]().samples
 
     def held_out(self, number: int, inputs: Tensor) -> Tensor:
         """bool (rows,): which rows of a batch's inputs (samples, ..., in) are of samples held out. Where a row's sample
