@@ -60,6 +60,11 @@ class Grid:
         return MX_RANGE if self.scale_dtype == E8M0 else LARGEST[self.bits]
 
     @property
+    def steps(self) -> tuple[float, float]:
+        """Of floats: the least power of two that has steps of its own, and a step by the power of two below a value."""
+        return FLOAT_STEPS[self.bits]
+
+    @property
     def is_lopsided(self) -> bool:
         """Whether its values reach one step further down than up, and with a scale below 0 the other way round."""
         return self.kind == "int" and self.symmetric
@@ -77,9 +82,7 @@ class Grid:
         """float32 weights / scales -> the nearest values within `bounds`, ties to the even code; in place."""
         if self.kind == "int":
             return ratio.round_().clamp_(low, high)  # type: ignore[arg-type]  # both are floats, or both tensors
-        if self.bits == 8:
-            return round_e4m3_(ratio)
-        return _round_by_steps_(ratio.clamp_(low, high), least=1.0, step=0.5)  # type: ignore[arg-type]
+        return _round_by_steps_(ratio.clamp_(low, high), *self.steps)  # type: ignore[arg-type]
 
     def nearest(self, ratio: Tensor, zeros: Tensor | None = None) -> Tensor:
         """float32 weights / scales, which are changed -> the codes of the nearest values within `bounds`."""
@@ -165,8 +168,8 @@ class Grid:
         return joined.repeat_interleave(self.group_rows, dim=0)[:rows]
 
 
-E4M3_STEP, E4M3_LEAST = 2.0**-3, 2.0**-6
-"""A step of E4M3 by the power of two below a magnitude; the least power of two that has steps of its own."""
+FLOAT_STEPS = {8: (2.0**-6, 2.0**-3), 4: (1.0, 0.5)}
+"""By bits, E4M3 and E2M1: see Grid.steps."""
 FLOAT32_EXPONENT = 0x7F800000
 """The bits of a float32 that are those of its power of two."""
 
@@ -177,10 +180,10 @@ def round_e4m3_(values: Tensor) -> Tensor:
     The same as `.clamp(-448, 448).to(torch.float8_e4m3fn).float()`, which torch 2.13 does one by one on a CPU: ten
     times slower.
     """
-    return _round_by_steps_(values.clamp_(-E4M3_MAX, E4M3_MAX), least=E4M3_LEAST, step=E4M3_STEP)
+    return _round_by_steps_(values.clamp_(-E4M3_MAX, E4M3_MAX), *FLOAT_STEPS[8])
 
 
-def _round_by_steps_(values: Tensor, *, least: float, step: float) -> Tensor:
+def _round_by_steps_(values: Tensor, least: float, step: float) -> Tensor:
     """float32 values -> the nearest multiples of `step` times the power of two, at least `least`, below; in place."""
     steps = values.view(torch.int32).bitwise_and(FLOAT32_EXPONENT).view(torch.float32)
     steps = steps.clamp_min_(least).mul_(step)

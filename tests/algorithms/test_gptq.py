@@ -122,7 +122,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch):
     from tests.kernels.fake_cuda import AMPERE, emulate
 
     fake, _ = emulate(monkeypatch, AMPERE)
-    monkeypatch.setattr(loops, "fit", lambda weight, grid: False)
+    monkeypatch.setattr(loops, "fit", lambda weight: False)
     monkeypatch.setattr(rounding, "fits", lambda device, grid: True)
     return fake
 

@@ -21,10 +21,9 @@ GRIDS = {
     "w8": Grid(8, 1000, torch.bfloat16),
     "nvfp4": Grid(4, 16, torch.float8_e4m3fn, kind="float", global_scale=900.0),
     "mxfp4": Grid(4, 32, torch.float8_e8m0fnu, kind="float"),
-}
-NOT_THEIRS = {
     "fp8": Grid(8, 64, torch.float32, kind="float"),
-    "blocks": Grid(8, 128, torch.float32, kind="float", group_rows=128),
+    "fp8-rows": Grid(8, 1000, torch.bfloat16, kind="float"),
+    "fp8-blocks": Grid(8, 32, torch.float32, kind="float", group_rows=16),
 }
 
 
@@ -33,15 +32,13 @@ def both(run: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     assert compiled.available()
     with pytest.MonkeyPatch.context() as patch:
         ours = run()
-        patch.setattr(loops, "fit", lambda weight, grid: False)
+        patch.setattr(loops, "fit", lambda weight: False)
         return ours, run()
 
 
-def test_the_grids_that_loops_know() -> None:
-    weight = torch.zeros(2, 2)
-    assert all(loops.fit(weight, grid) for grid in GRIDS.values())
-    assert not any(loops.fit(weight, grid) for grid in NOT_THEIRS.values())
-    assert not any(loops.fit(weight.to("meta"), grid) for grid in GRIDS.values())
+def test_loops_are_for_weights_on_a_cpu() -> None:
+    assert loops.fit(torch.zeros(2, 2))
+    assert not loops.fit(torch.zeros(2, 2, device="meta"))
 
 
 @settings(deadline=None, max_examples=60)
@@ -91,10 +88,10 @@ def test_columns_become_the_same_codes(name: str, rows: int, columns: int, seed:
     torch.testing.assert_close(ours[~differ], theirs[~differ], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(GRIDS | NOT_THEIRS))
+@pytest.mark.parametrize("name", sorted(GRIDS))
 def test_the_loss_comes_with_the_codes(name: str, make_stage, make_inputs, make_weight) -> None:
     """tr(E H E^T) and tr(W H W^T), in float64 from the weights that come out."""
-    grid = (GRIDS | NOT_THEIRS)[name]
+    grid = GRIDS[name]
     weight, inputs = make_weight(48, 160), make_inputs(640, 160).double()
     hessian = (inputs.T @ inputs) / len(inputs)
     factor = factorize(hessian.float(), 0.01, activation_order=True)

@@ -29,7 +29,7 @@ def round_both(
     """
     assert weight.device.type == "cpu", "every element waits for its neighbours"
     rows, columns = weight.shape
-    round_block = loops.round_block if loops.fit(weight, grid) else by_torch
+    round_block = loops.round_block if loops.fit(weight) else by_torch
     group_of = factor.order // grid.group_size
     scales, zeros = scales.T, None if zeros is None else zeros.T
     moved = torch.empty(columns, rows)  # E + F of the rows that are done, in the order of processing, as all below

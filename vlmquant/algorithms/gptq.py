@@ -115,7 +115,7 @@ def _rounded_for_answers(
 
 def _loop(weight: Tensor, grid: Grid) -> Callable[..., None]:
     """What rounds a block of a weight's columns here: compiled on a CPU, a kernel on a GPU, or else torch."""
-    if loops.fit(weight, grid):
+    if loops.fit(weight):
         return loops.round_block
     return rounding.round_block if rounding.fits(weight.device, grid) else rounding.by_torch
 

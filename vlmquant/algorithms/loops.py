@@ -7,25 +7,31 @@ import torch
 from torch import Tensor
 
 from vlmquant.compiled import available, compiled
-from vlmquant.grid import Grid
+from vlmquant.grid import FLOAT32_EXPONENT, Grid
 
 TILE = 64
 """Rows whose errors in a block of columns fill half of a first-level cache."""
 
 
-def fit(weight: Tensor, grid: Grid) -> bool:
-    """Whether a weight can be rounded here: on a CPU, to integers or E2M1, with rows that share no scale."""
-    known = grid.kind == "int" or grid.bits == 4
-    return weight.device.type == "cpu" and known and grid.group_rows == 1 and available()
+EXPONENT, TWICE_ONE = np.uint32(FLOAT32_EXPONENT), np.uint32(0x7F000000)
+"""Of the bits of a float32: those of its power of two; and those of 1, twice, from which a power's bits leave those of
+its inverse."""
 
 
-def bounds(grid: Grid) -> tuple[int, int | None, np.float32, np.float32]:
-    """A grid as the loops take it: group size, 1 for integers, least and largest value where the zero is 0.
+def fit(weight: Tensor) -> bool:
+    """Whether a weight can be rounded here: on a CPU where loops can be compiled."""
+    return weight.device.type == "cpu" and available()
+
+
+def bounds(grid: Grid) -> tuple[int | None, np.float32, np.float32, np.float32, np.float32]:
+    """A grid as the loops take it: 1 for integers, least and largest value where the zero is 0, and of floats what
+    Grid.steps says.
 
     Flags are 1 or None: numba leaves out what a None excludes.
     """
     low, high = grid.bounds() if grid.symmetric else (0, 2**grid.bits - 1)
-    return grid.group_size, 1 if grid.kind == "int" else None, np.float32(low), np.float32(high)
+    least, step = (np.float32(1), np.float32(1)) if grid.kind == "int" else map(np.float32, grid.steps)
+    return 1 if grid.kind == "int" else None, np.float32(low), np.float32(high), least, step
 
 
 @compiled(rows=4, fastmath=True)
@@ -39,6 +45,8 @@ def search_rows(
     integers: Any,
     low: Any,
     high: Any,
+    least: Any,
+    step: Any,
     cubic: Any,
 ) -> None:
     """Which candidate scale loses least, group by group: sum_j importance_j |d_j|^3, or d_j^2 where it is not cubic.
@@ -53,29 +61,30 @@ def search_rows(
         for group in range(groups):
             begin, end = group * size, min((group + 1) * size, columns)
             values, weights = weight[row, begin:end], importance[begin:end]  # so that numba knows no index is negative
-            least, found = np.float32(np.inf), 0
-            for step in range(steps):
-                scale = candidates[row, group, step]
+            lowest, found = np.float32(np.inf), 0
+            for number in range(steps):
+                scale = candidates[row, group, number]
                 inverse = np.float32(1) / scale
                 bottom, top, loss = low, high, np.float32(0)
                 if zeros is not None:
-                    bottom, top = low - zeros[row, group, step], high - zeros[row, group, step]
+                    bottom, top = low - zeros[row, group, number], high - zeros[row, group, number]
                 for column in range(len(values)):
                     value = values[column]
                     if integers is not None:
                         error = abs(min(max(np.rint(value * inverse), bottom), top) * scale - value)
                     else:
                         value = abs(value)
-                        ratio = min(value * inverse, top)
-                        finer = np.float32(2) if ratio < 2 else np.float32(1) if ratio < 4 else np.float32(0.5)
-                        coarser = np.float32(0.5) if ratio < 2 else np.float32(1) if ratio < 4 else np.float32(2)
-                        error = abs(np.rint(ratio * finer) * coarser * scale - value)
+                        ratio = np.float32(min(value * inverse, top))
+                        power = np.uint32(ratio.view(np.uint32) & EXPONENT).view(np.float32)
+                        unit = np.float32(max(power, least) * step)
+                        finer = np.uint32(TWICE_ONE - unit.view(np.uint32)).view(np.float32)
+                        error = abs(np.rint(ratio * finer) * unit * scale - value)
                     if cubic is not None:
                         loss += error * error * error * weights[column]
                     else:
                         loss += error * error * weights[column]
-                if loss < least:
-                    least, found = loss * np.float32(1 - 1e-6), step
+                if loss < lowest:
+                    lowest, found = loss * np.float32(1 - 1e-6), number
             best[row, group] = found
 
 
@@ -95,9 +104,8 @@ def round_block(
     """What kernels.cuda.rounding.by_torch does, row by row; with pull and coupling what coupled.by_torch does."""
     assert coupling is None or len(coupling) <= TILE
     tiles = torch.arange(0, wanted.shape[1], TILE)
-    _, integers, low, high = bounds(grid)
     _round_tiles(
-        tiles, wanted, target, values, errors, feedback, scales, zeros, group_of, integers, low, high, pull, coupling
+        tiles, wanted, target, values, errors, feedback, scales, zeros, group_of, *bounds(grid), pull, coupling
     )
 
 
@@ -115,6 +123,8 @@ def _round_tiles(
     integers: Any,
     low: Any,
     high: Any,
+    least: Any,
+    step: Any,
     pull: Any,
     coupling: Any,
 ) -> None:
@@ -143,11 +153,11 @@ def _round_tiles(
                     else:
                         whole = min(max(np.rint(ratio), low), high)
                 else:
-                    ratio = min(max(ratio, low), high)
-                    size = abs(ratio)
-                    finer = np.float32(2) if size < 2 else np.float32(1) if size < 4 else np.float32(0.5)
-                    coarser = np.float32(0.5) if size < 2 else np.float32(1) if size < 4 else np.float32(2)
-                    whole = np.rint(ratio * finer) * coarser
+                    ratio = np.float32(min(max(ratio, low), high))
+                    power = np.uint32(ratio.view(np.uint32) & EXPONENT).view(np.float32)
+                    unit = np.float32(max(power, least) * step)
+                    finer = np.uint32(TWICE_ONE - unit.view(np.uint32)).view(np.float32)
+                    whole = np.rint(ratio * finer) * unit
                 value_of[row] = whole
                 error[row] = goal[row] - whole * scale[row]
                 value[row] -= whole * scale[row]

@@ -49,7 +49,9 @@ def search_scales(
     shares = torch.linspace(*SHARES.get((grid.kind, grid.bits), OTHER_SHARES), STEPS)
     if signed and grid.is_lopsided:
         shares = torch.cat([shares, -shares])
-    searched, elements = (_search_compiled, COMPILED_ELEMENTS) if loops.fit(groups, grid) else (_search, CHUNK_ELEMENTS)
+    searched, elements = _search, CHUNK_ELEMENTS
+    if loops.fit(groups) and grid.group_rows == 1:
+        searched, elements = _search_compiled, COMPILED_ELEMENTS
     at_once = max(1, elements // max(1, groups[0].numel()))
     at_once += -at_once % grid.group_rows  # rows that share a scale are searched together
     best = [
@@ -121,7 +123,16 @@ def _search_compiled(
         lows = groups.amin(-1, keepdim=True).clamp_max(0) * shares
         zeros = (-lows / scales).round_().clamp_(0, 2**grid.bits - 1)
     best = torch.empty(base.shape, dtype=torch.int64)
-    loops.search_rows(groups.flatten(1), scales, zeros, best, importance.flatten(), *loops.bounds(grid), cubic or None)
+    loops.search_rows(
+        groups.flatten(1),
+        scales,
+        zeros,
+        best,
+        importance.flatten(),
+        grid.group_size,
+        *loops.bounds(grid),
+        cubic or None,
+    )
     found = [None if values is None else values.gather(-1, best[..., None])[..., 0] for values in (scales, zeros)]
     assert found[0] is not None
     return found[0], found[1]
