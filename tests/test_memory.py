@@ -1,8 +1,10 @@
 """Memory that runs out: a second try with single samples, the same bytes when resumed, else exit code 6."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from vlmquant.demo import model_dir
 from vlmquant.errors import EXIT_DOES_NOT_FIT, DoesNotFitError
 from vlmquant.limits import is_allocation_failure
 from vlmquant.recipe import load_recipe
-from vlmquant.stream import Stage
+from vlmquant.scratch import circles_freed
+from vlmquant.stream import BlockStream, Stage
 
 RECIPE = load_recipe("gptq-w4").model_copy(update={"effort": "fast"})  # nothing of the whole model
 FAILURES = {
@@ -147,3 +150,46 @@ def test_a_process_that_may_not_take_the_memory_says_so(command: str, tmp_path: 
     assert done.returncode == EXIT_DOES_NOT_FIT, done.stderr
     assert done.stderr.startswith(f"vlmquant: {command}: memory ran out")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["nothing is frozen", "others' objects are"])
+def test_circles_are_freed_once_they_are_left(frozen: bool) -> None:
+    class Node:
+        me: "Node"
+
+    def circle() -> weakref.ref[Node]:
+        node = Node()
+        node.me = node
+        return weakref.ref(node)
+
+    gc.disable()
+    if frozen:
+        gc.freeze()
+    before = gc.get_freeze_count()
+    try:
+        with circles_freed():
+            inside = circle()
+            assert inside() is not None
+        assert inside() is None
+        assert abs(gc.get_freeze_count() - before) <= before // 10  # what is frozen can still be let go of
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+def test_what_a_rehearsal_made_is_gone_after_it(tiny_llava: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[weakref.ref[BlockStream]] = []
+    rehearse = BlockStream.rehearse
+
+    def listening(stream: BlockStream) -> object:
+        streams.append(weakref.ref(stream))
+        return rehearse(stream)
+
+    monkeypatch.setattr(BlockStream, "rehearse", listening)
+    components, plan = pipeline.plan_model(tiny_llava, RECIPE)
+    gc.disable()
+    try:
+        pipeline.plan_work(components, plan, RECIPE, calibration=data)
+        assert [stream() for stream in streams] == [None]
+    finally:
+        gc.enable()

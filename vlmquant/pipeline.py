@@ -234,7 +234,6 @@ def quantize(
             components, plan = plan_components(source, recipe)
             notes.append(f"components.language.gptq.loss: layer, and not answers: {against}")
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device(device), ranks=ranks)
-        gc.collect()  # what the rehearsal held lies in circles
     whole = _whole_model_bytes(recipe, components, plan, batches, dtype)
     planned = _plan_work(
         components, plan, footprint, dtype, torch.device(device), whole, memory_limit, device_memory_limit, ranks
@@ -549,7 +548,6 @@ def plan_work(
             recipe = _for_layers(recipe)
             plan = make_plan(components, recipe)
         footprint = rehearse(components, plan, batches, dtype=dtype, device=torch.device("cpu"))
-        gc.collect()
     whole = _whole_model_bytes(recipe, components, plan, batches, dtype)
     return _predictions(components, plan, footprint, dtype, device, whole)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import gc
 import mmap
 import os
 import shutil
@@ -74,3 +75,20 @@ def leave_memory(copy: "Tensor") -> None:
     start = address - address % mmap.PAGESIZE
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+@contextmanager
+def circles_freed() -> Iterator[None]:
+    """Free what was made inside and is not referred to from outside, circles too, as soon as it is left.
+
+    What was there before is passed over, which in a process with torch and transformers are most objects by far.
+    """
+    passed_over = not gc.get_freeze_count()  # else somebody has frozen objects, which nobody could freeze again
+    if passed_over:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if passed_over:
+            gc.unfreeze()

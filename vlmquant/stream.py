@@ -40,7 +40,7 @@ from vlmquant.kvcache import Change, Maxima, absolute_maxima, intercept
 from vlmquant.planning import CALIBRATED_INPUTS, Plan, PlanLine
 from vlmquant.ranks import ALONE, ROWS, Ranks, Relay, Turn
 from vlmquant.recipe import ComponentSpec, ExpertOptions, Scheme, TokenWeights
-from vlmquant.scratch import leave_memory, mapped_copy
+from vlmquant.scratch import circles_freed, leave_memory, mapped_copy
 from vlmquant.shards import some
 
 T = TypeVar("T")
@@ -1857,6 +1857,18 @@ def rehearse(
     Returns what all of this process's batches would keep, as that sample's pass does: by images and by tokens with
     their padding.
     """
+    with circles_freed():
+        return _rehearse(components, plan, makers, dtype, device, ranks)
+
+
+def _rehearse(
+    components: ComponentMap,
+    plan: Plan,
+    makers: Sequence[BatchMaker],
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: Ranks,
+) -> Footprint:
     finished, first = BlockResult({}, {}), makers[0].first()
     stream = BlockStream(
         components, plan, {}, [lambda: first], outside={}, restore=lambda info: finished, dtype=dtype, device=device
