@@ -16,11 +16,12 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from vlmquant.algorithms import awq, gptq
+from vlmquant.algorithms import awq, coupled, gptq, loops
 from vlmquant.algorithms.factor import factorize
 from vlmquant.algorithms.scales import search_scales
 from vlmquant.grid import Grid
@@ -29,6 +30,9 @@ from vlmquant.recipe import AwqOptions, GptqOptions
 SHAPES = {"q,k,v": (1152, 768), "o": (768, 768), "gate,up": (3072, 768), "down": (768, 1536)}
 """Rows of linears that share an input, and inputs."""
 GRID, OPTIONS = Grid(4, 128, torch.bfloat16), GptqOptions()
+FP8 = Grid(8, 1 << 20, torch.bfloat16, kind="float")
+TOGETHER = 768
+"""Rows that make up for each other where answers decide."""
 
 
 def plain_columns(weight: Tensor, scales: Tensor, hessian: Tensor) -> Tensor:
@@ -85,7 +89,17 @@ def measure(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, flo
     def clip() -> Tensor:
         return awq.quantize_clipped(weight, hessian, GRID, clip=True).codes
 
+    gradients = torch.randn(2 * TOGETHER, TOGETHER, generator=random) * torch.exp(
+        torch.randn(TOGETHER, generator=random)
+    )
+    outputs = factorize(gradients.T @ gradients, OPTIONS.output_damping, activation_order=True)
+    some = weight[:TOGETHER]
+
+    def by_answers(scales: Tensor, grid: Grid) -> Callable[[], Tensor]:
+        return lambda: coupled.round_both(some, scales, None, factor, outputs, grid)[0]
+
     scales = grid()
+    of_floats = search_scales(some, hessian.diagonal(), FP8, search="weighted")[0]
     seconds = {
         "gram": median_user_seconds(lambda: inputs.T @ inputs, repeats),
         "factorize": median_user_seconds(
@@ -97,7 +111,11 @@ def measure(rows: int, columns: int, tokens: int, repeats: int) -> dict[str, flo
         "plain_columns": median_user_seconds(lambda: plain_columns(weight, scales, hessian), repeats),
         "awq_scales": median_user_seconds(channel_scales, repeats),
         "awq_clip": median_user_seconds(clip, repeats),
+        "answers": median_user_seconds(by_answers(scales[:TOGETHER], GRID), repeats),
+        "fp8_answers": median_user_seconds(by_answers(of_floats, FP8), repeats),
     }
+    with mock.patch.object(loops, "fit", return_value=False):
+        seconds["fp8_answers_torch"] = median_user_seconds(by_answers(of_floats, FP8), 1)
     seconds["columns_speedup"] = seconds["plain_columns"] / (seconds["factorize"] + seconds["columns"])
     seconds["equal_codes"] = (plain_columns(weight, scales, hessian) == loop()).float().mean().item()
     return seconds
@@ -115,8 +133,8 @@ def main() -> None:
     for name, (rows, columns) in SHAPES.items():
         layers[name] = measure(rows, columns, arguments.tokens, arguments.repeats)
         if name == "q,k,v":
-            print(f"{'linears':10}" + "".join(f"{key:>16}" for key in layers[name]))
-        print(f"{name:10}" + "".join(f"{value:16.4f}" for value in layers[name].values()), flush=True)
+            print(f"{'linears':10}" + "".join(f"{key:>19}" for key in layers[name]))
+        print(f"{name:10}" + "".join(f"{value:19.4f}" for value in layers[name].values()), flush=True)
     result = {
         "command": shlex.join(["python", "benchmarks/quantize_layer.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
@@ -125,7 +143,8 @@ def main() -> None:
         "threads": arguments.threads,
         "repeats": arguments.repeats,
         "tokens": arguments.tokens,
-        "unit": "median user CPU seconds; columns_speedup: plain_columns / (factorize + columns)",
+        "unit": "median user CPU seconds; columns_speedup: plain_columns / (factorize + columns); "
+        f"answers: round_both of {TOGETHER} rows",
         "shapes": SHAPES,
         "layers": layers,
     }
