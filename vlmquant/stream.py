@@ -1843,6 +1843,7 @@ class BlockStream:
         return value
 
 
+@circles_freed()
 def rehearse(
     components: ComponentMap,
     plan: Plan,
@@ -1857,18 +1858,6 @@ def rehearse(
     Returns what all of this process's batches would keep, as that sample's pass does: by images and by tokens with
     their padding.
     """
-    with circles_freed():
-        return _rehearse(components, plan, makers, dtype, device, ranks)
-
-
-def _rehearse(
-    components: ComponentMap,
-    plan: Plan,
-    makers: Sequence[BatchMaker],
-    dtype: torch.dtype,
-    device: torch.device,
-    ranks: Ranks,
-) -> Footprint:
     finished, first = BlockResult({}, {}), makers[0].first()
     stream = BlockStream(
         components, plan, {}, [lambda: first], outside={}, restore=lambda info: finished, dtype=dtype, device=device
