@@ -20,7 +20,7 @@ from typing import Any
 from provenance import provenance
 
 from vlmquant.grid import grid_of
-from vlmquant.threads import CPU_ENVIRONMENT
+from vlmquant.threads import cpu_environment
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"768 wide": (2304, 768), "4096 wide": (4096, 4096), "vision": (4304, 1152)}
@@ -132,9 +132,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    wanted = CPU_ENVIRONMENT | ISA.get(arguments.isa, {})
+    wanted = cpu_environment(os.environ) | ISA.get(arguments.isa, {})
     if any(os.environ.get(name) != value for name, value in wanted.items()):  # torch reads them when it is imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
+        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
     from vlmquant.threads import set_threads
 
     set_threads(arguments.threads)

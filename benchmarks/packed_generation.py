@@ -19,7 +19,7 @@ from typing import Any
 
 from provenance import provenance
 
-from vlmquant.threads import CPU_ENVIRONMENT, set_threads
+from vlmquant.threads import cpu_environment, set_threads
 
 RESULTS = Path(__file__).parent / "results" / "packed_generation"
 WARM_UP = 1
@@ -108,7 +108,7 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for variant in variants:
             command = [sys.executable, __file__, *sys.argv[1:], "--variant", variant]
-            environment = CPU_ENVIRONMENT | os.environ
+            environment = cpu_environment(os.environ)
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment, text=True)
             rounds[variant].append(json.loads(done.stdout.splitlines()[-1]))
     answers = {variant: found[0]["answers"] for variant, found in rounds.items()}

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vlmquant import cli
 from vlmquant.errors import UsageError
 from vlmquant.evaluation.settings import Settings
 from vlmquant.report.data import write_json
-from vlmquant.threads import CPU_ENVIRONMENT, set_threads
+from vlmquant.threads import KEPT, WAITING, set_threads
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,36 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("name", CPU_ENVIRONMENT)
+OURS = WAITING | KEPT
+
+
+def without(monkeypatch: pytest.MonkeyPatch, names: Iterable[str]) -> None:
+    """No such variables, until the test ends: then they are again as they were."""
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_a_process_computes_as_ours_do_unless_told(monkeypatch: pytest.MonkeyPatch, run: Run, name: str) -> None:
+    without(monkeypatch, OURS)
     monkeypatch.setenv(name, "another")
     run("--help")
     assert os.environ[name] == "another"
     monkeypatch.delenv(name)
     run("--help")
-    assert os.environ[name] == CPU_ENVIRONMENT[name]
+    assert os.environ[name] == OURS[name]
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_a_user_who_says_how_threads_wait_is_not_half_obeyed(
+    monkeypatch: pytest.MonkeyPatch, run: Run, name: str
+) -> None:
+    """GOMP_SPINCOUNT goes before OMP_WAIT_POLICY, and would take back an ACTIVE one."""
+    without(monkeypatch, WAITING)
+    monkeypatch.setenv(name, "another")
+    run("--help")
+    assert [other for other in WAITING if other in os.environ] == [name]
 
 
 def test_products_of_many_shapes_are_not_kept() -> None:
@@ -86,7 +108,7 @@ for rows in range(65, 465):
     torch.ones(rows, 256, dtype=torch.bfloat16) @ weight
 print(resident() - before)
 """
-    plain = {name: value for name, value in os.environ.items() if name not in CPU_ENVIRONMENT}
+    plain = {name: value for name, value in os.environ.items() if name not in OURS}
     grown = [
         int(subprocess.run([sys.executable, "-c", program, who], env=plain, capture_output=True, check=True).stdout)
         for who in ("ours", "torch")

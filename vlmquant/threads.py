@@ -1,28 +1,32 @@
 """How torch works on CPUs in a process: how many threads, how they wait for each other, and what is kept for them."""
 
 import os
+from collections.abc import Mapping
 
 from vlmquant.errors import UsageError, shown
 
 MAX_THREADS = 1024
 """As many as the largest machines have cores; with some ten thousand torch crashes."""
 
-CPU_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""Environment of a process that computes on CPUs; a user's own setting goes before it.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}
+"""How OpenMP's threads wait for each other: they look for some twenty microseconds whether there is more to do, then
+sleep. All our work is long rows of short parallel steps with as short gaps between them, and to wake a thread takes as
+long as such a step. Threads that spin for as long as they do by default burn as much CPU time again, and where other
+work holds a core they make every step wait for it (benchmarks/results/thread_waiting.md)."""
+KEPT = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+"""oneDNN compiles every product for its shape, and keeps 1,024 of them, of up to a megabyte each; torch as many of
+their descriptions. A pass has some ten shapes, and the next, of samples of another length, has others."""
 
-Threads sleep while they wait: all our work is long rows of short parallel steps. Threads that spin between them,
-OpenMP's default, burn as much CPU time again, and where other work holds a core they make every step wait for it.
 
-oneDNN compiles every product for its shape, and keeps 1,024 of them, of up to a megabyte each; torch as many of their
-descriptions. A pass has some ten shapes, and the next, of samples of another length, has others.
-"""
+def cpu_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Environment of a process that computes on CPUs: the user's own, which goes before ours."""
+    waiting = {} if WAITING.keys() & own.keys() else WAITING  # a user who says one of them means all
+    return {**waiting, **KEPT, **own}
 
 
 def prepare_cpu() -> None:
-    """Have this process's threads sleep while they wait, and few products kept; to be called before torch is
-    imported."""
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """Give this process `cpu_environment`; to be called before torch is imported."""
+    os.environ.update(cpu_environment(os.environ))
 
 
 def check_threads(threads: int) -> None:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any
 
 from vlmquant import signals
-from vlmquant.threads import CPU_ENVIRONMENT
+from vlmquant.threads import cpu_environment
 
 COMMAND: tuple[str, ...] = ("-P", "-m", "vlmquant.evaluation.worker")
 TOLD_BY_WORKERS = ("load", "score")
@@ -33,7 +33,7 @@ class Worker:
         self._asked = False
         command = [sys.executable, *COMMAND, str(answer_end)]
         path = os.pathsep.join(filter(None, sys.path))  # the same modules as here, wherever we were started
-        environment = CPU_ENVIRONMENT | os.environ | {"PYTHONPATH": path}
+        environment = cpu_environment(os.environ) | {"PYTHONPATH": path}
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOPPING)  # the worker unblocks them
         try:
             self._process = subprocess.Popen(
