@@ -221,13 +221,13 @@ class Attention(nn.Module):
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every product made."""
     rows: list[int] = []
-    forward = PackedRows.forward
+    parts = PackedRows.parts
 
-    def counted(self: PackedRows, inputs: Tensor) -> Tensor:
+    def counted(self: PackedRows, inputs: Tensor, firsts: tuple[int, ...]) -> list[Tensor]:
         rows.append(self.form.shape[0])
-        return forward(self, inputs)
+        return parts(self, inputs, firsts)
 
-    monkeypatch.setattr(PackedRows, "forward", counted)
+    monkeypatch.setattr(PackedRows, "parts", counted)
     return rows
 
 
@@ -360,6 +360,73 @@ def test_only_weights_of_one_kind_are_shared() -> None:
     assert not can_share([first, Attention("w4a16").to(torch.float32).q_proj])
     scheme = SHORT_SCHEMES["w4a16"]
     assert not can_share([first, QuantLinear(round_to(scheme, 64, 384), scheme, torch.zeros(64))])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("counts", [(128, 64, 72), (100, 64, 36), (320,)], ids=str)
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-asym", "w8a16", "w8a8-dynamic", "w8a8-static"])
+def test_many_tokens_are_multiplied_by_parts(
+    name: str, counts: tuple[int, ...], bias: bool, dtype: torch.dtype
+) -> None:
+    scheme = SHORT_SCHEMES[name]
+    weights = deepcopied(split_rows(round_to(scheme, sum(counts), 256), counts))
+    linears = [
+        QuantLinear(weight, scheme, torch.linspace(-1, 1, weight.shape[0]).to(dtype) if bias else None, dtype=dtype)
+        for weight in weights
+    ]
+    inputs = torch.randn(2, 100, 256, generator=torch.Generator().manual_seed(6)).to(dtype)
+    expected = [
+        reference.linear(inputs, linear.to_weight(), linear.bias, rounded=scheme.activations) for linear in linears
+    ]
+    if can_share(linears):
+        share(linears)
+    for linear, exact in zip(linears, expected, strict=True):
+        found = linear(inputs)
+        assert found.is_contiguous()
+        assert found.dtype == dtype
+        assert (found - exact).abs().max() <= TOLERANCE[dtype] * max(1.0, exact.abs().max().item() / 64)
+
+
+# --- a product that is bound to what is held ---
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w8a8-dynamic"])
+def test_a_bound_product_follows_what_is_held(name: str) -> None:
+    scheme, inputs = SHORT_SCHEMES[name], torch.randn(80, 256, generator=torch.Generator().manual_seed(7)).bfloat16()
+    first, second = (QuantLinear(round_to(scheme, 128, 256, seed=seed), scheme, None) for seed in (0, 1))
+    before, expected = first(inputs), second(inputs)
+    assert not torch.equal(before, expected)
+
+    first.packed.share_memory()  # the same tensors, elsewhere
+    assert torch.equal(first(inputs), before)
+    for tensor in first.packed.held.values():
+        if not tensor.is_mkldnn:
+            tensor.untyped_storage()._share_filename_cpu_()  # as a queue to another process does
+    assert torch.equal(first(inputs), before)
+    copied = copy.deepcopy(first)
+    for own, other in zip(first.packed.held_names, second.packed.held_names, strict=True):
+        first.packed._buffers[f"held_{own}"] = second.packed._buffers[f"held_{other}"]
+    assert torch.equal(first(inputs), expected)
+    assert torch.equal(copied(inputs), before)
+    for name, tensor in second.packed.held.items():
+        if not tensor.is_mkldnn:
+            tensor.copy_(copied.packed.held[name])
+    if not any(tensor.is_mkldnn for tensor in second.packed.held.values()):
+        assert torch.equal(second(inputs), before)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["w4a16", "w8a8-dynamic"])
+def test_a_traced_product_is_one_of_the_trace(name: str) -> None:
+    scheme = SHORT_SCHEMES[name]
+    linear = QuantLinear(round_to(scheme, 128, 256), scheme, None)
+    one, other = (torch.randn(80, 256, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (8, 9))
+    expected = [linear(one), linear(other)]
+    with torch.no_grad():
+        traced = torch.jit.trace(linear, (one,))
+    assert torch.equal(traced(one), expected[0])
+    assert torch.equal(traced(other), expected[1])
 
 
 # --- an activation in the product ---

@@ -68,7 +68,8 @@ def compiled(
 
 
 class Loop:
-    """A compiled function. Called with tensors in CPU memory, which it sees as numpy arrays, and with plain values."""
+    """A compiled function. Called with tensors in CPU memory, which it sees as numpy arrays, with those (`array_of`),
+    and with plain values."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class Loop:
         functools.update_wrapper(self, function)
 
     def __call__(self, *arguments: Any) -> Any:
-        values = [_array(value) for value in arguments]
+        values = [array_of(value) for value in arguments]
         machine = self._machine or self._compile()
         if not self._rows:
             return self._run(machine, values)
@@ -154,7 +155,8 @@ def _three() -> int:
     return 3
 
 
-def _array(value: Any) -> Any:
+def array_of(value: Any) -> Any:
+    """A tensor in CPU memory as a loop sees it, of the same memory; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
     if value.requires_grad:

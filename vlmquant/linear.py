@@ -1,7 +1,7 @@
 """What stands in for nn.Linear and nn.Embedding in a loaded model: weights stay packed, and are never held twice."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, join_rows
-from vlmquant.kernels import APPLIES_ACTIVATIONS, LAYOUTS, OPAQUE, ROUNDS_INPUTS, choose, nbytes, prepare, words
-from vlmquant.kernels.form import Form, Place, form_of
+from vlmquant.kernels import APPLIES_ACTIVATIONS, BINDS, LAYOUTS, OPAQUE, ROUNDS_INPUTS, choose, nbytes, prepare, words
+from vlmquant.kernels.form import Form, Place, Product, cut, form_of, parts_of
 from vlmquant.kernels.probe import needs_gradient
 from vlmquant.kernels.reference import round_inputs
 
 if TYPE_CHECKING:  # recipes need packages that running a layer does not
     from vlmquant.recipe import Scheme
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A product bound to buffers of a form: their names, themselves, and where their memory is."""
+
+    form: Form
+    firsts: tuple[int, ...]
+    buffers: list[tuple[str, Tensor, int]]
+    product: Product
+
+
+def _address(tensor: Tensor) -> int:
+    """0 for an opaque tensor, whose memory stays."""
+    return 0 if tensor.is_mkldnn else tensor.data_ptr()
 
 
 class PackedRows(nn.Module):
@@ -27,6 +42,7 @@ class PackedRows(nn.Module):
     """
 
     mark: Tensor
+    _bound: "_Bound | None" = None
 
     def __init__(
         self,
@@ -94,11 +110,38 @@ class PackedRows(nn.Module):
         self._hold(LAYOUTS[self.layout].hold(weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        return self.parts(inputs, (0,))[0]
+
+    def parts(self, inputs: Tensor, firsts: tuple[int, ...]) -> list[Tensor]:
+        """inputs (..., in) -> (..., rows) for each part of the rows, of which these are the first ones."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         if self.layout not in ROUNDS_INPUTS:
             flat = round_inputs(flat, self.form.inputs, self.form.input_scale)
-        outputs: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
-        return outputs.view(*inputs.shape[:-1], self.form.shape[0])
+        if self._binds():
+            outputs = self._bound_product(firsts)(flat, self.bias)
+        else:
+            joint: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
+            outputs = cut(joint, parts_of(firsts, self.form.shape[0]))
+        return [one.view(*inputs.shape[:-1], one.shape[1]) for one in outputs]
+
+    def _binds(self) -> bool:
+        """Whether a product can be bound to what is held, which whoever compiles or traces would not see."""
+        seen = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+        return self.layout in BINDS and self.mark.is_cpu and not seen
+
+    def _bound_product(self, firsts: tuple[int, ...]) -> Product:
+        """That of the layout; bound anew where buffers, or the memory that they lie in, are others than then."""
+        bound, buffers = self._bound, self._buffers
+        if bound is not None and bound.form is self.form and bound.firsts == firsts:
+            for name, tensor, address in bound.buffers:
+                if buffers.get(name) is not tensor or _address(tensor) != address:
+                    break
+            else:
+                return bound.product
+        held = self.held
+        where = [(f"held_{name}", tensor, _address(tensor)) for name, tensor in held.items()]
+        self._bound = _Bound(self.form, firsts, where, LAYOUTS[self.layout].bind(held, self.form, firsts))
+        return self._bound.product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
         """Every module's way to be moved or cast, which is what `fn` does to a tensor."""
@@ -128,13 +171,14 @@ class PackedRows(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files, which can have no opaque tensors."""
+        state = {**self.__dict__, "_bound": None}  # of these buffers, not of the copy's
         if self.layout not in OPAQUE:
-            return dict(self.__dict__)
+            return state
         names, layout = {f"held_{name}" for name in self.held_names}, OPAQUE[self.layout]
         held = LAYOUTS[layout].hold(self.to_weight())
         kept = {name: buffer for name, buffer in self._buffers.items() if name not in names}
         return {
-            **self.__dict__,
+            **state,
             "_buffers": {**kept, **{f"held_{name}": tensor for name, tensor in held.items()}},
             "_non_persistent_buffers_set": self._non_persistent_buffers_set - names | {f"held_{name}" for name in held},
             "held_names": list(held),
@@ -168,23 +212,20 @@ class SharedRows(PackedRows):
     ) -> None:
         super().__init__(weight, scheme, bias, dtype)
         self.firsts = firsts
-        self.made: tuple[Tensor, int | None, Tensor, tuple[int, ...]] | None = None
-        """The last inputs and their version, their outputs, and the first rows of sharers that have not asked yet."""
+        self.made: tuple[Tensor, int | None, dict[int, Tensor]] | None = None
+        """The last inputs and their version, and outputs by their first row for sharers that have not asked yet."""
 
-    def some(self, inputs: Tensor, first: int, count: int) -> Tensor:
-        """inputs (..., in) -> (..., count), in one piece: the outputs of rows `first` and after."""
+    def some(self, inputs: Tensor, first: int) -> Tensor:
+        """inputs (..., in) -> (..., count), in one piece: the outputs of the sharer whose rows begin with `first`."""
         made, version = self.made, _version(inputs)
-        outputs: Tensor
-        waiting: tuple[int, ...]
-        if needs_gradient(inputs):  # sharers may be differentiated one by one
-            outputs, waiting = self(inputs), ()
-        elif made is not None and made[0] is inputs and made[1] == version and first in made[3]:
-            _, _, outputs, waiting = made
+        if made is not None and made[0] is inputs and made[1] == version and first in made[2]:
+            outputs = made[2]
         else:
-            outputs, waiting = self(inputs), self.firsts
-        waiting = tuple(other for other in waiting if other != first)
-        self.made = (inputs, version, outputs, waiting) if waiting else None
-        return outputs[..., first : first + count].contiguous()  # for one token no copy
+            outputs = dict(zip(self.firsts, self.parts(inputs, self.firsts), strict=True))
+        # Where there are gradients, sharers may be differentiated one by one.
+        waiting = {} if needs_gradient(inputs) else {other: one for other, one in outputs.items() if other != first}
+        self.made = (inputs, version, waiting) if waiting else None
+        return outputs[first]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "made": None}  # no activations in copies and files
@@ -276,7 +317,7 @@ class QuantLinear(_Packed):
     def forward(self, inputs: Tensor) -> Tensor:
         packed = self.packed
         if isinstance(packed, SharedRows):
-            return packed.some(inputs, self.first, self.out_features)
+            return packed.some(inputs, self.first)
         outputs: Tensor = packed(inputs)
         return outputs
 

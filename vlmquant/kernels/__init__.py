@@ -2,7 +2,9 @@
 
 A layout is a module with four functions: `fits(form, place)`; `hold(weight)`, the buffers that stand for it;
 `release(buffers, form)`, the weight again; `matmul(inputs, buffers, form, bias)`. Those of CUDA devices have a fifth,
-`prepare(buffers, form, place)`. `reference` defines what all compute.
+`prepare(buffers, form, place)`; those of compiled loops `bind(buffers, form, firsts)`, a function of inputs and bias
+that does the same as `matmul`, for each part of the rows (`firsts`: the first ones), for as long as the buffers and
+their memory stay. `reference` defines what all compute.
 """
 
 from types import ModuleType
@@ -31,6 +33,8 @@ EXPANDS = frozenset({"floats", "words"})
 """Layouts whose weights become floats at every product."""
 HAS_KERNEL = frozenset({"vq4", "fp8_cuda", "int8_cuda"})
 """Layouts that a GPU multiplies as they are."""
+BINDS = frozenset({"int4", "int8_onednn", "int8"})
+"""Layouts with a `bind`."""
 ON_CUDA = frozenset({"vq4", "int8_cuda"})
 """Layouts with a `prepare`."""
 OPAQUE = {"int8_onednn": "int8"}

@@ -7,6 +7,7 @@ A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and ea
 one column. Which two depends on the CPU's vector length, so `_tile_shape` asks torch, by packing row numbers.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vlmquant.grid import Grid, QuantizedWeight, mid_code
 from vlmquant.kernels import bag4, loops
-from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, form_of, rows_at_once
+from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, Product, cut, form_of, parts_of, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
 
@@ -25,6 +26,8 @@ GROUPS = (256, 128, 64, 32)
 PROBE_SHAPE = (1024, 1024)
 """Outputs and inputs of the probe weight."""
 PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+LOOP_WAYS = ("floats", "blocks")
+"""The weight as torch's product takes it, or in the blocks of oneDNN's, if it has them."""
 
 
 def fits(form: Form, place: Place) -> bool:
@@ -78,9 +81,34 @@ def release(held: dict[str, Tensor], form: Form) -> QuantizedWeight:
 
 def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | None = None) -> Tensor:
     """inputs (tokens, in) -> (tokens, out), same dtype."""
-    few = inputs.dtype == torch.bfloat16 and 0 < len(inputs) <= _op_tokens() and not needs_gradient(inputs)
-    outputs = _op_matmul(inputs, held) if few else _many_matmul(inputs, held, form)
+    outputs = _op_matmul(inputs, held) if _are_few(inputs) else _many_matmul(inputs, held, form)
     return add_bias(outputs[:, : form.shape[0]], bias)
+
+
+def bind(held: dict[str, Tensor], form: Form, firsts: Sequence[int] = (0,)) -> Product:
+    """`matmul`, with what depends on the weight alone worked out; many tokens by each part of the rows alone."""
+    arguments, parts = _loop_arguments(held, form), parts_of(firsts, form.shape[0])
+    by_loops = {way: loops.tile_product(*arguments, way) for way in LOOP_WAYS}
+    whole = not any(first % ROWS for first in firsts)
+    wanted = [slice(part.start, part.stop + -part.stop % ROWS) for part in parts]
+
+    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
+        product = by_loops.get(_way()) if whole and loops.usable(inputs) and not _are_few(inputs) else None
+        if product is None:
+            return cut(matmul(inputs, held, form, bias), parts)
+        outputs = [product(inputs, rows) for rows in wanted]
+        if form.shape[0] % ROWS:
+            outputs[-1] = outputs[-1][:, : parts[-1].stop - parts[-1].start].contiguous()
+        if bias is None:
+            return outputs
+        return [add_bias(one, bias[part]) for one, part in zip(outputs, parts, strict=True)]
+
+    return multiply
+
+
+def _are_few(inputs: Tensor) -> bool:
+    """Tokens that torch's op multiplies faster, and can."""
+    return inputs.dtype == torch.bfloat16 and 0 < len(inputs) <= _op_tokens() and not needs_gradient(inputs)
 
 
 def _op_matmul(inputs: Tensor, held: dict[str, Tensor]) -> Tensor:
@@ -101,14 +129,16 @@ def _many_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
 
 
 def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, way: str = "floats") -> Tensor:
-    """way: the weight as torch's product takes it (floats), or in the blocks of oneDNN's, if it has them (blocks)."""
+    outputs: Tensor = torch.ops.vlmquant.tile_linear(inputs, *_loop_arguments(held, form), way)
+    return outputs
+
+
+def _loop_arguments(held: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor, int, int, bool]:
+    """What loops.tile_product wants, but for the way."""
     shape, groups = _tile_shape(), -(-form.shape[1] // form.grid.group_size)
     assert shape is not None, "a weight is held in tiles only where there are tiles"
     table = held["table"][:: len(held["table"]) // groups]
-    outputs: Tensor = torch.ops.vlmquant.tile_linear(
-        inputs, held["tiles"], table, shape[1], mid_code(form.grid.bits), form.grid.symmetric, way
-    )
-    return outputs
+    return held["tiles"], table, shape[1], mid_code(form.grid.bits), form.grid.symmetric
 
 
 def _tile_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form) -> Tensor:
@@ -226,7 +256,7 @@ def _way() -> str:
     weight, form = _probe_weight()
     held, inputs = hold(weight), _probe_inputs(PROBE_TOKENS[-1])
     runs = {"torch": partial(_tile_matmul, inputs, held, form)}
-    runs |= {way: partial(_loop_matmul, inputs, held, form, way) for way in ("floats", "blocks")}
+    runs |= {way: partial(_loop_matmul, inputs, held, form, way) for way in LOOP_WAYS}
     return fastest(runs)
 
 

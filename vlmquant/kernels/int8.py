@@ -5,12 +5,14 @@ which is faster depends on the CPU and is measured. Without, weights become floa
 bfloat16 tokens torch's own mixed product is faster.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import loops
-from vlmquant.kernels.form import Form, Place, rows_at_once
+from vlmquant.kernels.form import Form, Place, Product, cut, parts_of, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, most_tokens, needs_gradient, product_dtype
 from vlmquant.kernels.reference import activation_codes, add_bias
 
@@ -20,6 +22,8 @@ PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 COLUMN_MULTIPLE = loops.INT8_COLUMNS
 """Columns are padded to a multiple of this: torch 2.13's mixed product reads past the end of rows of other lengths
 (wrong results, crashes), and its integer product is wrong for rows of a single column."""
+LOOP_WAYS = ("integers", "floats")
+"""Those of loops.PRODUCTS for codes as they are held here."""
 MANY_TOKENS = 64
 """Tokens of the probe that chooses between the integer and the float product of int8 inputs: an image has hundreds."""
 
@@ -48,8 +52,7 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     """inputs (tokens, in) -> (tokens, out), same dtype; bias is added before outputs are rounded to it."""
     codes, scales = held["codes"], held["scales"].float()
     if form.int8_inputs and loops.usable(inputs):
-        way = "integers" if _integers_win() else "floats"
-        outputs: Tensor = torch.ops.vlmquant.rounded_linear(inputs, codes, scales, bias, form.input_scale, way)
+        outputs: Tensor = torch.ops.vlmquant.rounded_linear(inputs, codes, scales, bias, form.input_scale, _loop_way())
         return outputs
     if form.int8_inputs:
         rounded, input_scales = activation_codes(inputs, form.input_scale)
@@ -59,6 +62,23 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     else:
         product = _many_matmul(_pad(inputs), codes, scales)
     return add_bias(product, bias).to(inputs.dtype)
+
+
+def bind(held: dict[str, Tensor], form: Form, firsts: Sequence[int] = (0,)) -> Product:
+    """`matmul`, with what depends on the weight alone worked out."""
+    parts, arguments = parts_of(firsts, form.shape[0]), (held["codes"], held["scales"].float(), form.input_scale)
+    by_loops = {way: loops.rounded_product(*arguments, way, firsts) for way in LOOP_WAYS}
+
+    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
+        if form.int8_inputs and loops.usable(inputs):
+            return by_loops[_loop_way()](inputs, bias)
+        return cut(matmul(inputs, held, form, bias), parts)
+
+    return multiply
+
+
+def _loop_way() -> str:
+    return "integers" if _integers_win() else "floats"
 
 
 def _rounded_product(rounded: Tensor, codes: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ bits. They are made once for each constant that shapes their innermost loop.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmquant import compiled as compiling
 from vlmquant.compiled import Loop, compiled
 from vlmquant.kernels import blocked
-from vlmquant.kernels.form import rows_at_once
+from vlmquant.kernels.form import Product, parts_of, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, needs_gradient, product_dtype
 from vlmquant.kernels.reference import ACTIVATION_FLOOR, ACTIVATION_STEPS
 
@@ -239,13 +239,14 @@ def _rows_to_codes(bfloat16: bool) -> Loop:
 
 @functools.cache
 def _sums_to_outputs(biased: bool, bfloat16: bool) -> Loop:
-    """sums (tokens, rows) x input_scales (tokens,) x scales (rows,) + bias (rows,) -> out (tokens, rows)."""
+    """sums (tokens, all) x input_scales (tokens,) x scales (rows,) + bias (rows,) -> out (tokens, rows), of the rows
+    from `first` on."""
 
-    def loop(sums: Any, input_scales: Any, out: Any, scales: Any, bias: Any) -> None:
+    def loop(sums: Any, input_scales: Any, out: Any, scales: Any, bias: Any, first: Any) -> None:
         for t in range(U(sums.shape[0])):
             factor = input_scales[t]
-            for r in range(U(sums.shape[1])):
-                value = np.float32(np.float32(np.float32(sums[t, r]) * factor) * scales[r])
+            for r in range(U(out.shape[1])):
+                value = np.float32(np.float32(np.float32(sums[t, U(first) + r]) * factor) * scales[r])
                 if biased:
                     value = np.float32(value + bias[r])
                 if bfloat16:
@@ -289,41 +290,53 @@ def _dtype_for(inputs: Tensor) -> torch.dtype:
     return torch.bfloat16 if product_dtype(inputs) == torch.bfloat16 else torch.float32
 
 
-def _tile_linear(inputs: Tensor, tiles: Tensor, table: Tensor, run: int, mid: int, symmetric: bool, way: str) -> Tensor:
-    columns, width = tiles.shape[1], 2 * tiles.shape[2]
-    table, shape = table.contiguous(), (len(tiles) * width, columns)
-    numbers = torch.arange(len(tiles))
-    if way == "blocks" and len(inputs) and _dtype_for(inputs) == torch.bfloat16:
-        outputs = _tiles_in_blocks(inputs, tiles, numbers, table, run, mid, symmetric)
-        if outputs is not None:
-            return outputs
-    loop = _tiles_to_floats(run, symmetric, _dtype_for(inputs) == torch.bfloat16)
+def tile_product(
+    tiles: Tensor, table: Tensor, run: int, mid: int, symmetric: bool, way: str
+) -> Callable[[Tensor, slice], Tensor]:
+    """inputs (tokens, in) times some rows, whole tiles, of a weight as `int4.hold` has it -> (tokens, some).
 
-    def expand(rows: slice, part: Tensor) -> None:
-        some = slice(rows.start // width, rows.stop // width)
-        loop(tiles[some], numbers[: some.stop - some.start], table, rows.start, np.float32(mid), part)
+    What depends on the weight alone is worked out here.
+    """
+    columns, width, middle = tiles.shape[1], 2 * tiles.shape[2], np.float32(mid)
+    codes, numbers, scales = compiling.array_of(tiles), np.arange(len(tiles)), compiling.array_of(table.contiguous())
+    by_blocks = _block_product(codes, numbers, scales, run, middle, symmetric) if way == "blocks" else None
 
-    return _multiply(inputs, shape, expand, by_rows=False, multiple=width).to(inputs.dtype)
+    def multiply(inputs: Tensor, rows: slice) -> Tensor:
+        bfloat16 = _dtype_for(inputs) == torch.bfloat16
+        if by_blocks is not None and bfloat16 and len(inputs):
+            outputs = by_blocks(inputs, rows)
+            if outputs is not None:
+                return outputs
+        loop = _tiles_to_floats(run, symmetric, bfloat16)
+
+        def expand(some: slice, part: Tensor) -> None:
+            start = rows.start + some.start
+            first, count = start // width, (some.stop - some.start) // width
+            loop(codes[first : first + count], numbers[:count], scales, start, middle, part)
+
+        shape = (rows.stop - rows.start, columns)
+        return _multiply(inputs, shape, expand, by_rows=False, multiple=width).to(inputs.dtype)
+
+    return multiply
 
 
-def _tiles_in_blocks(
-    inputs: Tensor, tiles: Tensor, numbers: Tensor, table: Tensor, run: int, mid: int, symmetric: bool
-) -> Tensor | None:
+def _block_product(
+    codes: Any, numbers: Any, scales: Any, run: int, middle: Any, symmetric: bool
+) -> Callable[[Tensor, slice], Tensor | None] | None:
     from vlmquant.kernels.vectors import LANES, tiles_to_blocks
 
-    columns, half = tiles.shape[1], tiles.shape[2]
+    columns, half = codes.shape[1:]
     width, block = 2 * half, blocked.rows_of_block()
-    if block is None or width % block or run % LANES or block % LANES or columns // len(table) % 2:
+    if block is None or width % block or run % LANES or block % LANES or columns // len(scales) % 2:
         return None
     loop = tiles_to_blocks(half, run, block, symmetric)
 
     def make(rows: slice, words: Any) -> None:
-        some = slice(rows.start // width, rows.stop // width)
-        count = some.stop - some.start
+        first, count = rows.start // width, (rows.stop - rows.start) // width
         out = words.reshape(count, width // block, columns // 2, block)
-        loop(tiles[some], numbers[:count], out, table, rows.start, np.float32(mid))
+        loop(codes[first : first + count], numbers[:count], out, scales, rows.start, middle)
 
-    return blocked.multiply(inputs, (len(tiles) * width, columns), width, make)
+    return functools.partial(blocked.multiply, columns=columns, multiple=width, make=make)
 
 
 def _bag_linear(inputs: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, mid: int) -> Tensor:
@@ -370,24 +383,32 @@ def _int8_linear(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return _multiply(inputs, (rows, columns), expand, by_rows=True).to(inputs.dtype)
 
 
-def _rounded_linear(
-    inputs: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, input_scale: float | None, way: str
-) -> Tensor:
-    multiply, rows, columns = PRODUCTS[way], len(scales), inputs.shape[1]
-    bfloat16 = inputs.dtype == torch.bfloat16
-    values = (inputs if bfloat16 else inputs.float()).contiguous()
-    rounded = torch.empty(len(values), columns + -columns % INT8_COLUMNS, dtype=torch.int8)
-    input_scales = torch.empty(len(values))
-    bits = values.view(torch.int16 if bfloat16 else torch.int32)
-    _rows_to_codes(bfloat16)(bits, rounded, input_scales, np.float32(input_scale or 0))
-    finish = _sums_to_outputs(bias is not None, bfloat16)
-    added = scales if bias is None else bias.detach().float()
-    outputs = values.new_empty(len(values), rows)
-    at_once = max(1, OUTPUTS_AT_ONCE // rows)
-    for start in range(0, len(values), at_once):
-        some = slice(start, start + at_once)
-        finish(multiply(rounded[some], weight), input_scales[some], outputs[some], scales, added)
-    return outputs.to(inputs.dtype)
+def rounded_product(
+    weight: Tensor, scales: Tensor, input_scale: float | None, way: str, firsts: Sequence[int] = (0,)
+) -> Product:
+    """With a weight of int8 codes, of inputs that are rounded; what depends on the weight alone is worked out here."""
+    sums_of, rows, factors = PRODUCTS[way], len(scales), compiling.array_of(scales)
+    given, at_once, parts = np.float32(input_scale or 0), max(1, OUTPUTS_AT_ONCE // rows), parts_of(firsts, rows)
+
+    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
+        bfloat16, columns = inputs.dtype == torch.bfloat16, inputs.shape[1]
+        values = (inputs if bfloat16 else inputs.float()).contiguous()
+        rounded = torch.empty(len(values), columns + -columns % INT8_COLUMNS, dtype=torch.int8)
+        input_scales = np.empty(len(values), np.float32)
+        bits = values.view(torch.int16 if bfloat16 else torch.int32)
+        _rows_to_codes(bfloat16)(bits, rounded, input_scales, given)
+        finish = _sums_to_outputs(bias is not None, bfloat16)
+        added = factors if bias is None else compiling.array_of(bias.detach().float())
+        outputs = [values.new_empty(len(values), part.stop - part.start) for part in parts]
+        finished = [compiling.array_of(one) for one in outputs]
+        for start in range(0, len(values), at_once):
+            some = slice(start, start + at_once)
+            sums = sums_of(rounded if at_once >= len(values) else rounded[some], weight)
+            for out, part in zip(finished, parts, strict=True):
+                finish(sums, input_scales[some], out[some], factors[part], added[part], part.start)
+        return [one.to(inputs.dtype) for one in outputs]
+
+    return multiply
 
 
 def _float_sums(rounded: Tensor, codes: Tensor) -> Tensor:
@@ -420,6 +441,17 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "onednn": onednn_sums,
 }
 """Ways to multiply int8 by int8 -> the sums (tokens, out), int32 or float32."""
+
+
+def _tile_linear(inputs: Tensor, tiles: Tensor, *held: Any) -> Tensor:
+    return tile_product(tiles, *held)(inputs, slice(0, len(tiles) * tiles.shape[2] * 2))
+
+
+def _rounded_linear(
+    inputs: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, input_scale: float | None, way: str
+) -> Tensor:
+    return rounded_product(weight, scales, input_scale, way)(inputs, bias)[0]
+
 
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., int]]] = {
     "tile_linear": (
