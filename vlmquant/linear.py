@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, join_rows
 from vlmquant.kernels import APPLIES_ACTIVATIONS, BINDS, LAYOUTS, OPAQUE, ROUNDS_INPUTS, choose, nbytes, prepare, words
-from vlmquant.kernels.form import Form, Place, Product, cut, form_of, parts_of
+from vlmquant.kernels.form import Form, Place, Product, form_of
 from vlmquant.kernels.probe import needs_gradient
 from vlmquant.kernels.reference import round_inputs
 
@@ -23,7 +23,6 @@ class _Bound:
     """A product bound to buffers of a form: their names, themselves, and where their memory is."""
 
     form: Form
-    firsts: tuple[int, ...]
     buffers: list[tuple[str, Tensor, int]]
     product: Product
 
@@ -110,29 +109,25 @@ class PackedRows(nn.Module):
         self._hold(LAYOUTS[self.layout].hold(weight))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.parts(inputs, (0,))[0]
-
-    def parts(self, inputs: Tensor, firsts: tuple[int, ...]) -> list[Tensor]:
-        """inputs (..., in) -> (..., rows) for each part of the rows, of which these are the first ones."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         if self.layout not in ROUNDS_INPUTS:
             flat = round_inputs(flat, self.form.inputs, self.form.input_scale)
+        outputs: Tensor
         if self._binds():
-            outputs = self._bound_product(firsts)(flat, self.bias)
+            outputs = self._bound_product()(flat, self.bias)
         else:
-            joint: Tensor = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
-            outputs = cut(joint, parts_of(firsts, self.form.shape[0]))
-        return [one.view(*inputs.shape[:-1], one.shape[1]) for one in outputs]
+            outputs = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
+        return outputs.view(*inputs.shape[:-1], self.form.shape[0])
 
     def _binds(self) -> bool:
         """Whether a product can be bound to what is held, which whoever compiles or traces would not see."""
         seen = torch.compiler.is_compiling() or torch._C._get_tracing_state()
         return self.layout in BINDS and self.mark.is_cpu and not seen
 
-    def _bound_product(self, firsts: tuple[int, ...]) -> Product:
+    def _bound_product(self) -> Product:
         """That of the layout; bound anew where buffers, or the memory that they lie in, are others than then."""
         bound, buffers = self._bound, self._buffers
-        if bound is not None and bound.form is self.form and bound.firsts == firsts:
+        if bound is not None and bound.form is self.form:
             for name, tensor, address in bound.buffers:
                 if buffers.get(name) is not tensor or _address(tensor) != address:
                     break
@@ -140,7 +135,7 @@ class PackedRows(nn.Module):
                 return bound.product
         held = self.held
         where = [(f"held_{name}", tensor, _address(tensor)) for name, tensor in held.items()]
-        self._bound = _Bound(self.form, firsts, where, LAYOUTS[self.layout].bind(held, self.form, firsts))
+        self._bound = _Bound(self.form, where, LAYOUTS[self.layout].bind(held, self.form))
         return self._bound.product
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedRows":
@@ -212,20 +207,27 @@ class SharedRows(PackedRows):
     ) -> None:
         super().__init__(weight, scheme, bias, dtype)
         self.firsts = firsts
-        self.made: tuple[Tensor, int | None, dict[int, Tensor]] | None = None
-        """The last inputs and their version, and outputs by their first row for sharers that have not asked yet."""
+        self.made: tuple[Tensor, int | None, Tensor, tuple[int, ...]] | None = None
+        """The last inputs and their version, their outputs, and the first rows of sharers that have not asked yet."""
 
-    def some(self, inputs: Tensor, first: int) -> Tensor:
-        """inputs (..., in) -> (..., count), in one piece: the outputs of the sharer whose rows begin with `first`."""
+    def some(self, inputs: Tensor, first: int, count: int) -> Tensor:
+        """inputs (..., in) -> (..., count): the outputs of rows `first` and after, a view of those of all rows.
+
+        Strided, as those of a model's own joint projection are when it splits them: the families whose linears are put
+        together (`families`) take such. To copy them took as long as some of their products.
+        """
         made, version = self.made, _version(inputs)
-        if made is not None and made[0] is inputs and made[1] == version and first in made[2]:
-            outputs = made[2]
+        outputs: Tensor
+        waiting: tuple[int, ...]
+        if needs_gradient(inputs):  # sharers may be differentiated one by one
+            outputs, waiting = self(inputs), ()
+        elif made is not None and made[0] is inputs and made[1] == version and first in made[3]:
+            _, _, outputs, waiting = made
         else:
-            outputs = dict(zip(self.firsts, self.parts(inputs, self.firsts), strict=True))
-        # Where there are gradients, sharers may be differentiated one by one.
-        waiting = {} if needs_gradient(inputs) else {other: one for other, one in outputs.items() if other != first}
-        self.made = (inputs, version, waiting) if waiting else None
-        return outputs[first]
+            outputs, waiting = self(inputs), self.firsts
+        waiting = tuple(other for other in waiting if other != first)
+        self.made = (inputs, version, outputs, waiting) if waiting else None
+        return outputs[..., first : first + count]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "made": None}  # no activations in copies and files
@@ -317,7 +319,7 @@ class QuantLinear(_Packed):
     def forward(self, inputs: Tensor) -> Tensor:
         packed = self.packed
         if isinstance(packed, SharedRows):
-            return packed.some(inputs, self.first)
+            return packed.some(inputs, self.first, self.out_features)
         outputs: Tensor = packed(inputs)
         return outputs
 

@@ -2,9 +2,8 @@
 
 A layout is a module with four functions: `fits(form, place)`; `hold(weight)`, the buffers that stand for it;
 `release(buffers, form)`, the weight again; `matmul(inputs, buffers, form, bias)`. Those of CUDA devices have a fifth,
-`prepare(buffers, form, place)`; those of compiled loops `bind(buffers, form, firsts)`, a function of inputs and bias
-that does the same as `matmul`, for each part of the rows (`firsts`: the first ones), for as long as the buffers and
-their memory stay. `reference` defines what all compute.
+`prepare(buffers, form, place)`; those of compiled loops `bind(buffers, form)`, a function of inputs and bias that does
+the same as `matmul`, for as long as the buffers and their memory stay. `reference` defines what all compute.
 """
 
 from types import ModuleType

@@ -63,20 +63,19 @@ def room(rows: int, columns: int) -> Room | None:
 
 
 def multiply(
-    inputs: Tensor, rows: slice, columns: int, multiple: int, make: Callable[[slice, Any], None]
+    inputs: Tensor, shape: tuple[int, int], multiple: int, make: Callable[[slice, Any], None]
 ) -> Tensor | None:
-    """inputs (tokens, in) bfloat16 times some rows of a weight (out, in) -> (tokens, some); None if it has no such
-    blocks.
+    """inputs (tokens, in) bfloat16 times a weight of `shape` (out, in) -> (tokens, out); None if it has no such blocks.
 
-    make(rows, words): some of them, a multiple of `multiple`, into the words of their blocks.
+    make(rows, words): some rows of the weight, a multiple of `multiple` of them, into the words of their blocks.
     """
-    count = rows.stop - rows.start
-    at_once = min(rows_at_once(columns, AT_ONCE, multiple=multiple), count)
-    if room(at_once, columns) is None or (count % at_once and room(count % at_once, columns) is None):
+    rows, columns = shape
+    at_once = min(rows_at_once(columns, AT_ONCE, multiple=multiple), rows)
+    if room(at_once, columns) is None or (rows % at_once and room(rows % at_once, columns) is None):
         return None
     parts = []
-    for start in range(rows.start, rows.stop, at_once):
-        some = slice(start, min(start + at_once, rows.stop))
+    for start in range(0, rows, at_once):
+        some = slice(start, min(start + at_once, rows))
         place = room(some.stop - start, columns)
         assert place is not None, "seen above"
         make(some, place.words)

@@ -1,8 +1,7 @@
 """What every layout of a packed weight knows besides its buffers, and where it is to be held."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,9 +11,8 @@ from vlmquant.grid import Grid, QuantizedWeight
 VALUES_AT_ONCE = 1 << 21
 """Codes that become floats together: few enough to stay near the CPU, enough for a product (half or twice: slower)."""
 
-Product = Callable[[Tensor, Tensor | None], list[Tensor]]
-"""Of inputs (tokens, in), with a held weight, and a bias (out,) or None -> (tokens, rows) for each part of the weight's
-rows, contiguous, in the inputs' dtype."""
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""Of inputs (tokens, in), with a held weight, and a bias (out,) or None -> (tokens, out) in the inputs' dtype."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +52,6 @@ class Place:
 
 def form_of(weight: QuantizedWeight, inputs: str = "none") -> Form:
     return Form(weight.shape, weight.grid, inputs, weight.input_scale)
-
-
-def parts_of(firsts: Sequence[int], rows: int) -> list[slice]:
-    """Rows in parts, of which these are the first ones."""
-    return [slice(start, stop) for start, stop in pairwise([*firsts, rows])]
-
-
-def cut(outputs: Tensor, parts: Sequence[slice]) -> list[Tensor]:
-    """outputs (tokens, out) -> (tokens, rows) for each part; a copy, but of one token or one part."""
-    return [outputs] if len(parts) == 1 else [outputs[:, part].contiguous() for part in parts]
 
 
 def rows_at_once(columns: int, values: int = VALUES_AT_ONCE, *, multiple: int = 1) -> int:

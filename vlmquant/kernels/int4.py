@@ -7,7 +7,6 @@ A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and ea
 one column. Which two depends on the CPU's vector length, so `_tile_shape` asks torch, by packing row numbers.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from vlmquant.grid import Grid, QuantizedWeight, mid_code
 from vlmquant.kernels import bag4, loops
-from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, Product, cut, form_of, parts_of, rows_at_once
+from vlmquant.kernels.form import VALUES_AT_ONCE, Form, Place, Product, form_of, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, most_tokens, needs_gradient, product_dtype, seconds
 from vlmquant.kernels.reference import add_bias
 
@@ -85,23 +84,18 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     return add_bias(outputs[:, : form.shape[0]], bias)
 
 
-def bind(held: dict[str, Tensor], form: Form, firsts: Sequence[int] = (0,)) -> Product:
-    """`matmul`, with what depends on the weight alone worked out; many tokens by each part of the rows alone."""
-    arguments, parts = _loop_arguments(held, form), parts_of(firsts, form.shape[0])
+def bind(held: dict[str, Tensor], form: Form) -> Product:
+    """`matmul`, with what depends on the weight alone worked out."""
+    arguments = _loop_arguments(held, form)
     by_loops = {way: loops.tile_product(*arguments, way) for way in LOOP_WAYS}
-    whole = not any(first % ROWS for first in firsts)
-    wanted = [slice(part.start, part.stop + -part.stop % ROWS) for part in parts]
+    padded = form.shape[0] % ROWS
 
-    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
-        product = by_loops.get(_way()) if whole and loops.usable(inputs) and not _are_few(inputs) else None
+    def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
+        product = None if _are_few(inputs) or not loops.usable(inputs) else by_loops.get(_way())
         if product is None:
-            return cut(matmul(inputs, held, form, bias), parts)
-        outputs = [product(inputs, rows) for rows in wanted]
-        if form.shape[0] % ROWS:
-            outputs[-1] = outputs[-1][:, : parts[-1].stop - parts[-1].start].contiguous()
-        if bias is None:
-            return outputs
-        return [add_bias(one, bias[part]) for one, part in zip(outputs, parts, strict=True)]
+            return matmul(inputs, held, form, bias)
+        outputs = product(inputs)
+        return add_bias(outputs[:, : form.shape[0]] if padded else outputs, bias)
 
     return multiply
 

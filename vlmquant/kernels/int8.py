@@ -5,14 +5,12 @@ which is faster depends on the CPU and is measured. Without, weights become floa
 bfloat16 tokens torch's own mixed product is faster.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from vlmquant.grid import QuantizedWeight, mid_code
 from vlmquant.kernels import loops
-from vlmquant.kernels.form import Form, Place, Product, cut, parts_of, rows_at_once
+from vlmquant.kernels.form import Form, Place, Product, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, most_tokens, needs_gradient, product_dtype
 from vlmquant.kernels.reference import activation_codes, add_bias
 
@@ -64,15 +62,15 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     return add_bias(product, bias).to(inputs.dtype)
 
 
-def bind(held: dict[str, Tensor], form: Form, firsts: Sequence[int] = (0,)) -> Product:
+def bind(held: dict[str, Tensor], form: Form) -> Product:
     """`matmul`, with what depends on the weight alone worked out."""
-    parts, arguments = parts_of(firsts, form.shape[0]), (held["codes"], held["scales"].float(), form.input_scale)
-    by_loops = {way: loops.rounded_product(*arguments, way, firsts) for way in LOOP_WAYS}
+    arguments = held["codes"], held["scales"].float(), form.input_scale
+    by_loops = {way: loops.rounded_product(*arguments, way) for way in LOOP_WAYS}
 
-    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
+    def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
         if form.int8_inputs and loops.usable(inputs):
             return by_loops[_loop_way()](inputs, bias)
-        return cut(matmul(inputs, held, form, bias), parts)
+        return matmul(inputs, held, form, bias)
 
     return multiply
 

@@ -5,7 +5,7 @@ plain reference for it: `fits` measures. The packed weight is a tensor without a
 nor save: PackedRows holds it as int8 does meanwhile.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from vlmquant import compiled
 from vlmquant.grid import QuantizedWeight
 from vlmquant.kernels import int8, loops
-from vlmquant.kernels.form import Form, Place, Product, cut, parts_of
+from vlmquant.kernels.form import Form, Place, Product
 from vlmquant.kernels.probe import fastest, measured, seconds
 
 PROBE_SHAPE = (256, 1024, 1024)
@@ -58,15 +58,12 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
     return outputs
 
 
-def bind(held: dict[str, Tensor], form: Form, firsts: Sequence[int] = (0,)) -> Product:
+def bind(held: dict[str, Tensor], form: Form) -> Product:
     """`matmul`, with what depends on the weight alone worked out."""
-    by_loops = loops.rounded_product(held["packed"], held["scales"].float(), form.input_scale, "onednn", firsts)
-    parts = parts_of(firsts, form.shape[0])
+    by_loops = loops.rounded_product(held["packed"], held["scales"].float(), form.input_scale, "onednn")
 
-    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
-        if loops.usable(inputs):
-            return by_loops(inputs, bias)
-        return cut(matmul(inputs, held, form, bias), parts)
+    def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
+        return by_loops(inputs, bias) if loops.usable(inputs) else matmul(inputs, held, form, bias)
 
     return multiply
 

@@ -10,7 +10,7 @@ bits. They are made once for each constant that shapes their innermost loop.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor
 from vlmquant import compiled as compiling
 from vlmquant.compiled import Loop, compiled
 from vlmquant.kernels import blocked
-from vlmquant.kernels.form import Product, parts_of, rows_at_once
+from vlmquant.kernels.form import Product, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, needs_gradient, product_dtype
 from vlmquant.kernels.reference import ACTIVATION_FLOOR, ACTIVATION_STEPS
 
@@ -239,14 +239,13 @@ def _rows_to_codes(bfloat16: bool) -> Loop:
 
 @functools.cache
 def _sums_to_outputs(biased: bool, bfloat16: bool) -> Loop:
-    """sums (tokens, all) x input_scales (tokens,) x scales (rows,) + bias (rows,) -> out (tokens, rows), of the rows
-    from `first` on."""
+    """sums (tokens, rows) x input_scales (tokens,) x scales (rows,) + bias (rows,) -> out (tokens, rows)."""
 
-    def loop(sums: Any, input_scales: Any, out: Any, scales: Any, bias: Any, first: Any) -> None:
+    def loop(sums: Any, input_scales: Any, out: Any, scales: Any, bias: Any) -> None:
         for t in range(U(sums.shape[0])):
             factor = input_scales[t]
-            for r in range(U(out.shape[1])):
-                value = np.float32(np.float32(np.float32(sums[t, U(first) + r]) * factor) * scales[r])
+            for r in range(U(sums.shape[1])):
+                value = np.float32(np.float32(np.float32(sums[t, r]) * factor) * scales[r])
                 if biased:
                     value = np.float32(value + bias[r])
                 if bfloat16:
@@ -292,29 +291,28 @@ def _dtype_for(inputs: Tensor) -> torch.dtype:
 
 def tile_product(
     tiles: Tensor, table: Tensor, run: int, mid: int, symmetric: bool, way: str
-) -> Callable[[Tensor, slice], Tensor]:
-    """inputs (tokens, in) times some rows, whole tiles, of a weight as `int4.hold` has it -> (tokens, some).
+) -> Callable[[Tensor], Tensor]:
+    """inputs (tokens, in) times a weight as `int4.hold` has it -> (tokens, rows of its tiles).
 
     What depends on the weight alone is worked out here.
     """
     columns, width, middle = tiles.shape[1], 2 * tiles.shape[2], np.float32(mid)
     codes, numbers, scales = compiling.array_of(tiles), np.arange(len(tiles)), compiling.array_of(table.contiguous())
     by_blocks = _block_product(codes, numbers, scales, run, middle, symmetric) if way == "blocks" else None
+    shape = (len(tiles) * width, columns)
 
-    def multiply(inputs: Tensor, rows: slice) -> Tensor:
+    def multiply(inputs: Tensor) -> Tensor:
         bfloat16 = _dtype_for(inputs) == torch.bfloat16
         if by_blocks is not None and bfloat16 and len(inputs):
-            outputs = by_blocks(inputs, rows)
+            outputs = by_blocks(inputs)
             if outputs is not None:
                 return outputs
         loop = _tiles_to_floats(run, symmetric, bfloat16)
 
-        def expand(some: slice, part: Tensor) -> None:
-            start = rows.start + some.start
-            first, count = start // width, (some.stop - some.start) // width
-            loop(codes[first : first + count], numbers[:count], scales, start, middle, part)
+        def expand(rows: slice, part: Tensor) -> None:
+            some = slice(rows.start // width, rows.stop // width)
+            loop(codes[some], numbers[: some.stop - some.start], scales, rows.start, middle, part)
 
-        shape = (rows.stop - rows.start, columns)
         return _multiply(inputs, shape, expand, by_rows=False, multiple=width).to(inputs.dtype)
 
     return multiply
@@ -322,21 +320,21 @@ def tile_product(
 
 def _block_product(
     codes: Any, numbers: Any, scales: Any, run: int, middle: Any, symmetric: bool
-) -> Callable[[Tensor, slice], Tensor | None] | None:
+) -> Callable[[Tensor], Tensor | None] | None:
     from vlmquant.kernels.vectors import LANES, tiles_to_blocks
 
-    columns, half = codes.shape[1:]
+    count, columns, half = codes.shape
     width, block = 2 * half, blocked.rows_of_block()
     if block is None or width % block or run % LANES or block % LANES or columns // len(scales) % 2:
         return None
     loop = tiles_to_blocks(half, run, block, symmetric)
 
     def make(rows: slice, words: Any) -> None:
-        first, count = rows.start // width, (rows.stop - rows.start) // width
-        out = words.reshape(count, width // block, columns // 2, block)
-        loop(codes[first : first + count], numbers[:count], out, scales, rows.start, middle)
+        some = slice(rows.start // width, rows.stop // width)
+        out = words.reshape(some.stop - some.start, width // block, columns // 2, block)
+        loop(codes[some], numbers[: some.stop - some.start], out, scales, rows.start, middle)
 
-    return functools.partial(blocked.multiply, columns=columns, multiple=width, make=make)
+    return functools.partial(blocked.multiply, shape=(count * width, columns), multiple=width, make=make)
 
 
 def _bag_linear(inputs: Tensor, table: Tensor, scales: Tensor, zeros: Tensor | None, mid: int) -> Tensor:
@@ -383,14 +381,12 @@ def _int8_linear(inputs: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return _multiply(inputs, (rows, columns), expand, by_rows=True).to(inputs.dtype)
 
 
-def rounded_product(
-    weight: Tensor, scales: Tensor, input_scale: float | None, way: str, firsts: Sequence[int] = (0,)
-) -> Product:
+def rounded_product(weight: Tensor, scales: Tensor, input_scale: float | None, way: str) -> Product:
     """With a weight of int8 codes, of inputs that are rounded; what depends on the weight alone is worked out here."""
     sums_of, rows, factors = PRODUCTS[way], len(scales), compiling.array_of(scales)
-    given, at_once, parts = np.float32(input_scale or 0), max(1, OUTPUTS_AT_ONCE // rows), parts_of(firsts, rows)
+    given, at_once = np.float32(input_scale or 0), max(1, OUTPUTS_AT_ONCE // rows)
 
-    def multiply(inputs: Tensor, bias: Tensor | None) -> list[Tensor]:
+    def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
         bfloat16, columns = inputs.dtype == torch.bfloat16, inputs.shape[1]
         values = (inputs if bfloat16 else inputs.float()).contiguous()
         rounded = torch.empty(len(values), columns + -columns % INT8_COLUMNS, dtype=torch.int8)
@@ -399,14 +395,13 @@ def rounded_product(
         _rows_to_codes(bfloat16)(bits, rounded, input_scales, given)
         finish = _sums_to_outputs(bias is not None, bfloat16)
         added = factors if bias is None else compiling.array_of(bias.detach().float())
-        outputs = [values.new_empty(len(values), part.stop - part.start) for part in parts]
-        finished = [compiling.array_of(one) for one in outputs]
+        outputs = values.new_empty(len(values), rows)
+        finished = compiling.array_of(outputs)
         for start in range(0, len(values), at_once):
             some = slice(start, start + at_once)
             sums = sums_of(rounded if at_once >= len(values) else rounded[some], weight)
-            for out, part in zip(finished, parts, strict=True):
-                finish(sums, input_scales[some], out[some], factors[part], added[part], part.start)
-        return [one.to(inputs.dtype) for one in outputs]
+            finish(sums, input_scales[some], finished[some], factors, added)
+        return outputs.to(inputs.dtype)
 
     return multiply
 
@@ -443,14 +438,14 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Ways to multiply int8 by int8 -> the sums (tokens, out), int32 or float32."""
 
 
-def _tile_linear(inputs: Tensor, tiles: Tensor, *held: Any) -> Tensor:
-    return tile_product(tiles, *held)(inputs, slice(0, len(tiles) * tiles.shape[2] * 2))
+def _tile_linear(inputs: Tensor, *held: Any) -> Tensor:
+    return tile_product(*held)(inputs)
 
 
 def _rounded_linear(
     inputs: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None, input_scale: float | None, way: str
 ) -> Tensor:
-    return rounded_product(weight, scales, input_scale, way)(inputs, bias)[0]
+    return rounded_product(weight, scales, input_scale, way)(inputs, bias)
 
 
 OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., int]]] = {
