@@ -387,21 +387,21 @@ def rounded_product(weight: Tensor, scales: Tensor, input_scale: float | None, w
     given, at_once = np.float32(input_scale or 0), max(1, OUTPUTS_AT_ONCE // rows)
 
     def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
-        bfloat16, columns = inputs.dtype == torch.bfloat16, inputs.shape[1]
+        bfloat16, (tokens, columns) = inputs.dtype == torch.bfloat16, inputs.shape
         values = (inputs if bfloat16 else inputs.float()).contiguous()
-        rounded = torch.empty(len(values), columns + -columns % INT8_COLUMNS, dtype=torch.int8)
-        input_scales = np.empty(len(values), np.float32)
+        rounded = torch.empty(tokens, columns + -columns % INT8_COLUMNS, dtype=torch.int8)
+        input_scales = np.empty(tokens, np.float32)
         bits = values.view(torch.int16 if bfloat16 else torch.int32)
         _rows_to_codes(bfloat16)(bits, rounded, input_scales, given)
         finish = _sums_to_outputs(bias is not None, bfloat16)
         added = factors if bias is None else compiling.array_of(bias.detach().float())
-        outputs = values.new_empty(len(values), rows)
+        outputs = values.new_empty(tokens, rows)
         finished = compiling.array_of(outputs)
-        for start in range(0, len(values), at_once):
+        for start in range(0, tokens, at_once):
             some = slice(start, start + at_once)
-            sums = sums_of(rounded if at_once >= len(values) else rounded[some], weight)
+            sums = sums_of(rounded if at_once >= tokens else rounded[some], weight)
             finish(sums, input_scales[some], finished[some], factors, added)
-        return outputs.to(inputs.dtype)
+        return outputs if outputs.dtype == inputs.dtype else outputs.to(inputs.dtype)
 
     return multiply
 
