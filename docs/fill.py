@@ -199,8 +199,8 @@ def variables() -> dict[str, str]:
 OTHERS = {
     "HF_HUB_OFFLINE": "huggingface_hub's: set to 1, nothing is fetched",
     "XDG_CACHE_HOME": "where the cache lies if VLMQUANT_CACHE does not say",
-    "OMP_WAIT_POLICY, GOMP_SPINCOUNT": "OpenMP's: how threads wait for work. Set one and vlmquant sets neither; a program of "
-    "yours gains from PASSIVE and 1000 too (`benchmarks/results/thread_waiting.md`)",
+    "OMP_WAIT_POLICY, GOMP_SPINCOUNT": "OpenMP's: how threads wait for work. Set one and vlmquant sets neither; a "
+    "program of yours gains from PASSIVE and 1000 too (`benchmarks/results/thread_waiting.md`)",
     "GITHUB_STEP_SUMMARY": "`gate` appends its verdicts to this file",
     "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT": "set by torchrun; a run is shared",
 }
