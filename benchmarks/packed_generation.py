@@ -129,7 +129,7 @@ def main() -> None:
         "Memory: the process's peak while it generates, less what it had before it loaded the model.",
         f"{result['equal_answers']} of {len(pairs)} greedy answers are equal, packed against dequantized.",
         "",
-        "| weights | tokens/s (slowest to fastest round) | seconds to the first token | peak memory, MiB |",
+        "| weights | tokens/s (slowest to fastest round) | seconds to the first token (same) | peak memory, MiB |",
         "|---|---:|---:|---:|",
         *(_row(variant, found) for variant, found in rounds.items()),
     ]
@@ -138,11 +138,13 @@ def main() -> None:
 
 
 def _row(variant: str, found: list[dict[str, Any]]) -> str:
-    speeds = [one["tokens_per_second"] for one in found]
-    first, peak = (statistics.median(one[key] for one in found) for key in ("first_token_seconds", "peak_bytes"))
+    speeds, first, peaks = (
+        [one[key] for one in found] for key in ("tokens_per_second", "first_token_seconds", "peak_bytes")
+    )
     return (
         f"| {variant} | {statistics.median(speeds):.1f} ({min(speeds):.1f} to {max(speeds):.1f}) "
-        f"| {first:.3f} | {peak / 2**20:.0f} |"
+        f"| {statistics.median(first):.3f} ({max(first):.3f} to {min(first):.3f}) "
+        f"| {statistics.median(peaks) / 2**20:.0f} |"
     )
 
 

@@ -1,7 +1,9 @@
 """QuantLinear and QuantEmbedding against the weights they were made of."""
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -410,6 +412,21 @@ def test_a_bound_product_follows_what_is_held(name: str) -> None:
             tensor.copy_(copied.packed.held[name])
     if not any(tensor.is_mkldnn for tensor in second.packed.held.values()):
         assert torch.equal(second(inputs), before)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.float, torch.Tensor.half, None], ids=["float", "half", "rows"])
+@pytest.mark.parametrize("name", ["w4a16", "w4a16-asym"])
+def test_a_bound_product_keeps_no_weight_of_before(name: str, change: Callable[[Tensor], Tensor] | None) -> None:
+    scheme = SHORT_SCHEMES[name]
+    linear = QuantLinear(round_to(scheme, 128, 256), scheme, None)
+    linear(torch.ones(80, 256, dtype=torch.bfloat16))
+    before = [weakref.ref(tensor) for tensor in linear.packed.held.values()]
+    if change is None:
+        linear.packed.put_rows(round_to(scheme, 128, 256, seed=1), 0)
+    else:
+        linear.to(change(torch.ones(1)).dtype)
+    gc.collect()
+    assert [kept() for kept in before] == [None] * len(before)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

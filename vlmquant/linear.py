@@ -66,6 +66,7 @@ class PackedRows(nn.Module):
 
     def _hold(self, held: dict[str, Tensor]) -> None:
         """Let these buffers, of self.layout, stand for the weight from now on."""
+        self._bound = None  # or it would keep those before
         for name in self.held_names:
             delattr(self, f"held_{name}")
         for name, tensor in held.items():
