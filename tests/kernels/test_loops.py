@@ -122,7 +122,7 @@ def test_tiles_become_what_they_mean(
     way: str, at_once: int, symmetric: bool, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In blocks where oneDNN has them, which float32 has not."""
-    monkeypatch.setattr(loops, "EXPANDED_AT_ONCE", at_once)
+    monkeypatch.setattr(loops, "EXPANDED_AT_ONCE", at_once * dtype.itemsize)
     monkeypatch.setattr(blocked, "AT_ONCE", at_once)
     monkeypatch.setattr(loops, "product_dtype", lambda inputs: inputs.dtype)
     weight = packed(1000, 192, bits, 96, symmetric, torch.bfloat16)

@@ -24,8 +24,8 @@ from vlmquant.kernels.form import Product, rows_at_once
 from vlmquant.kernels.probe import fastest, measured, needs_gradient, product_dtype
 from vlmquant.kernels.reference import ACTIVATION_FLOOR, ACTIVATION_STEPS
 
-EXPANDED_AT_ONCE = 1 << 21
-"""Codes that become floats together."""
+EXPANDED_AT_ONCE = 1 << 24
+"""Bytes of floats that are made of codes together: few enough to stay near the CPU, and each product of a part costs."""
 OUTPUTS_AT_ONCE = 1 << 20
 """Sums of integer products that lie about before they become outputs."""
 VALUES_AT_LEAST = 1 << 17
@@ -274,7 +274,8 @@ def _multiply(
     that is the inputs' own and fast, else float32.
     """
     dtype, (rows, columns) = _dtype_for(inputs), shape
-    at_once, values = rows_at_once(columns, EXPANDED_AT_ONCE, multiple=multiple), inputs.to(dtype)
+    at_once = rows_at_once(columns, EXPANDED_AT_ONCE // dtype.itemsize, multiple=multiple)
+    values = inputs.to(dtype)
     outputs, room = values.new_empty(len(values), rows), values.new_empty(min(at_once, rows) * columns)
     for start in range(0, rows, at_once):
         some = slice(start, min(start + at_once, rows))
