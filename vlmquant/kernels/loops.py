@@ -25,7 +25,7 @@ from vlmquant.kernels.probe import fastest, measured, needs_gradient, product_dt
 from vlmquant.kernels.reference import ACTIVATION_FLOOR, ACTIVATION_STEPS
 
 EXPANDED_AT_ONCE = 1 << 24
-"""Bytes of floats that are made of codes together: few enough to stay near the CPU, and each product of a part costs."""
+"""Bytes of floats that are made of codes together: few enough to stay near the CPU; each part costs a product."""
 OUTPUTS_AT_ONCE = 1 << 20
 """Sums of integer products that lie about before they become outputs."""
 VALUES_AT_LEAST = 1 << 17
