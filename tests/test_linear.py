@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tests import grids
 from vlmquant.grid import QuantizedWeight, split_rows
@@ -440,6 +441,21 @@ def test_a_traced_product_is_one_of_the_trace(name: str) -> None:
         traced = torch.jit.trace(linear, (one,))
     assert torch.equal(traced(one), expected[0])
     assert torch.equal(traced(other), expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", ["w4a16", "w8a8-dynamic"])
+def test_a_product_can_be_transformed_and_pretended(name: str) -> None:
+    scheme = SHORT_SCHEMES[name]
+    linear = QuantLinear(round_to(scheme, 128, 256), scheme, None)
+    inputs = torch.randn(3, 80, 256, generator=torch.Generator().manual_seed(8)).bfloat16()
+    with torch.no_grad():
+        expected = linear(inputs)
+        torch.testing.assert_close(torch.func.vmap(linear)(inputs), expected)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            found = linear(mode.from_tensor(inputs))
+    assert (type(found), found.shape, found.dtype) == (FakeTensor, expected.shape, expected.dtype)
 
 
 # --- an activation in the product ---

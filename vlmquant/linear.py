@@ -114,16 +114,18 @@ class PackedRows(nn.Module):
         if self.layout not in ROUNDS_INPUTS:
             flat = round_inputs(flat, self.form.inputs, self.form.input_scale)
         outputs: Tensor
-        if self._binds():
+        if self._binds(flat):
             outputs = self._bound_product()(flat, self.bias)
         else:
             outputs = LAYOUTS[self.layout].matmul(flat, self.held, self.form, self.bias)
         return outputs.view(*inputs.shape[:-1], self.form.shape[0])
 
-    def _binds(self) -> bool:
-        """Whether a product can be bound to what is held, which whoever compiles or traces would not see."""
+    def _binds(self, inputs: Tensor) -> bool:
+        """Whether a product can be bound to what is held; not for who compiles, traces, transforms or only pretends."""
+        if self.layout not in BINDS or not self.mark.is_cpu or type(inputs) is not Tensor:
+            return False
         seen = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        return self.layout in BINDS and self.mark.is_cpu and not seen
+        return not (seen or torch._C._functorch.is_functorch_wrapped_tensor(inputs))
 
     def _bound_product(self) -> Product:
         """That of the layout; bound anew where buffers, or the memory that they lie in, are others than then."""
