@@ -64,8 +64,7 @@ def main() -> None:
     rows = measure(arguments)
     result = {**provenance(), "rows": rows}
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    ratios = sorted(row["packed"] / row["original"] for row in rows)
-    quarters = statistics.quantiles(ratios, n=4)
+    quarters = statistics.quantiles((row["packed"] / row["original"] for row in rows), n=4)
     medians = {name: 1e3 * statistics.median(row[name] for row in rows) for name in ("original", "packed")}
     text = (
         "# First token of a packed model, against the original's\n\n"

@@ -3,6 +3,8 @@
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -456,6 +458,29 @@ def test_a_product_can_be_transformed_and_pretended(name: str) -> None:
         with mode:
             found = linear(mode.from_tensor(inputs))
     assert (type(found), found.shape, found.dtype) == (FakeTensor, expected.shape, expected.dtype)
+
+
+def test_without_numba_torch_does_everything() -> None:
+    """In a process of its own, where nothing has imported it."""
+    program = """
+import sys
+sys.modules["numba"] = sys.modules["llvmlite"] = None
+import torch
+from tests import grids
+from vlmquant.kernels import reference
+from vlmquant.linear import QuantLinear
+from vlmquant.recipe import SHORT_SCHEMES
+for name, scheme in SHORT_SCHEMES.items():
+    weight = grids.random(scheme, 128, 256)
+    for dtype, tolerance in ((torch.bfloat16, 0.5), (torch.float32, 1e-4)):
+        linear = QuantLinear(weight, scheme, None, dtype=dtype)
+        for tokens in (1, 80):
+            inputs = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+            exact = reference.linear(inputs, weight, None, rounded=scheme.activations)
+            error, largest = (linear(inputs) - exact).abs().max().item(), exact.abs().max().item()
+            assert error <= tolerance * max(1.0, largest / 64), (name, dtype, tokens, error)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # --- an activation in the product ---

@@ -7,7 +7,7 @@ A tile is `width` rows of the weight. Its bytes are (columns, width / 2), and ea
 one column. Which two depends on the CPU's vector length, so `_tile_shape` asks torch, by packing row numbers.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -25,8 +25,6 @@ GROUPS = (256, 128, 64, 32)
 PROBE_SHAPE = (1024, 1024)
 """Outputs and inputs of the probe weight."""
 PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-LOOP_WAYS = ("floats", "blocks")
-"""The weight as torch's product takes it, or in the blocks of oneDNN's, if it has them."""
 
 
 def fits(form: Form, place: Place) -> bool:
@@ -86,15 +84,14 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
 
 def bind(held: dict[str, Tensor], form: Form) -> Product:
     """`matmul`, with what depends on the weight alone worked out."""
-    arguments = _loop_arguments(held, form)
-    by_loops = {way: loops.tile_product(*arguments, way) for way in LOOP_WAYS}
+    by_loops = cache(partial(loops.tile_product, *_loop_arguments(held, form)))  # made when asked for: it imports numba
     padded = form.shape[0] % ROWS
 
     def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
-        product = None if _are_few(inputs) or not loops.usable(inputs) else by_loops.get(_way())
-        if product is None:
+        way = "torch" if _are_few(inputs) or not loops.usable(inputs) else _way()
+        if way == "torch":
             return matmul(inputs, held, form, bias)
-        outputs = product(inputs)
+        outputs = by_loops(way)(inputs)
         return add_bias(outputs[:, : form.shape[0]] if padded else outputs, bias)
 
     return multiply
@@ -128,7 +125,8 @@ def _loop_matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, way: str =
 
 
 def _loop_arguments(held: dict[str, Tensor], form: Form) -> tuple[Tensor, Tensor, int, int, bool]:
-    """What loops.tile_product wants, but for the way."""
+    """What loops.tile_product wants, but for the way: the weight as torch's product takes it (floats), or in the blocks
+    of oneDNN's, if it has them (blocks)."""
     shape, groups = _tile_shape(), -(-form.shape[1] // form.grid.group_size)
     assert shape is not None, "a weight is held in tiles only where there are tiles"
     table = held["table"][:: len(held["table"]) // groups]
@@ -250,7 +248,7 @@ def _way() -> str:
     weight, form = _probe_weight()
     held, inputs = hold(weight), _probe_inputs(PROBE_TOKENS[-1])
     runs = {"torch": partial(_tile_matmul, inputs, held, form)}
-    runs |= {way: partial(_loop_matmul, inputs, held, form, way) for way in LOOP_WAYS}
+    runs |= {way: partial(_loop_matmul, inputs, held, form, way) for way in ("floats", "blocks")}
     return fastest(runs)
 
 

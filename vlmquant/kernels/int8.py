@@ -5,6 +5,8 @@ which is faster depends on the CPU and is measured. Without, weights become floa
 bfloat16 tokens torch's own mixed product is faster.
 """
 
+from functools import cache, partial
+
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,6 @@ PROBE_TOKENS = (1, 2, 4, 8, 16, 32, 64)
 COLUMN_MULTIPLE = loops.INT8_COLUMNS
 """Columns are padded to a multiple of this: torch 2.13's mixed product reads past the end of rows of other lengths
 (wrong results, crashes), and its integer product is wrong for rows of a single column."""
-LOOP_WAYS = ("integers", "floats")
-"""Those of loops.PRODUCTS for codes as they are held here."""
 MANY_TOKENS = 64
 """Tokens of the probe that chooses between the integer and the float product of int8 inputs: an image has hundreds."""
 
@@ -64,18 +64,18 @@ def matmul(inputs: Tensor, held: dict[str, Tensor], form: Form, bias: Tensor | N
 
 def bind(held: dict[str, Tensor], form: Form) -> Product:
     """`matmul`, with what depends on the weight alone worked out."""
-    arguments = held["codes"], held["scales"].float(), form.input_scale
-    by_loops = {way: loops.rounded_product(*arguments, way) for way in LOOP_WAYS}
+    by_loops = cache(partial(loops.rounded_product, held["codes"], held["scales"].float(), form.input_scale))
 
     def multiply(inputs: Tensor, bias: Tensor | None) -> Tensor:
         if form.int8_inputs and loops.usable(inputs):
-            return by_loops[_loop_way()](inputs, bias)
+            return by_loops(_loop_way())(inputs, bias)
         return matmul(inputs, held, form, bias)
 
     return multiply
 
 
 def _loop_way() -> str:
+    """Of loops.PRODUCTS, for codes as they are held here."""
     return "integers" if _integers_win() else "floats"
 
 
