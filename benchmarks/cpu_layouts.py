@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
+from provenance import provenance, run_with
 
 from vlmquant.grid import grid_of
 from vlmquant.threads import cpu_environment
@@ -132,9 +132,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    wanted = cpu_environment(os.environ) | ISA.get(arguments.isa, {})
-    if any(os.environ.get(name) != value for name, value in wanted.items()):  # torch reads them when it is imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
+    run_with(cpu_environment(os.environ) | ISA.get(arguments.isa, {}))
     from vlmquant.threads import set_threads
 
     set_threads(arguments.threads)

@@ -10,11 +10,10 @@ import argparse
 import json
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
-from provenance import provenance
+from provenance import provenance, run_with
 
 from vlmquant.threads import cpu_environment, set_threads
 
@@ -58,9 +57,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    wanted = cpu_environment(os.environ)
-    if any(os.environ.get(name) != value for name, value in wanted.items()):  # torch reads them when it is imported
-        os.execve(sys.executable, [sys.executable, *sys.argv], wanted)
+    run_with(cpu_environment(os.environ))
     rows = measure(arguments)
     result = {**provenance(), "rows": rows}
     arguments.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")

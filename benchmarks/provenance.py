@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,12 @@ def command() -> list[str]:
     """The command line of this process, without this machine's folders."""
     script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
     return ["python", str(script), *(Path(word).name if os.sep in word else word for word in sys.argv[1:])]
+
+
+def run_with(environment: Mapping[str, str]) -> None:
+    """Start this script anew where its variables are others: torch reads them when it is imported."""
+    if any(os.environ.get(name) != value for name, value in environment.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
 
 
 def provenance() -> dict[str, Any]:
